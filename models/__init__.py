@@ -1,0 +1,7 @@
+"""Denoisers: everything that turns a model into ``denoiser(x, sigma, **extra_args)``."""
+
+from .closed_form import Gaussian, GaussianMixture, IdealDenoiser
+from .digits import load_digits
+from .precision import InDtype
+
+__all__ = ["Gaussian", "GaussianMixture", "IdealDenoiser", "InDtype", "load_digits"]

@@ -1,0 +1,35 @@
+"""Networks in one precision under states in another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import DenoiserFunction
+
+
+class InDtype(nn.Module):
+    """Runs a denoiser in `dtype` and returns the dtype of the state.
+
+    The state of a solver keeps full precision whatever the network computes in, so a half-precision
+    network loses nothing of the round trip: its rounding is the same function of the same input on
+    the way back.
+
+    Args:
+        denoiser: called with `x` in `dtype`; sigma stays in its own dtype, which resolves the lowest
+            levels, and so do `extra_args`.
+        dtype: a floating point dtype such as ``torch.bfloat16``.
+    """
+
+    def __init__(self, denoiser: DenoiserFunction, dtype: torch.dtype) -> None:
+        super().__init__()
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating point dtype, got {dtype}")
+        self.denoiser = denoiser
+        self.dtype = dtype
+
+    def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        """The output of the denoiser at ``x.to(dtype)``, in the dtype of `x`."""
+        return self.denoiser(x.to(self.dtype), sigma, **extra_args).to(x.dtype)

@@ -1,0 +1,18 @@
+"""One-step methods: each estimates the integral of the flow from one state alone."""
+
+from .base import IntegrationApproximator
+from .euler import DDIM, Euler
+from .exponential import DPMSolverPP2S
+from .heun import HeunEDM
+from .runge_kutta import RK3, RK4, Midpoint
+
+__all__ = [
+    "DDIM",
+    "RK3",
+    "RK4",
+    "DPMSolverPP2S",
+    "Euler",
+    "HeunEDM",
+    "IntegrationApproximator",
+    "Midpoint",
+]

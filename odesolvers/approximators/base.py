@@ -1,0 +1,98 @@
+"""The abstract one-step method, written once as a formula and used as coefficients."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, TypeAlias, final
+
+from ..combination import STATE, Combination
+from ..solver import Solver
+from ..step import Evaluation, Step
+
+if TYPE_CHECKING:
+    from ..grids import Grid
+
+Denoise: TypeAlias = Callable[[Combination, float], Combination]
+"""Asks for the denoiser's output at a point and a noise level."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Denoiser calls from one state, and the increments to each target in terms of their outputs."""
+
+    evaluations: tuple[Evaluation, ...]
+    increments: tuple[Combination, ...]
+
+
+class IntegrationApproximator(Solver):
+    """Estimates ``Δ(σ → τ | x) ≈ ∫_σ^τ (x - D(x, s)) / s ds`` from the state at σ alone.
+
+    Subclasses write `increment` as an ordinary formula in `x` and `denoise(point, sigma)`. It is
+    run once per pair of noise levels, on coefficients rather than tensors, so it may branch on the
+    levels but not on the values of the state. Both directions are allowed: ``τ < σ`` denoises,
+    ``τ > σ`` adds noise.
+
+    Attributes:
+        order: p, where one step over a length h errs by O(h^{p+1}).
+        evaluations: denoiser calls of one step to a level above 0. Further targets from the same
+            state share the first of them.
+    """
+
+    order: ClassVar[int]
+    evaluations: ClassVar[int]
+
+    @abstractmethod
+    def increment(
+        self, x: Combination, sigma: float, target: float, denoise: Denoise
+    ) -> Combination:
+        """The increment to add to the state `x` at level `sigma` to arrive at level `target`."""
+
+    def scale(self, sigma: float) -> float:
+        """s(σ): the state in which the method is published is ``z = s(σ) x``; 1 by default.
+
+        A one-step method is the same in any scale. The two-step recurrence of `BDIA` is not: its
+        constant γ multiplies differences of `z`.
+        """
+        del sigma
+        return 1.0
+
+    @final
+    def plan(self, sigma: float, targets: Sequence[float]) -> Plan:
+        """The denoiser calls and the increments from `sigma` to each of `targets`.
+
+        Calls at the same point and level are made once, whatever the number of targets that use
+        them.
+        """
+        evaluations: list[Evaluation] = []
+
+        def denoise(point: Combination, level: float) -> Combination:
+            call = Evaluation(point, level)
+            if call not in evaluations:
+                evaluations.append(call)
+            return Combination({evaluations.index(call) + 1: 1.0})
+
+        x = Combination({STATE: 1.0})
+        increments = tuple(self.increment(x, sigma, target, denoise) for target in targets)
+        return Plan(tuple(evaluations), increments)
+
+    @final
+    def start(self, sigma: float, target: float) -> Step:
+        plan = self.plan(sigma, (target,))
+        return Step(plan.evaluations, rest=Combination({STATE: 1.0}) + plan.increments[0])
+
+    @final
+    def steps(self, grid: Grid) -> list[Step]:
+        return [self.start(sigma, target) for sigma, target in grid.intervals()]
+
+
+def slope(x: Combination, sigma: float, denoise: Denoise) -> Combination:
+    """``d(x, σ) = (x - D(x, σ)) / σ``, the right-hand side of the probability-flow ODE.
+
+    At σ = 0 it is the limit, 0, for no evaluation: there ``D(x, σ) - x = σ² ∇log p`` vanishes
+    faster than σ.
+    """
+    if sigma == 0.0:
+        return Combination({})
+    return (x - denoise(x, sigma)) / sigma

@@ -1,0 +1,58 @@
+"""First order: Euler, and DDIM, which is Euler in another scale of the state."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from ..combination import Combination
+from .base import Denoise, IntegrationApproximator, slope
+
+
+@final
+@dataclass(frozen=True)
+class Euler(IntegrationApproximator):
+    """``Δ = (τ - σ) d(x, σ)``. Order 1, one evaluation, shared by every target.
+
+    k-diffusion's `sample_euler` without churn.
+    """
+
+    order: ClassVar[int] = 1
+    evaluations: ClassVar[int] = 1
+
+    def increment(
+        self, x: Combination, sigma: float, target: float, denoise: Denoise
+    ) -> Combination:
+        return euler(x, sigma, target, denoise)
+
+
+@final
+@dataclass(frozen=True)
+class DDIM(IntegrationApproximator):
+    """Deterministic DDIM (Song et al. 2021, arXiv 2010.02502, equation 12 with η = 0).
+
+    In ``x = z / sqrt(ᾱ)`` it is `Euler`; the state it is published in is the variance-preserving
+    ``z = x / sqrt(1 + σ²)``, the scale in which `BDIA` applies a constant γ. Order 1, one evaluation.
+    """
+
+    order: ClassVar[int] = 1
+    evaluations: ClassVar[int] = 1
+
+    def increment(
+        self, x: Combination, sigma: float, target: float, denoise: Denoise
+    ) -> Combination:
+        return euler(x, sigma, target, denoise)
+
+    def scale(self, sigma: float) -> float:
+        return variance_preserving(sigma)
+
+
+def euler(x: Combination, sigma: float, target: float, denoise: Denoise) -> Combination:
+    """The Euler increment, which also leads every method to the level 0: it lands on D(x, σ)."""
+    return (target - sigma) * slope(x, sigma, denoise)
+
+
+def variance_preserving(sigma: float) -> float:
+    """``s(σ) = 1 / sqrt(1 + σ²)``: data of unit variance keeps unit variance at every level."""
+    return 1 / math.sqrt(1 + sigma * sigma)

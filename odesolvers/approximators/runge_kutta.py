@@ -1,0 +1,83 @@
+"""Explicit Runge-Kutta methods of order two, three and four."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from ..combination import Combination
+from .base import Denoise, IntegrationApproximator, slope
+from .euler import euler
+
+
+@final
+@dataclass(frozen=True)
+class Midpoint(IntegrationApproximator):
+    """One Euler half-step to the middle of log σ, then the whole step with the slope found there.
+
+    ``Δ = (τ - σ) d(u, m)`` with ``m = sqrt(σ τ)`` and ``u = x + (m - σ) d(x, σ)``: DPM-Solver-2 (Lu et
+    al. 2022, arXiv 2206.00927, algorithm 1) in the unscaled state, and k-diffusion's `sample_dpm_2`
+    without churn; Euler to and the arithmetic middle from the level 0. Order 2, one evaluation
+    shared by every target and one for each target.
+    """
+
+    order: ClassVar[int] = 2
+    evaluations: ClassVar[int] = 2
+
+    def increment(
+        self, x: Combination, sigma: float, target: float, denoise: Denoise
+    ) -> Combination:
+        if target == 0.0:
+            return euler(x, sigma, target, denoise)
+        middle = (sigma * target) ** 0.5 if sigma > 0.0 else target / 2
+        u = x + euler(x, sigma, middle, denoise)
+        return (target - sigma) * slope(u, middle, denoise)
+
+
+@final
+@dataclass(frozen=True)
+class RK3(IntegrationApproximator):
+    """Ralston's third-order method (Ralston 1962; the advancing method of Bogacki-Shampine).
+
+    Slopes at 0, 1/2 and 3/4 of the step, weighed 2/9, 3/9 and 4/9; Euler to the level 0. Order 3, one
+    evaluation shared by every target and two for each target.
+    """
+
+    order: ClassVar[int] = 3
+    evaluations: ClassVar[int] = 3
+
+    def increment(
+        self, x: Combination, sigma: float, target: float, denoise: Denoise
+    ) -> Combination:
+        if target == 0.0:
+            return euler(x, sigma, target, denoise)
+        h = target - sigma
+        k1 = slope(x, sigma, denoise)
+        k2 = slope(x + (h / 2) * k1, sigma + h / 2, denoise)
+        k3 = slope(x + (3 * h / 4) * k2, sigma + 3 * h / 4, denoise)
+        return (h / 9) * (2 * k1 + 3 * k2 + 4 * k3)
+
+
+@final
+@dataclass(frozen=True)
+class RK4(IntegrationApproximator):
+    """The classical fourth-order method (Kutta 1901).
+
+    Slopes at 0, 1/2, 1/2 and 1 of the step, weighed 1/6, 2/6, 2/6 and 1/6; Euler to the level 0.
+    Order 4, one evaluation shared by every target and three for each target.
+    """
+
+    order: ClassVar[int] = 4
+    evaluations: ClassVar[int] = 4
+
+    def increment(
+        self, x: Combination, sigma: float, target: float, denoise: Denoise
+    ) -> Combination:
+        if target == 0.0:
+            return euler(x, sigma, target, denoise)
+        h = target - sigma
+        k1 = slope(x, sigma, denoise)
+        k2 = slope(x + (h / 2) * k1, sigma + h / 2, denoise)
+        k3 = slope(x + (h / 2) * k2, sigma + h / 2, denoise)
+        k4 = slope(x + h * k3, target, denoise)
+        return (h / 6) * (k1 + 2 * k2 + 2 * k3 + k4)

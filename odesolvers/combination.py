@@ -1,0 +1,66 @@
+"""Linear combinations of a state and denoiser outputs, held as their coefficients.
+
+Every explicit one-step method moves by a linear combination of the state it starts from and the
+denoiser outputs it asks for, with coefficients that depend on the noise levels only. Working on
+the coefficients keeps the algebra on the host, in double precision, and leaves the arithmetic of
+the tensors to one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+STATE: Final = 0
+"""The term that stands for the current state; denoiser output number k is the term k = 1, 2, ..."""
+
+
+class Combination:
+    """An immutable linear combination ``Σ_k c_k v_k``.
+
+    ``v_0`` is the current state and ``v_k`` the k-th denoiser output. Combinations add, subtract
+    and scale as vectors do.
+
+    >>> x, denoised = Combination({STATE: 1.0}), Combination({1: 1.0})
+    >>> (x - denoised) / 2.0
+    Combination({0: 0.5, 1: -0.5})
+    """
+
+    __slots__ = ("_coefficients",)
+
+    def __init__(self, coefficients: Mapping[int, float]) -> None:
+        self._coefficients = {k: c for k, c in sorted(coefficients.items()) if c != 0.0}
+
+    def __getitem__(self, term: int) -> float:
+        """The coefficient of `term`, 0.0 where it does not appear."""
+        return self._coefficients.get(term, 0.0)
+
+    def __iter__(self) -> Iterator[tuple[int, float]]:
+        """Pairs (term, coefficient) in the order of the terms, zeros left out."""
+        return iter(self._coefficients.items())
+
+    def __add__(self, other: Combination) -> Combination:
+        terms = self._coefficients.keys() | other._coefficients.keys()
+        return Combination({k: self[k] + other[k] for k in terms})
+
+    def __sub__(self, other: Combination) -> Combination:
+        return self + (-1.0) * other
+
+    def __mul__(self, factor: float) -> Combination:
+        return Combination({k: c * factor for k, c in self})
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Combination:
+        return Combination({k: c / divisor for k, c in self})
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Combination):
+            return NotImplemented
+        return self._coefficients == other._coefficients
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return f"Combination({self._coefficients})"

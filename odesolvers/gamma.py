@@ -1,0 +1,144 @@
+"""Rules for g_i, the weight of the refinement term of `BDIA`.
+
+A step ahead over ``h_i = σ_i - σ_{i-1}`` after a step behind of ``h_{i+1}`` reads, in the unscaled
+state x, ``x_{i-1} = F + g_i (x_{i+1} - B)``. The recurrence has a second solution that alternates
+in sign; each step multiplies it by ``-g_i`` when sampling and by ``-1/g_i`` when inverting. A rule
+is therefore a choice between accuracy when sampling (large g_i keeps that solution alive) and
+stability when inverting (small g_i amplifies it).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from .grids import Grid
+
+
+class GammaRule(ABC):
+    """Gives g_i for every step but the first from the grid alone."""
+
+    @abstractmethod
+    def weights(self, grid: Grid, scale: Callable[[float], float]) -> list[float]:
+        """The ``grid.steps - 1`` weights, in sampling order, for the unscaled state x.
+
+        Args:
+            grid: the noise levels.
+            scale: s(σ) of the approximator, see `IntegrationApproximator.scale`.
+        """
+
+    def checked_weights(self, grid: Grid, scale: Callable[[float], float]) -> list[float]:
+        """`weights`, refused where there are too few or too many or one is not usable."""
+        weights = self.weights(grid, scale)
+        if len(weights) != grid.steps - 1:
+            raise ValueError(
+                f"{self} gives {len(weights)} weights; a grid of {grid.steps} steps needs "
+                f"{grid.steps - 1} (every step but the first)"
+            )
+        for k, g in enumerate(weights, start=1):
+            if not (math.isfinite(g) and g >= 0):
+                raise ValueError(
+                    f"{self} gives the weight {g} at the step from sigmas[{k}] = "
+                    f"{grid.levels[k]:.6g}; weights must be finite and not negative"
+                )
+        return weights
+
+
+@dataclass(frozen=True)
+class ConstantGamma(GammaRule):
+    """The paper's constant γ, which weighs differences of the scaled state ``z = s(σ) x``.
+
+    In x it is ``g_i = γ s(σ_{i+1}) / s(σ_{i-1})``. Over a base of odd order p, γ = 1 gains an order;
+    0 < γ < 1 keeps order p with the error constant times (1 - γ) / (1 + γ). Inverting n steps
+    amplifies every error by up to γ^-n.
+
+    Attributes:
+        gamma: in [0, 1]; 0 is the base solver alone, which has no inverse.
+    """
+
+    gamma: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(
+                f"gamma must be in (0, 1], or 0 for the base solver without inverse, got "
+                f"{self.gamma}"
+            )
+
+    def weights(self, grid: Grid, scale: Callable[[float], float]) -> list[float]:
+        if self.gamma == 0:
+            return [0.0] * (grid.steps - 1)
+        s = [scale(sigma) for sigma in grid.levels]
+        return [self.gamma * behind / ahead for behind, ahead in zip(s, s[2:], strict=False)]
+
+
+@dataclass(frozen=True)
+class StepRatio(GammaRule):
+    """``g_i = (h_i / h_{i+1})^power``: the step ahead over the step behind, in σ.
+
+    - ``power = p + 1`` cancels the leading error over a base of odd order p and gains an order. Over
+      `Euler` it is 2, and the solver is O-BELM (Wang et al., NeurIPS 2024, arXiv 2410.07273).
+    - ``power = 1`` is the neutral rule: in variance-preserving units it hardly amplifies errors in
+      either direction.
+
+    The steps are those of x whatever the scale of the approximator, as in the derivation.
+    """
+
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.power):
+            raise ValueError(f"power must be a finite number, got {self.power}")
+
+    def weights(self, grid: Grid, scale: Callable[[float], float]) -> list[float]:
+        del scale
+        h = [sigma - target for sigma, target in grid.intervals()]
+        return [(ahead / behind) ** self.power for behind, ahead in pairwise(h)]
+
+
+@dataclass(frozen=True)
+class PerStep(GammaRule):
+    """Given weights g_i in x, one for every step but the first, in sampling order."""
+
+    values: tuple[float, ...]
+
+    def __init__(self, values: Sequence[float]) -> None:
+        object.__setattr__(self, "values", tuple(float(g) for g in values))
+
+    def weights(self, grid: Grid, scale: Callable[[float], float]) -> list[float]:
+        del grid, scale
+        return list(self.values)
+
+
+@dataclass(frozen=True)
+class SmoothedOutput(GammaRule):
+    """Any rule, with its last weight g replaced by ``g / (1 + g)``.
+
+    Cancels the alternating part of the returned sample for no evaluation, as Gragg's smoothing does
+    (Gragg 1965); the inverse of the last step then amplifies errors by ``1 + 1/g`` in place of
+    ``1/g``.
+    """
+
+    rule: GammaRule
+
+    def __init__(self, rule: float | GammaRule) -> None:
+        object.__setattr__(self, "rule", as_rule(rule))
+
+    def weights(self, grid: Grid, scale: Callable[[float], float]) -> list[float]:
+        weights = self.rule.weights(grid, scale)
+        return [*weights[:-1], *(g / (1 + g) for g in weights[-1:])]
+
+
+def as_rule(gamma: float | GammaRule) -> GammaRule:
+    """A rule as it is; a number as `ConstantGamma`."""
+    if isinstance(gamma, GammaRule):
+        return gamma
+    if isinstance(gamma, bool) or not isinstance(gamma, int | float):
+        raise TypeError(
+            f"gamma must be a number in (0, 1] or a GammaRule such as StepRatio(1), got "
+            f"{type(gamma).__name__}"
+        )
+    return ConstantGamma(float(gamma))

@@ -1,0 +1,216 @@
+"""The two loops of the project: down the grid, and up it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .combination import STATE, Combination
+from .grids import Grid
+from .state import Solution, State, check_pair, describe
+from .step import Evaluation, Step
+
+if TYPE_CHECKING:
+    from .solver import Denoiser, Solver
+
+_HERE = Combination({STATE: 1.0})
+
+
+@torch.no_grad()
+def descend(run: Run, state: State, stop: int) -> Solution:
+    """Sample: from where `state` stands, step by step down to level `stop`."""
+    first, s = state.index, run.grid.levels
+    if not first < stop <= run.grid.steps:
+        raise ValueError(
+            f"sampling goes down the grid: from level {first} it can stop at {first + 1} to "
+            f"{run.grid.steps}, got stop = {stop}"
+            if first < run.grid.steps
+            else f"the state stands at the last level already (index {first}): nothing to sample"
+        )
+    steps = dict(enumerate(run.solver.steps(run.grid)))
+    if state.noisier is None:
+        steps[first] = run.solver.start(s[first], s[first + 1])
+    path = [(k, steps[k]) for k in range(first, stop)]
+    run.prepare(path, state.cleaner)
+
+    older, current = state.noisier, state.cleaner
+    for k, step in run.track(path):
+        values = run.evaluate(step, current, k)
+        newer = run.arithmetic.forward(step, older, values)
+        older, current = current, newer
+    return run.finish(current, State(current, older, stop, s, repr(run.solver)))
+
+
+@torch.no_grad()
+def ascend(run: Run, state: State, stop: int) -> Solution:
+    """Invert: undo the steps from where `state` stands, one by one up to level `stop`."""
+    last, s = state.index, run.grid.levels
+    if not 0 <= stop < last:
+        raise ValueError(
+            f"inverting goes up the grid: from level {last} it can stop at {last - 1} to 0, got "
+            f"stop = {stop}"
+            if last > 0
+            else "the state stands at the first level already (index 0): nothing to invert"
+        )
+    steps = dict(enumerate(run.solver.steps(run.grid)))
+    undo = [(k, steps[k]) for k in range(last - 1, stop, -1)]
+    for k, step in undo:
+        if step.gain == 0.0:
+            raise ValueError(
+                f"{run.solver} cannot be inverted: its step from sigmas[{k}] = {s[k]:.6g} to "
+                f"sigmas[{k + 1}] = {s[k + 1]:.6g} has the weight g = 0 and keeps nothing of the "
+                "state before; inversion needs gamma in (0, 1] and a state scale that is finite "
+                "at every level"
+            )
+    begin = [(last, run.solver.start(s[last], s[last - 1]))] if state.noisier is None else []
+    run.prepare(begin + undo, state.cleaner)
+
+    newer, current = state.cleaner, state.noisier
+    for k, step in run.track(begin + undo):
+        if current is None:
+            values = run.evaluate(step, newer, k)
+            current = run.arithmetic.forward(step, None, values)
+        else:
+            values = run.evaluate(step, current, k)
+            older = run.arithmetic.inverse(step, newer, values)
+            newer, current = current, older
+    assert current is not None
+    return run.finish(current, State(newer, current, stop + 1, s, repr(run.solver)))
+
+
+class Run:
+    """One run of a solver: what it calls, reports and counts on its way along the grid."""
+
+    def __init__(
+        self,
+        solver: Solver,
+        denoiser: Denoiser,
+        grid: Grid,
+        extra_args: Mapping[str, Any] | None,
+        callback: Callable[[dict[str, Any]], object] | None,
+        progress: bool,
+    ) -> None:
+        if not callable(denoiser):
+            raise TypeError(
+                f"the denoiser must be callable as denoiser(x, sigma), got {type(denoiser).__name__}"
+            )
+        if extra_args is not None and not isinstance(extra_args, Mapping):
+            raise TypeError(
+                "extra_args must be a mapping of keyword arguments for the denoiser, got "
+                f"{type(extra_args).__name__}"
+            )
+        self.solver = solver
+        self.arithmetic = solver.arithmetic
+        self.grid = grid
+        self.nfe = 0
+        self._denoiser = denoiser
+        self._extra_args = dict(extra_args or {})
+        self._callback = callback
+        self._progress = progress
+        self._sigmas: dict[float, Tensor] = {}
+        self._probes: list[tuple[str, Tensor]] = []
+
+    def state(self, x: Tensor | State, index: int) -> State:
+        """`x` as a checked state; a lone tensor stands at level `index`."""
+        if not isinstance(x, State):
+            state = State(x, None, index, self.grid.levels, repr(self.solver))
+        else:
+            state = x
+            state.check(self.grid, repr(self.solver))
+        for tensor in (state.cleaner, state.noisier):
+            if tensor is not None:
+                _check_tensor(tensor)
+        check_pair(state)
+        return state
+
+    def prepare(self, path: list[tuple[int, Step]], like: Tensor) -> None:
+        """Make the noise levels of every call on `path` in one transfer, each of shape (B,)."""
+        levels = sorted({call.sigma for _, step in path for call in step.evaluations})
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        table = torch.tensor(levels, dtype=dtype).unsqueeze(1).repeat(1, like.shape[0])
+        self._sigmas = dict(zip(levels, table.to(like.device).unbind(), strict=True))
+
+    def track(self, path: list[tuple[int, Step]]) -> Iterable[tuple[int, Step]]:
+        """`path`, with a progress bar where one was asked for."""
+        if not self._progress:
+            return path
+        try:
+            from tqdm.auto import tqdm
+        except ImportError as error:
+            raise ImportError("progress=True needs tqdm: pip install tqdm") from error
+        bar: Iterable[tuple[int, Step]] = tqdm(path, desc=type(self.solver).__name__)
+        return bar
+
+    def evaluate(self, step: Step, x: Tensor, k: int) -> list[Tensor]:
+        """The state `x` at level `k` and the outputs of the denoiser calls of `step`, in order."""
+        values = [x]
+        for call in step.evaluations:
+            at_x = call.point == _HERE
+            point = x if at_x else self.arithmetic.combine(call.point, values)
+            values.append(self._denoise(point, call, k))
+        if self._callback is not None:
+            sigma = self._sigmas[step.evaluations[0].sigma][0]
+            self._callback(
+                {"x": x, "i": k, "sigma": sigma, "sigma_hat": sigma, "denoised": values[1]}
+            )
+        return values
+
+    def finish(self, x: Tensor, state: State) -> Solution:
+        """The solution, once every value that was met is known to be finite."""
+        self._probe(x, "the final state is not finite")
+        for message, probe in self._probes:
+            _check_probe(probe, message)
+        return Solution(x, state, self.nfe)
+
+    def _denoise(self, x: Tensor, call: Evaluation, k: int) -> Tensor:
+        denoised = self._denoiser(x, self._sigmas[call.sigma], **self._extra_args)
+        self.nfe += 1
+        where = f"at level {k} of the grid, sigma = {call.sigma:.6g}"
+        if not isinstance(denoised, Tensor):
+            raise TypeError(
+                f"the denoiser must return a tensor, got {type(denoised).__name__} {where}"
+            )
+        if denoised.shape != x.shape or denoised.device != x.device:
+            raise ValueError(
+                f"the denoiser must return the form of its input, {describe(x)}, got "
+                f"{describe(denoised)} {where}"
+            )
+        if denoised.dtype != x.dtype:
+            raise TypeError(
+                f"the denoiser returned {denoised.dtype} for a state in {x.dtype} {where}: dtypes "
+                "are never mixed silently; wrap it as "
+                f"odesolvers.models.InDtype(denoiser, {denoised.dtype}) to keep the network in "
+                "that dtype and the state in its own, or convert x"
+            )
+        self._probe(denoised, f"the denoiser's output is not finite {where}")
+        return denoised
+
+    def _probe(self, x: Tensor, message: str) -> None:
+        """Check that `x` is finite: on the CPU now, elsewhere at the end, without waiting for it."""
+        probe = x.sum(dtype=torch.float32 if x.element_size() < 4 else None)
+        if x.device.type != "cpu":
+            self._probes.append((message, probe))
+        elif not math.isfinite(probe.item()):
+            _check_probe(x, message)  # finite values may still have a sum that overflows
+
+
+def _check_probe(probe: Tensor, message: str) -> None:
+    if not bool(torch.isfinite(probe).all()):
+        raise FloatingPointError(
+            f"{message}; look for an overflow in the denoiser or a sigma outside its range"
+        )
+
+
+def _check_tensor(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor or a State, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating point tensor, got {x.dtype}: convert with x.float()")
+    if x.ndim == 0 or x.numel() == 0:
+        raise ValueError(f"x must have shape (B, ...) with B >= 1, got {tuple(x.shape)}")
+    if not bool(torch.isfinite(x).all()):
+        raise FloatingPointError(f"the state to start from is not finite: {describe(x)}")

@@ -1,0 +1,135 @@
+"""The public face of every solver: `sample`, and for some `invert`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias, final
+
+from torch import Tensor
+
+from .arithmetic import Arithmetic, FloatingPoint
+from .grids import Grid
+from .integrate import Run, ascend, descend
+from .state import Solution, State
+from .step import Step
+
+
+class Denoiser(Protocol):
+    """``denoiser(x, sigma, **extra_args) -> E[x0 | x]``, the contract of k-diffusion's wrappers.
+
+    `x` has shape ``(B, ...)``; `sigma` has shape ``(B,)``, is float64 where `x` is and float32
+    otherwise, and lives on the device of `x`. The result has the shape, dtype and device of `x`.
+    """
+
+    def __call__(self, x: Tensor, sigma: Tensor, /, **extra_args: Any) -> Tensor: ...
+
+
+Sigmas: TypeAlias = Grid | Tensor | Sequence[float]
+Callback: TypeAlias = Callable[[dict[str, Any]], object]
+
+
+class Solver(ABC):
+    """Walks a state down a grid of noise levels.
+
+    A solver holds settings only and is never changed by a run: the same object serves any number of
+    runs, grids and threads.
+    """
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """How states are stored and combined."""
+        return FloatingPoint()
+
+    @abstractmethod
+    def start(self, sigma: float, target: float) -> Step:
+        """The step, in either direction, of a run that has one state only."""
+
+    @abstractmethod
+    def steps(self, grid: Grid) -> list[Step]:
+        """All steps down `grid`; step k leads from level k to level k + 1."""
+
+    @final
+    def sample(
+        self,
+        denoiser: Denoiser,
+        x: Tensor | State,
+        sigmas: Sigmas,
+        *,
+        extra_args: Mapping[str, Any] | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+        stop: int | None = None,
+    ) -> Solution:
+        """Go down the grid, from noise to data, without gradients.
+
+        Args:
+            denoiser: see `Denoiser`; any of k-diffusion's wrappers is one.
+            x: floating point tensor ``(B, ...)`` at level ``sigmas[0]``, not modified; or the state
+                of an earlier run, which is continued from where it stands.
+            sigmas: strictly decreasing noise levels, see `odesolvers.grids`.
+            extra_args: keyword arguments for every call of the denoiser.
+            callback: called once a step with k-diffusion's dictionary: ``x``, the state the step
+                starts from; ``i``, where it stands on the grid; ``sigma`` and ``sigma_hat``, the level
+                ``sigmas[i]``; ``denoised``, the denoiser's output there.
+            progress: show a progress bar (needs tqdm).
+            stop: the level to stop at, an index into `sigmas`; the last by default.
+
+        Returns:
+            The state at level `stop`, what is needed to go on or back, and the evaluations spent.
+
+        Raises:
+            TypeError: if `x` or an output of the denoiser is not a floating point tensor.
+            ValueError: if the grid, the state or an output of the denoiser has the wrong form, or the
+                state comes from another grid or solver.
+            FloatingPointError: if the state or an output of the denoiser is not finite; names the
+                step and the noise level.
+        """
+        grid = Grid.of(sigmas)
+        run = Run(self, denoiser, grid, extra_args, callback, progress)
+        return descend(run, run.state(x, index=0), grid.steps if stop is None else stop)
+
+
+class InvertibleSolver(Solver):
+    """A solver whose steps can be undone: every step but the first has a gain other than 0."""
+
+    @final
+    def invert(
+        self,
+        denoiser: Denoiser,
+        x: Tensor | State,
+        sigmas: Sigmas,
+        *,
+        extra_args: Mapping[str, Any] | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+        stop: int | None = None,
+    ) -> Solution:
+        """Go up the grid, from data to noise: the exact inverse of `sample`.
+
+        From a state of `sample` every step is undone, by the same evaluations at the same states. A
+        lone tensor has no neighbour to go back with; one step up by the underlying method supplies it,
+        for its evaluations, and the run is exact from there on: `sample` from the returned state ends
+        at that tensor.
+
+        Args:
+            denoiser: as for `sample`.
+            x: the state of an earlier run, in any place; or a floating point tensor ``(B, ...)`` at
+                level ``sigmas[-1]``, not modified.
+            sigmas: the grid the state comes from, in the same decreasing order.
+            extra_args: as for `sample`; the same values, if the run is to be undone.
+            callback: as for `sample`; ``i`` falls.
+            progress: show a progress bar (needs tqdm).
+            stop: the level to stop at, an index into `sigmas`; 0 by default.
+
+        Returns:
+            The state at level `stop`, what is needed to sample again, and the evaluations spent.
+
+        Raises:
+            TypeError, FloatingPointError: as for `sample`.
+            ValueError: as for `sample`; and if a step in the way has the gain 0, which no solver can
+                undo.
+        """
+        grid = Grid.of(sigmas)
+        run = Run(self, denoiser, grid, extra_args, callback, progress)
+        return ascend(run, run.state(x, index=grid.steps), 0 if stop is None else stop)

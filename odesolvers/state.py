@@ -1,0 +1,88 @@
+"""Where a run stands on its grid, and what a run returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .grids import Grid
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Two neighbouring states of one run: all that is needed to go on in either direction.
+
+    Sampling continues from `cleaner` and corrects with `noisier`; inversion continues from
+    `noisier` and recovers what came before from `cleaner`. States are never modified.
+
+    Attributes:
+        cleaner: the state at ``sigmas[index]``, shape ``(B, ...)``.
+        noisier: the state at ``sigmas[index - 1]``, same shape and dtype; None where the run has
+            only one state (its first, or any of a one-step method).
+        index: where on the grid `cleaner` stands.
+        sigmas: all levels of the grid the run belongs to.
+        solver: the `repr` of the solver that made it.
+    """
+
+    cleaner: Tensor
+    noisier: Tensor | None
+    index: int
+    sigmas: tuple[float, ...]
+    solver: str
+
+    def check(self, grid: Grid, solver: str) -> None:
+        """Refuse to go on with another grid or another solver than the state comes from.
+
+        Raises:
+            ValueError: naming the first difference.
+        """
+        if self.sigmas != grid.levels:
+            pairs = zip(self.sigmas, grid.levels, strict=False)
+            k = next((k for k, (a, b) in enumerate(pairs) if a != b), None)
+            raise ValueError(
+                "the state comes from another grid: "
+                + (
+                    f"it has {len(self.sigmas)} levels, sigmas has {len(grid.levels)}"
+                    if k is None
+                    else f"level {k} is {self.sigmas[k]!r} there and {grid.levels[k]!r} in sigmas"
+                )
+                + "; pass the grid that made the state"
+            )
+        if self.solver != solver:
+            raise ValueError(
+                f"the state comes from another solver: it was made by {self.solver}, this is "
+                f"{solver}; a step is undone only by the solver that took it"
+            )
+        first = 0 if self.noisier is None else 1
+        if not first <= self.index <= grid.steps:
+            raise ValueError(f"index must be between {first} and {grid.steps}, got {self.index}")
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """What `sample` and `invert` return.
+
+    Attributes:
+        x: the state at the level where the run stopped, shape and dtype of the input.
+        state: everything needed to continue, or to go back.
+        nfe: denoiser evaluations spent.
+    """
+
+    x: Tensor
+    state: State
+    nfe: int
+
+
+def check_pair(state: State) -> None:
+    """Refuse a pair of tensors that cannot stand beside each other."""
+    clean, noisy = state.cleaner, state.noisier
+    if noisy is not None and describe(noisy) != describe(clean):
+        raise ValueError(
+            f"the two states of a pair must agree, got {describe(noisy)} and {describe(clean)}"
+        )
+
+
+def describe(x: Tensor) -> str:
+    """Dtype, shape and device in words."""
+    return f"{x.dtype} {tuple(x.shape)} on {x.device}"
