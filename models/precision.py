@@ -13,9 +13,10 @@ from .base import DenoiserFunction
 class InDtype(nn.Module):
     """Runs a denoiser in `dtype` and returns the dtype of the state.
 
-    The state of a solver keeps full precision whatever the network computes in, so a half-precision
-    network loses nothing of the round trip: its rounding is the same function of the same input on
-    the way back.
+    The state of a solver keeps its precision whatever the network computes in. Given the same bits a
+    network rounds the same way, in half precision too. But a state that comes back off by its last
+    bit may fall on the other side of a rounding boundary of `dtype`, and that one element is then off
+    by a unit of `dtype`: rare in a float32 state, all but impossible in a float64 one.
 
     Args:
         denoiser: called with `x` in `dtype`; sigma stays in its own dtype, which resolves the lowest

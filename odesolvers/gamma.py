@@ -81,8 +81,8 @@ class StepRatio(GammaRule):
 
     - ``power = p + 1`` cancels the leading error over a base of odd order p and gains an order. Over
       `Euler` it is 2, and the solver is O-BELM (Wang et al., NeurIPS 2024, arXiv 2410.07273).
-    - ``power = 1`` is the neutral rule: in variance-preserving units it hardly amplifies errors in
-      either direction.
+    - ``power = 1`` is the neutral rule: where the steps change slowly it hardly amplifies errors in
+      either direction, measured in variance-preserving units.
 
     The steps are those of x whatever the scale of the approximator, as in the derivation.
     """

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, TypeAlias, final
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, final
+
+import torch
+from torch import Tensor
 
 from ..combination import STATE, Combination
-from ..solver import Solver
+from ..solver import Denoiser, Solver
 from ..step import Evaluation, Step
 
 if TYPE_CHECKING:
@@ -76,6 +79,36 @@ class IntegrationApproximator(Solver):
         x = Combination({STATE: 1.0})
         increments = tuple(self.increment(x, sigma, target, denoise) for target in targets)
         return Plan(tuple(evaluations), increments)
+
+    @final
+    def increments(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        sigma: float,
+        targets: Sequence[float],
+        *,
+        extra_args: Mapping[str, Any] | None = None,
+    ) -> list[Tensor]:
+        """Evaluate ``Δ(sigma → target | x)`` for each of `targets`, each of the shape of `x`.
+
+        For use outside the loops of `sample` and `invert`; nothing is checked here.
+
+        Args:
+            denoiser: see `Denoiser`.
+            x: state ``(B, ...)`` at level `sigma`.
+            sigma: its noise level.
+            targets: the levels to lead to; all share what can be shared.
+            extra_args: keyword arguments for every call of the denoiser.
+        """
+        plan = self.plan(sigma, targets)
+        values = [x]
+        for call in plan.evaluations:
+            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+            level = x.new_full(x.shape[:1], call.sigma, dtype=dtype)
+            point = self.arithmetic.combine(call.point, values)
+            values.append(denoiser(point, level, **(extra_args or {})))
+        return [self.arithmetic.combine(increment, values) for increment in plan.increments]
 
     @final
     def start(self, sigma: float, target: float) -> Step:

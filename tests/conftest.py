@@ -1,0 +1,53 @@
+"""Fixtures and settings of the whole suite."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("quick", max_examples=60, deadline=None)
+settings.register_profile("full", max_examples=2000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.cuda,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+            ],
+        ),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device there is."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def k_diffusion() -> ModuleType:
+    """The installed package; its own imports warn, ours do not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = importlib.import_module("k_diffusion")
+        importlib.import_module("k_diffusion.sampling")
+    return module
+
+
+@pytest.fixture(scope="session")
+def diffusers() -> ModuleType:
+    """The installed package; its own imports warn, ours do not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = importlib.import_module("diffusers")
+        _ = module.DDIMScheduler
+    return module

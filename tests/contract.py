@@ -1,0 +1,249 @@
+"""What every approximator, and every solver that can be inverted, must do.
+
+A new one is tested by a class of three lines, see `tests/test_approximators.py`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+import torch
+
+from odesolvers import (
+    BDIA,
+    IntegrationApproximator,
+    InvertibleSolver,
+    PerStep,
+    Solver,
+    State,
+    karras_sigmas,
+)
+from odesolvers.models import InDtype
+
+from .problems import Recorder, gaussian, mixture, noise, relative_error
+
+GRID = karras_sigmas(7, sigma_min=0.1, sigma_max=10.0, rho=4.0)  # 8 levels, the last is 0
+
+
+class SolverContract:
+    """For any solver: the run itself."""
+
+    solver: ClassVar[Solver]
+
+    def start(self, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        return noise(*shape, sigma=float(GRID[0]), dtype=dtype)
+
+    def test_solution_has_the_form_of_the_input(self) -> None:
+        for shape in ((1, 5), (3, 5), (2, 1, 7, 5), (4, 3, 5)):
+            for dtype in (torch.float32, torch.float64):
+                x = self.start(*shape, dtype=dtype)
+                solution = self.solver.sample(gaussian(), x, GRID)
+                assert solution.x.shape == x.shape
+                assert solution.x.dtype == x.dtype
+                assert bool(solution.x.isfinite().all())
+
+    def test_solves_the_ode(self) -> None:
+        grid = karras_sigmas(200, sigma_min=0.1, sigma_max=10.0, append_zero=False)
+        x = self.start(4, 5)
+        exact = gaussian().flow(x, 10.0, 0.1)
+        assert relative_error(self.solver.sample(gaussian(), x, grid).x, exact) < 0.02
+
+    def test_input_is_not_modified_and_second_run_equals_first(self) -> None:
+        x = self.start(2, 5)
+        before = x.clone()
+        first = self.solver.sample(gaussian(), x, GRID)
+        self.solver.sample(mixture(), self.start(3, 3), GRID[2:])
+        again = self.solver.sample(gaussian(), x, GRID)
+        assert torch.equal(x, before)
+        assert torch.equal(first.x, again.x)
+
+    def test_nfe_counts_the_calls(self) -> None:
+        recorder = Recorder(gaussian())
+        solution = self.solver.sample(recorder, self.start(2, 5), GRID)
+        assert solution.nfe == len(recorder.points)
+
+    def test_extra_args_reach_every_call(self) -> None:
+        recorder = Recorder(lambda x, sigma, shift: gaussian()(x, sigma) + shift)
+        self.solver.sample(recorder, self.start(2, 5), GRID, extra_args={"shift": 0.5})
+        assert all(args == {"shift": 0.5} for args in recorder.extra_args)
+
+    def test_callback_gets_k_diffusions_dictionary(self) -> None:
+        seen: list[dict[str, object]] = []
+        x = self.start(2, 5)
+        self.solver.sample(gaussian(), x, GRID, callback=seen.append)
+        assert [info["i"] for info in seen] == list(range(7))
+        for info in seen:
+            assert isinstance(info["x"], torch.Tensor)
+            assert isinstance(info["sigma"], torch.Tensor)
+            assert float(info["sigma"]) == float(info["sigma_hat"]) == float(GRID[info["i"]])
+            expected = gaussian()(info["x"], info["sigma"].expand(2))
+            torch.testing.assert_close(info["denoised"], expected)
+        assert torch.equal(seen[0]["x"], x)
+
+    def test_stopping_and_going_on_changes_nothing(self) -> None:
+        x = self.start(2, 5)
+        whole = self.solver.sample(gaussian(), x, GRID)
+        half = self.solver.sample(gaussian(), x, GRID, stop=3)
+        rest = self.solver.sample(gaussian(), half.state, GRID)
+        assert torch.equal(rest.x, whole.x)
+        assert half.nfe + rest.nfe == whole.nfe
+
+
+class ApproximatorContract(SolverContract):
+    """For any `IntegrationApproximator`."""
+
+    approximator: ClassVar[IntegrationApproximator]
+    solver: ClassVar[Solver]
+
+    def __init_subclass__(cls) -> None:
+        cls.solver = cls.approximator
+
+    def test_declared_evaluations_are_those_made(self) -> None:
+        a = self.approximator
+        assert len(a.plan(2.0, (1.0,)).evaluations) == a.evaluations
+        assert len(a.plan(2.0, (1.0, 3.0)).evaluations) == 2 * a.evaluations - 1
+        assert len(a.plan(2.0, (0.0,)).evaluations) == 1
+        recorder = Recorder(gaussian())
+        assert a.sample(recorder, self.start(1, 5), GRID).nfe == 6 * a.evaluations + 1
+
+    def test_first_evaluation_is_at_the_state_itself(self) -> None:
+        recorder = Recorder(gaussian())
+        x = self.start(2, 5)
+        self.approximator.increments(recorder, x, 2.0, (1.0, 3.0))
+        assert torch.equal(recorder.points[0], x)
+        assert recorder.sigmas[0] == 2.0
+        assert all(1.0 <= sigma <= 3.0 for sigma in recorder.sigmas)
+
+    def test_several_targets_equal_one_at_a_time(self) -> None:
+        x = self.start(3, 3)
+        targets = (1.0, 0.0, 3.0, 1.7)
+        together = self.approximator.increments(mixture(), x, 2.0, targets)
+        for target, increment in zip(targets, together, strict=True):
+            (alone,) = self.approximator.increments(mixture(), x, 2.0, (target,))
+            assert torch.equal(increment, alone)
+
+    def test_the_step_to_zero_lands_on_the_denoisers_output(self) -> None:
+        x = self.start(2, 5)
+        (increment,) = self.approximator.increments(gaussian(), x, 2.0, (0.0,))
+        denoised = gaussian()(x, torch.full((2,), 2.0, dtype=torch.float64))
+        torch.testing.assert_close(x + increment, denoised, rtol=1e-14, atol=1e-14)
+
+    def test_the_flow_stands_still_at_level_zero(self) -> None:
+        for call in self.approximator.plan(0.0, (1.0,)).evaluations:
+            assert call.sigma > 0.0
+
+    def test_scale_is_positive_on_the_grid(self) -> None:
+        assert all(self.approximator.scale(sigma) > 0 for sigma in (0.0, 0.002, 1.0, 80.0))
+
+    def test_gamma_zero_in_bdia_equals_the_base(self) -> None:
+        x = self.start(2, 5)
+        base = self.approximator.sample(gaussian(), x, GRID)
+        refined = BDIA(self.approximator, 0.0).sample(gaussian(), x, GRID)
+        assert torch.equal(base.x, refined.x)
+        assert base.nfe == refined.nfe
+
+    def test_a_tiny_gamma_is_close_to_the_base(self) -> None:
+        """The limit, so that gamma = 0 is no special case of the algebra."""
+        x = self.start(2, 5)
+        base = self.approximator.sample(gaussian(), x, GRID)
+        tiny = BDIA(self.approximator, PerStep([1e-9] * 6)).sample(gaussian(), x, GRID)
+        assert 0 < relative_error(tiny.x, base.x) < 1e-7
+
+
+class InvertibleContract(SolverContract):
+    """For any `InvertibleSolver`: `invert` undoes `sample`, from wherever it starts."""
+
+    solver: ClassVar[InvertibleSolver]
+
+    # Round trips of seven steps, in units of the last place of the largest state.
+    tolerance: ClassVar[dict[torch.dtype, float]] = {torch.float32: 2e-5, torch.float64: 2e-14}
+
+    def test_invert_gives_back_the_noise(self, device: torch.device) -> None:
+        for dtype, tolerance in self.tolerance.items():
+            for shape in ((1, 5), (4, 2, 5)):
+                denoiser = gaussian().to(device)
+                x = self.start(*shape, dtype=dtype).to(device)
+                there = self.solver.sample(denoiser, x, GRID)
+                back = self.solver.invert(denoiser, there.state, GRID)
+                assert relative_error(back.x, x) < tolerance
+                assert relative_error(there.x, x) > 0.5  # it went somewhere
+
+    def test_going_back_costs_no_more_than_going(self) -> None:
+        there = self.solver.sample(gaussian(), self.start(2, 5), GRID)
+        assert self.solver.invert(gaussian(), there.state, GRID).nfe <= there.nfe
+
+    def test_going_back_evaluates_where_going_did(self) -> None:
+        there, back = Recorder(mixture()), Recorder(mixture())
+        solution = self.solver.sample(there, self.start(2, 3), GRID)
+        self.solver.invert(back, solution.state, GRID)
+        for point, sigma in zip(back.points, back.sigmas, strict=True):
+            levels = zip(there.points, there.sigmas, strict=True)
+            distances = [relative_error(point, p) for p, s in levels if s == sigma]
+            assert min(distances) < 1e-12
+
+    def test_a_lone_image_is_reached_again(self) -> None:
+        for grid in (GRID, GRID[:-1]):
+            image = noise(3, 5, seed=1)
+            code = self.solver.invert(gaussian(), image, grid)
+            again = self.solver.sample(gaussian(), code.state, grid)
+            assert relative_error(again.x, image) < 1e-12
+            assert relative_error(code.x, image) > 0.5
+
+    def test_a_lone_image_is_encoded_as_the_flow_does(self) -> None:
+        grid = karras_sigmas(200, sigma_min=0.01, sigma_max=10.0)
+        image = 0.5 * noise(3, 5, seed=1)
+        exact = gaussian().flow(image, 0.0, 10.0)
+        code = self.solver.invert(gaussian(), image, grid)
+        assert relative_error(code.x, exact) < 0.1
+
+    def test_any_part_of_the_grid_can_be_undone_and_done_again(self) -> None:
+        x = self.start(2, 3)
+        middle = self.solver.sample(mixture(), x, GRID, stop=4)
+        end = self.solver.sample(mixture(), middle.state, GRID)
+        up = self.solver.invert(mixture(), end.state, GRID, stop=3)
+        down = self.solver.sample(mixture(), up.state, GRID)
+        assert relative_error(down.x, end.x) < 1e-12
+        top = self.solver.invert(mixture(), up.state, GRID)
+        assert relative_error(top.x, x) < 1e-12
+        assert top.state.index == 1
+
+    def test_the_pair_is_needed(self) -> None:
+        """Without its neighbour the sample does not lead back: what a round trip must notice."""
+        x = self.start(2, 3)
+        there = self.solver.sample(mixture(), x, GRID)
+        lone = self.solver.invert(mixture(), there.x, GRID)
+        assert relative_error(lone.x, x) > 1e-6
+
+    def test_states_are_not_modified(self) -> None:
+        there = self.solver.sample(gaussian(), self.start(2, 5), GRID)
+        state = there.state
+        assert state.noisier is not None
+        copy = State(
+            state.cleaner.clone(), state.noisier.clone(), state.index, state.sigmas, state.solver
+        )
+        first = self.solver.invert(gaussian(), state, GRID)
+        assert copy.noisier is not None
+        assert torch.equal(state.cleaner, copy.cleaner)
+        assert torch.equal(state.noisier, copy.noisier)
+        assert torch.equal(first.x, self.solver.invert(gaussian(), copy, GRID).x)
+
+    @pytest.mark.parametrize("network", [torch.float32, torch.float64, torch.bfloat16])
+    def test_the_network_may_have_another_dtype_than_the_state(self, network: torch.dtype) -> None:
+        denoiser = InDtype(gaussian(), network)
+        x = self.start(50, 5)
+        there = self.solver.sample(denoiser, x, GRID)
+        back = self.solver.invert(denoiser, there.state, GRID)
+        assert relative_error(back.x, x) < 1e-12
+
+    def test_callbacks_do_not_change_the_run(self) -> None:
+        there = self.solver.sample(gaussian(), self.start(2, 5), GRID)
+        kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def keep(info: dict[str, torch.Tensor]) -> None:
+            kept.append((info["x"], info["x"].clone()))
+
+        plain = self.solver.invert(gaussian(), there.state, GRID)
+        watched = self.solver.invert(gaussian(), there.state, GRID, callback=keep)
+        assert torch.equal(plain.x, watched.x)
+        assert all(torch.equal(x, copy) for x, copy in kept)

@@ -1,0 +1,117 @@
+"""Rules for g_i: their values, and what they refuse."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from odesolvers import (
+    BDIA,
+    DDIM,
+    ConstantGamma,
+    Euler,
+    GammaRule,
+    Grid,
+    HeunEDM,
+    PerStep,
+    SmoothedOutput,
+    StepRatio,
+    ddim_timesteps,
+    sigmas_from_alphas_cumprod,
+)
+
+from .problems import gaussian, noise
+
+GRID = Grid.of([8.0, 4.0, 3.0, 1.0, 0.0])
+
+
+def weights(rule: GammaRule, scale: object = None) -> list[float]:
+    return rule.weights(GRID, scale or Euler().scale)  # type: ignore[arg-type]
+
+
+def test_constant_in_the_unscaled_state() -> None:
+    assert weights(ConstantGamma(0.7)) == [0.7] * 3
+    s = [1 / math.sqrt(1 + sigma**2) for sigma in GRID.levels]
+    expected = [0.7 * s[k - 1] / s[k + 1] for k in (1, 2, 3)]
+    assert weights(ConstantGamma(0.7), DDIM().scale) == pytest.approx(expected, rel=1e-14)
+
+
+def test_step_ratio_is_the_step_ahead_over_the_step_behind() -> None:
+    assert weights(StepRatio(1)) == [1 / 4, 2 / 1, 1 / 2]
+    assert weights(StepRatio(2)) == [1 / 16, 4.0, 1 / 4]
+    assert weights(StepRatio(2), DDIM().scale) == weights(StepRatio(2))
+
+
+def test_smoothing_changes_the_last_weight_alone() -> None:
+    assert weights(SmoothedOutput(1.0)) == [1.0, 1.0, 0.5]
+    assert weights(SmoothedOutput(StepRatio(1))) == [0.25, 2.0, pytest.approx(1 / 3)]
+    assert SmoothedOutput(1.0).weights(Grid.of([1.0, 0.0]), Euler().scale) == []
+
+
+def test_a_number_is_the_constant_rule() -> None:
+    x = noise(1, 5, sigma=8.0)
+    by_number = BDIA(DDIM(), 0.7).sample(gaussian(), x, GRID).x
+    by_rule = BDIA(DDIM(), ConstantGamma(0.7)).sample(gaussian(), x, GRID).x
+    assert by_number.equal(by_rule)
+
+
+@pytest.mark.parametrize("gamma", [-0.1, 1.1, math.nan, math.inf])
+def test_a_constant_outside_its_range_is_refused(gamma: float) -> None:
+    with pytest.raises(ValueError, match=r"gamma must be in \(0, 1\]"):
+        BDIA(HeunEDM(), gamma)
+
+
+@pytest.mark.parametrize("gamma", ["1.0", None, True, [0.5]])
+def test_what_is_no_rule_is_refused(gamma: object) -> None:
+    with pytest.raises(TypeError, match="gamma must be a number in"):
+        BDIA(HeunEDM(), gamma)  # type: ignore[arg-type]
+
+
+def test_inversion_with_gamma_zero_is_refused() -> None:
+    solver = BDIA(HeunEDM(), 0.0)
+    state = solver.sample(gaussian(), noise(1, 5, sigma=8.0), GRID).state
+    with pytest.raises(ValueError, match=r"cannot be inverted.*weight g = 0"):
+        solver.invert(gaussian(), state, GRID)
+
+
+def test_the_wrong_number_of_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"gives 2 weights; a grid of 4 steps needs 3"):
+        BDIA(Euler(), PerStep([0.5, 0.5])).sample(gaussian(), noise(1, 5, sigma=8.0), GRID)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -0.5])
+def test_weights_that_are_not_usable_are_refused(bad: float) -> None:
+    with pytest.raises(ValueError, match=r"at the step from sigmas\[2\] = 3"):
+        BDIA(Euler(), PerStep([0.5, bad, 0.5])).sample(gaussian(), noise(1, 5, sigma=8.0), GRID)
+
+
+def test_step_ratio_refuses_a_power_that_is_not_finite() -> None:
+    with pytest.raises(ValueError, match="power must be a finite number"):
+        StepRatio(math.inf)
+
+
+def largest_amplification(rule: GammaRule, grid: Grid) -> float:
+    """Of the alternating mode over an inversion, in variance-preserving units."""
+    s = [DDIM().scale(sigma) for sigma in grid.levels]
+    g = rule.checked_weights(grid, DDIM().scale)
+    worst = product = 1.0
+    for k in range(grid.steps - 1, 0, -1):
+        product *= s[k - 1] / s[k] / g[k - 1]
+        worst = max(worst, product)
+    return worst
+
+
+@pytest.mark.parametrize("n", [10, 20, 50, 100])
+def test_neutral_rule_hardly_amplifies_on_the_schedule_of_stable_diffusion(n: int) -> None:
+    """With trailing timesteps. Leading ones end with a short step, which costs a factor of its own."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alphas = torch.cumprod(1 - betas, 0)
+    trailing = ddim_timesteps(n, spacing="trailing")
+    grid = Grid.of(sigmas_from_alphas_cumprod(alphas, trailing))
+    assert largest_amplification(StepRatio(1), grid) < 1.4
+    assert largest_amplification(ConstantGamma(1.0), grid) > 8
+    assert largest_amplification(StepRatio(2), grid) > 5
+    leading = Grid.of(sigmas_from_alphas_cumprod(alphas, ddim_timesteps(n, offset=1)))
+    assert largest_amplification(StepRatio(1), leading) < 10

@@ -1,0 +1,108 @@
+"""Every claimed order is a fitted slope, within 0.2, on a flow that is not linear."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from odesolvers import (
+    BDIA,
+    GammaRule,
+    IntegrationApproximator,
+    Solver,
+    StepRatio,
+    karras_sigmas,
+)
+
+from .problems import mixture, noise, reference, relative_error
+from .test_approximators import ALL
+
+TOP, BOTTOM = 5.0, 0.3
+START = noise(8, 3, sigma=TOP)
+
+
+@cache
+def exact() -> torch.Tensor:
+    return reference(mixture(), START, TOP, BOTTOM)
+
+
+def fitted_order(solver: Solver, steps: tuple[int, ...]) -> float:
+    """Minus the slope of log error over log steps, on grids whose steps change tenfold in length."""
+    errors = []
+    for n in steps:
+        grid = karras_sigmas(n + 1, BOTTOM, TOP, rho=5.0, append_zero=False)
+        errors.append(relative_error(solver.sample(mixture(), START, grid).x, exact()))
+    assert min(errors) > 1e-12, "below what the reference resolves"
+    return float(-np.polyfit(np.log(steps), np.log(errors), 1)[0])
+
+
+def steps_for(order: int) -> tuple[int, ...]:
+    return {1: (100, 200, 400, 800), 2: (60, 120, 240, 480), 3: (40, 80, 160, 320)}.get(
+        order, (40, 60, 80, 120)
+    )
+
+
+@pytest.mark.parametrize("approximator", ALL, ids=repr)
+def test_base(approximator: IntegrationApproximator) -> None:
+    order = approximator.order
+    assert fitted_order(approximator, steps_for(order)) == pytest.approx(order, abs=0.2)
+
+
+ODD = [a for a in ALL if a.order % 2 == 1]
+EVEN = [a for a in ALL if a.order % 2 == 0]
+
+
+@pytest.mark.parametrize("approximator", ODD, ids=repr)
+def test_odd_bases_gain_an_order_where_the_leading_error_cancels(
+    approximator: IntegrationApproximator,
+) -> None:
+    gained = approximator.order + 1
+    solver = BDIA(approximator, StepRatio(gained))
+    assert fitted_order(solver, steps_for(gained)) == pytest.approx(gained, abs=0.2)
+
+
+@pytest.mark.parametrize("approximator", ODD, ids=repr)
+def test_odd_bases_keep_their_order_with_a_smaller_constant_gamma(
+    approximator: IntegrationApproximator,
+) -> None:
+    order = approximator.order
+    solver = BDIA(approximator, 0.3)
+    assert fitted_order(solver, steps_for(order)) == pytest.approx(order, abs=0.2)
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.5, StepRatio(2)], ids=repr)
+@pytest.mark.parametrize("approximator", EVEN, ids=repr)
+def test_even_bases_keep_their_order(
+    approximator: IntegrationApproximator, gamma: float | GammaRule
+) -> None:
+    order = approximator.order
+    solver = BDIA(approximator, gamma)
+    assert fitted_order(solver, steps_for(order)) == pytest.approx(order, abs=0.2)
+
+
+@pytest.mark.parametrize("gamma", [0.25, 0.5, 0.75])
+def test_the_error_constant_of_an_odd_base_shrinks_as_derived(gamma: float) -> None:
+    """Global error times (1 - γ) / (1 + γ), over steps of equal length."""
+    approximator = ODD[0]
+    grid = torch.linspace(TOP, BOTTOM, 4001, dtype=torch.float64)
+
+    def error(solver: Solver) -> torch.Tensor:
+        return solver.sample(mixture(), START, grid).x - exact()
+
+    ratio = error(BDIA(approximator, gamma)).norm() / error(approximator).norm()
+    assert float(ratio) == pytest.approx((1 - gamma) / (1 + gamma), rel=0.05)
+
+
+@pytest.mark.parametrize("gamma", [0.25, 0.75])
+def test_the_error_constant_of_an_even_base_does_not_depend_on_gamma(gamma: float) -> None:
+    approximator = EVEN[0]
+    grid = torch.linspace(TOP, BOTTOM, 801, dtype=torch.float64)
+
+    def error(solver: Solver) -> torch.Tensor:
+        return solver.sample(mixture(), START, grid).x - exact()
+
+    ratio = error(BDIA(approximator, gamma)).norm() / error(approximator).norm()
+    assert float(ratio) == pytest.approx(1.0, rel=0.05)
