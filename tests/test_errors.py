@@ -103,7 +103,7 @@ def test_a_state_that_overflows_is_reported() -> None:
 def test_what_is_no_denoiser() -> None:
     with pytest.raises(TypeError, match=r"callable as denoiser\(x, sigma\), got Tensor"):
         SOLVER.sample(X, X, GRID)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="extra_args must be a mapping.*got list"):
+    with pytest.raises(TypeError, match=r"extra_args must be a mapping.*got list"):
         SOLVER.sample(gaussian(), X, GRID, extra_args=[1])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="HeunEDM"):
         BDIA(HeunEDM)  # type: ignore[arg-type]
