@@ -21,6 +21,7 @@ class Combination:
     ``v_0`` is the current state and ``v_k`` the k-th denoiser output. Combinations add, subtract
     and scale as vectors do.
 
+    >>> from odesolvers.combination import STATE, Combination
     >>> x, denoised = Combination({STATE: 1.0}), Combination({1: 1.0})
     >>> (x - denoised) / 2.0
     Combination({0: 0.5, 1: -0.5})

@@ -1,0 +1,61 @@
+"""How strongly an inversion amplifies errors, by rule for gamma and by grid.
+
+Prints the largest product of the factors by which the alternating mode of the recurrence is multiplied
+on the way up the grid, in variance-preserving units (state over sqrt(1 + sigma^2)): 1 is neutral.
+
+Run: python benchmarks/amplification.py        (a second)
+"""
+
+from __future__ import annotations
+
+import torch
+
+from odesolvers import (
+    DDIM,
+    ConstantGamma,
+    GammaRule,
+    Grid,
+    StepRatio,
+    ddim_timesteps,
+    karras_sigmas,
+    sigmas_from_alphas_cumprod,
+)
+
+RULES: list[GammaRule] = [ConstantGamma(1.0), ConstantGamma(0.96), StepRatio(1), StepRatio(2)]
+STEPS = (10, 20, 50, 100)
+
+
+def stable_diffusion(n: int, spacing: str, offset: int) -> torch.Tensor:
+    """The levels of Stable Diffusion's schedule, ending at 0."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    steps = ddim_timesteps(n, spacing=spacing, offset=offset)  # type: ignore[arg-type]
+    return sigmas_from_alphas_cumprod(torch.cumprod(1 - betas, 0), steps)
+
+
+def amplification(rule: GammaRule, grid: Grid) -> float:
+    """The largest product of consecutive factors, from the last step upwards."""
+    s = [DDIM().scale(sigma) for sigma in grid.levels]
+    g = rule.checked_weights(grid, DDIM().scale)
+    worst = product = 1.0
+    for k in range(grid.steps - 1, 0, -1):
+        product *= s[k - 1] / s[k] / g[k - 1]
+        worst = max(worst, product)
+    return worst
+
+
+def main() -> None:
+    grids = {
+        "Stable Diffusion, trailing": lambda n: stable_diffusion(n, "trailing", 0),
+        "Stable Diffusion, leading": lambda n: stable_diffusion(n, "leading", 1),
+        "Karras 80 to 0.002": karras_sigmas,
+    }
+    print("| grid | rule | " + " | ".join(f"{n} steps" for n in STEPS) + " |")
+    print("|---|---|" + "---:|" * len(STEPS))
+    for name, make in grids.items():
+        for rule in RULES:
+            values = [f"{amplification(rule, Grid.of(make(n))):.3g}" for n in STEPS]
+            print(f"| {name} | {rule} | " + " | ".join(values) + " |")
+
+
+if __name__ == "__main__":
+    main()
