@@ -250,16 +250,16 @@ def pick(kind: str, name: str, table: Mapping[str, T]) -> T:
     )
 
 
-def gamma(text: str) -> GammaRule:
-    """A rule from a number, ``step-ratio-P`` or ``smoothed-RULE``."""
+def gamma(text: str) -> float | GammaRule:
+    """A number, or the rule ``step-ratio-P`` or ``smoothed-RULE``."""
     if text.startswith("smoothed-"):
         return SmoothedOutput(gamma(text.removeprefix("smoothed-")))
     power = text.removeprefix("step-ratio-")
     try:
-        return StepRatio(float(power)) if power != text else ConstantGamma(float(text))
+        return StepRatio(float(power)) if power != text else ConstantGamma(float(text)).gamma
     except ValueError as error:
-        forms = "; ".join(f"{form}: {meaning}" for form, meaning in GAMMAS.items())
-        raise ValueError(f"--gamma {text} is not usable. {forms}") from error
+        forms = " or ".join(f"{form} ({meaning})" for form, meaning in GAMMAS.items())
+        raise ValueError(f"--gamma {text} is not usable: give {forms}") from error
 
 
 def labels(text: str) -> tuple[int, ...]:

@@ -169,26 +169,29 @@ def draw_round_trip(
     noise_gap, noise_note = _difference(trip.recovered / sigma, trip.noise / sigma)
     sample_gap, sample_note = _difference(trip.resampled, trip.samples)
     panels = [
-        (noise_in_view(trip.noise, sigma), "Noise", "1"),
-        (noise_in_view(trip.recovered, sigma), "Recovered noise", "3"),
-        (noise_gap, f"3 − 1  {noise_note}", None),
-        (trip.samples, f"Sampled {noun}s", "2"),
-        (trip.resampled, "Sampled again", "4"),
-        (sample_gap, f"4 − 2  {sample_note}", None),
+        (noise_in_view(trip.noise, sigma), "Noise", 1),
+        (noise_in_view(trip.recovered, sigma), "Recovered noise", 3),
+        (noise_gap, f"(3 − 1) {noise_note[0]}", noise_note[1]),
+        (trip.samples, f"Sampled {noun}s", 2),
+        (trip.resampled, "Sampled again", 4),
+        (sample_gap, f"(4 − 2) {sample_note[0]}", sample_note[1]),
     ]
     figure = _figure(12.0, 8.6)
     figure.text(0.02, 0.955, title, fontsize=18, weight="bold", color=INK, va="center")
     axes = figure.subplots(2, 3)
     figure.subplots_adjust(left=0.02, right=0.98, top=0.865, bottom=0.02, wspace=0.3, hspace=0.27)
-    for ax, (images, name, badge) in zip(axes.flat, panels, strict=True):
-        ax.imshow(contact_sheet(images, paper=SLATE if badge else MIST), interpolation="nearest")
+    for ax, (images, name, note) in zip(axes.flat, panels, strict=True):
+        numbered = isinstance(note, int)
+        ax.imshow(contact_sheet(images, paper=SLATE if numbered else MIST), interpolation="nearest")
         ax.set_axis_off()
-        place = {"transform": ax.transAxes, "fontsize": 14, "va": "center", "color": INK}
-        ax.text(0.1 if badge else 0.0, 1.06, name, **place)
-        if badge:
-            style = {"boxstyle": "circle,pad=0.22", "facecolor": ACCENT, "edgecolor": "none"}
-            place |= {"color": "white", "weight": "bold", "fontsize": 13, "bbox": style}
-            ax.text(0.035, 1.06, badge, ha="center", **place)
+        line = {"transform": ax.transAxes, "va": "center", "fontsize": 14, "color": INK}
+        ax.text(0.1 if numbered else 0.0, 1.06, name, **line)
+        if numbered:
+            badge = {"boxstyle": "circle,pad=0.22", "facecolor": ACCENT, "edgecolor": "none"}
+            line |= {"color": "white", "weight": "bold", "fontsize": 13, "bbox": badge}
+            ax.text(0.035, 1.06, str(note), ha="center", **line)
+        else:
+            ax.text(1.0, 1.06, note, ha="right", **(line | {"fontsize": 12, "alpha": 0.6}))
     (first, third, _), (second, fourth, _) = axes
     there, back = trip.evaluations
     for above, below in ((first, second), (third, fourth)):
@@ -223,16 +226,15 @@ def _say(ax: Any, x: float, y: float, text: str, align: str) -> None:
     ax.text(x, y, text, transform=ax.transAxes, **style)
 
 
-def _difference(a: Tensor, b: Tensor) -> tuple[Tensor, str]:
-    """``a - b`` in colours, magnified by a power of ten until it shows; and what was done."""
+def _difference(a: Tensor, b: Tensor) -> tuple[Tensor, tuple[str, str]]:
+    """``a - b`` in colours, magnified by a power of ten until it shows; the power, and its top."""
     difference = (a.double() - b.double()).cpu()
-    largest = difference.abs().amax().item()
-    if largest == 0.0:
-        return signed_colours(difference), "(none)"
-    visible = difference.abs().flatten().quantile(0.95).item() or largest
-    power = max(0, math.floor(-math.log10(visible)))
-    note = f"× $10^{{{power}}}$  (largest {largest:.0e})"
-    return signed_colours(difference * 10.0**power), note
+    sizes = difference.abs().flatten()
+    largest = sizes.max().item()
+    visible = sizes[:: max(1, len(sizes) // 2**20)].quantile(0.95).item() or largest
+    power = max(0, math.floor(-math.log10(visible))) if visible > 0 else 0
+    scale = f"× $10^{{{power}}}$" if power else ""
+    return signed_colours(difference * 10.0**power), (scale, f"largest: {largest:.0e}")
 
 
 def _to_bytes(images: Tensor) -> Pixels:
