@@ -32,7 +32,7 @@ class Grid:
         """Read and check a grid given as a tensor, an array or a sequence of numbers."""
         if isinstance(sigmas, Grid):
             return sigmas
-        levels = torch.as_tensor(sigmas).detach().to("cpu", torch.float64)
+        levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").detach()
         if levels.ndim != 1 or len(levels) < 2:
             raise ValueError(
                 "sigmas must be one row of at least two noise levels (one step), got shape "

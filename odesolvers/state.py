@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from .grids import Grid
@@ -57,6 +61,35 @@ class State:
         first = 0 if self.noisier is None else 1
         if not first <= self.index <= grid.steps:
             raise ValueError(f"index must be between {first} and {grid.steps}, got {self.index}")
+
+    def save(self, path: str | os.PathLike[str], notes: Mapping[str, Any] | None = None) -> None:
+        """Write the state to a safetensors file, from which `load` reads it back to the bit.
+
+        Args:
+            path: the file, conventionally ``*.safetensors``; replaced if it exists.
+            notes: anything that JSON can hold, kept in the file for `odesolvers.storage.read`.
+
+        Raises:
+            ImportError: where safetensors is not installed.
+            OSError: if the file cannot be written.
+        """
+        from .storage import write
+
+        write(self, path, notes)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> State:
+        """Read a state that `save` wrote, onto `device`.
+
+        Raises:
+            ImportError: where safetensors is not installed.
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is not a state, is damaged (its checksum disagrees), or is in
+                another version of the format.
+        """
+        from .storage import read
+
+        return read(path, device)[0]
 
 
 @dataclass(frozen=True, eq=False)

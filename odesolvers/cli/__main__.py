@@ -1,0 +1,5 @@
+"""``python -m odesolvers.cli``"""
+
+from . import main
+
+main()

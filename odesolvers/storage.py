@@ -1,0 +1,112 @@
+"""States in files: safetensors, with what a run needs to go on in the header."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from .grids import Grid
+from .state import State, check_pair
+
+FORMAT: Final = "odesolvers state"
+VERSION: Final = "1"
+
+
+def write(
+    state: State, path: str | os.PathLike[str], notes: Mapping[str, Any] | None = None
+) -> None:
+    """Save `state`; see `State.save`. The file appears whole or not at all."""
+    safetensors = _safetensors()
+    tensors = {"cleaner": state.cleaner, "noisier": state.noisier}
+    stored = {
+        name: tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in tensors.items()
+        if tensor is not None
+    }
+    # Hexadecimal floats: every level comes back to the bit, which `State.check` insists on.
+    header = {
+        "index": state.index,
+        "sigmas": [sigma.hex() for sigma in state.sigmas],
+        "solver": state.solver,
+        "notes": dict(notes or {}),
+    }
+    metadata = {"format": FORMAT, "version": VERSION, "state": json.dumps(header)}
+    metadata["sha256"] = _digest(metadata["state"], stored)
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        safetensors.torch.save_file(stored, partial, metadata=metadata)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read(
+    path: str | os.PathLike[str], device: torch.device | str = "cpu"
+) -> tuple[State, dict[str, Any]]:
+    """The state in the file `path`, see `State.load`, and the notes that were saved with it."""
+    safetensors = _safetensors()
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            _check_kind(path, metadata)
+            # Copies: what the file shows must not change under a state when the file does.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a saved state: not a safetensors file, or a damaged one ({error})"
+        ) from error
+    if metadata.get("sha256") != _digest(metadata.get("state", ""), tensors):
+        raise ValueError(f"{path} is damaged: its contents do not match its checksum")
+    header = json.loads(metadata["state"])
+    state = State(
+        cleaner=tensors["cleaner"].to(device),
+        noisier=tensors["noisier"].to(device) if "noisier" in tensors else None,
+        index=header["index"],
+        sigmas=tuple(float.fromhex(sigma) for sigma in header["sigmas"]),
+        solver=header["solver"],
+    )
+    check_pair(state)
+    state.check(Grid.of(state.sigmas), state.solver)
+    return state, header["notes"]
+
+
+def _check_kind(path: Path, metadata: Mapping[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is a safetensors file, but not a state saved by odesolvers (State.save)"
+        )
+    if metadata.get("version") != VERSION:
+        raise ValueError(
+            f"{path} is in version {metadata.get('version')} of the state format, this odesolvers "
+            f"reads version {VERSION}: load it with the odesolvers that wrote it"
+        )
+
+
+def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(header.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "saving and loading states needs safetensors: pip install 'odesolvers[cli]'"
+        ) from error
+    return safetensors
