@@ -85,7 +85,11 @@ def rows(steps: int) -> list[list[str]]:
         for approximator, gamma in tqdm(pairs, desc=name):
             solver = BDIA(approximator, gamma)
             there = solver.sample(denoiser, noise, sigmas)
-            row = [name, str(approximator)[:-2], str(gamma).replace("power=", "").replace("rule=", "")]
+            row = [
+                name,
+                str(approximator)[:-2],
+                str(gamma).replace("power=", "").replace("rule=", ""),
+            ]
             row += [str(there.nfe), f"{distance(there.x, reference):.1e}"]
             if gamma == 0.0:
                 table.append([*row, "", "", "", ""])
@@ -118,7 +122,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=TABLE)
     options = parser.parse_args()
     text = markdown(rows(options.steps))
-    print(f"torch {torch.__version__}, {platform.machine()}, {options.steps} Karras steps\n\n{text}")
+    print(
+        f"torch {torch.__version__}, {platform.machine()}, {options.steps} Karras steps\n\n{text}"
+    )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(text + "\n")
 

@@ -49,7 +49,8 @@ class BDIA(InvertibleSolver):
                 "BDIA wraps an IntegrationApproximator instance such as HeunEDM(), got "
                 f"{self.approximator!r}"
             )
-        as_rule(self.gamma)
+        # One solver has one description, by which its states know it.
+        object.__setattr__(self, "gamma", as_rule(self.gamma))
 
     def step(self, behind: float, sigma: float, ahead: float, g: float) -> Step:
         """From x_{i+1} and x_i, at levels `behind` and `sigma`, to x_{i-1} at level `ahead`.

@@ -55,6 +55,9 @@ def test_a_number_is_the_constant_rule() -> None:
     by_number = BDIA(DDIM(), 0.7).sample(gaussian(), x, GRID).x
     by_rule = BDIA(DDIM(), ConstantGamma(0.7)).sample(gaussian(), x, GRID).x
     assert by_number.equal(by_rule)
+    assert (
+        repr(BDIA(DDIM(), 1)) == repr(BDIA(DDIM(), 1.0)) == repr(BDIA(DDIM(), ConstantGamma(1.0)))
+    )
 
 
 @pytest.mark.parametrize("gamma", [-0.1, 1.1, math.nan, math.inf])
