@@ -215,6 +215,26 @@ class InvertibleContract(SolverContract):
         lone = self.solver.invert(mixture(), there.x, GRID)
         assert relative_error(lone.x, x) > 1e-6
 
+    def test_callback_on_the_way_up(self) -> None:
+        """The dictionary of sampling; the level falls from the pair's noisier state to 1."""
+        there = self.solver.sample(gaussian(), self.start(2, 5), GRID)
+        seen: list[dict[str, object]] = []
+        self.solver.invert(gaussian(), there.state, GRID, callback=seen.append)
+        assert [info["i"] for info in seen] == [6, 5, 4, 3, 2, 1]
+        assert torch.equal(seen[0]["x"], there.state.noisier)
+        for info in seen:
+            assert float(info["sigma"]) == float(info["sigma_hat"]) == float(GRID[info["i"]])
+            expected = gaussian()(info["x"], info["sigma"].expand(2))
+            torch.testing.assert_close(info["denoised"], expected)
+
+    def test_extra_args_reach_every_call_on_the_way_up(self) -> None:
+        recorder = Recorder(lambda x, sigma, shift: gaussian()(x, sigma) + shift)
+        options = {"extra_args": {"shift": 0.5}}
+        there = self.solver.sample(recorder, self.start(2, 5), GRID, **options)
+        back = self.solver.invert(recorder, there.state, GRID, **options)
+        assert len(recorder.extra_args) == there.nfe + back.nfe
+        assert all(args == {"shift": 0.5} for args in recorder.extra_args)
+
     def test_states_are_not_modified(self) -> None:
         there = self.solver.sample(gaussian(), self.start(2, 5), GRID)
         state = there.state

@@ -149,6 +149,12 @@ def test_coefficients_give_what_the_formula_gives_on_tensors(
         torch.testing.assert_close(planned, direct, rtol=1e-13, atol=1e-13)
 
 
+def test_scales_are_those_of_the_published_states() -> None:
+    for sigma in (0.0, 0.1, 3.0, 80.0):
+        vp = (1 + sigma**2) ** -0.5
+        assert [a.scale(sigma) for a in ALL] == pytest.approx([1, vp, 1, 1, 1, 1, vp], rel=1e-14)
+
+
 def test_ddim_and_euler_differ_in_scale_alone() -> None:
     assert DDIM().plan(2.0, (1.0, 3.0)) == Euler().plan(2.0, (1.0, 3.0))
     assert (Euler().scale(3.0), DDIM().scale(3.0)) == (1.0, pytest.approx(10**-0.5))

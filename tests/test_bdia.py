@@ -17,6 +17,7 @@ from odesolvers import (
     HeunEDM,
     IntegrationApproximator,
     SmoothedOutput,
+    State,
     StepRatio,
     karras_sigmas,
     vp_sigmas,
@@ -156,11 +157,55 @@ def test_fifty_karras_steps_at_gamma_one(
 def test_no_gradients_are_recorded() -> None:
     weight = torch.nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
     x = noise(1, 3, sigma=80.0).requires_grad_()
-    solution = BDIA(DDIM()).sample(lambda x, sigma: weight * x, x, karras_sigmas(4))
-    assert not solution.x.requires_grad
+    for walk in (BDIA(DDIM()).sample, BDIA(DDIM()).invert):
+        assert not walk(lambda x, sigma: weight * x, x, karras_sigmas(4)).x.requires_grad
+
+
+@pytest.mark.parametrize("approximator", ALL, ids=repr)
+def test_a_lone_image_at_level_zero_gets_its_neighbour_from_the_trapezoid_rule(
+    approximator: IntegrationApproximator,
+) -> None:
+    """Half the slope at the other end, for one evaluation there: third order in the level."""
+    solver, image = BDIA(approximator), noise(4, 5, seed=1)
+    errors = []
+    for sigma in (0.02, 0.01):
+        recorder = Recorder(gaussian())
+        code = solver.invert(recorder, image, [sigma, 0.0])
+        d = (image - gaussian()(image, torch.full((4,), sigma, dtype=torch.float64))) / sigma
+        torch.testing.assert_close(code.x, image + sigma / 2 * d, rtol=1e-14, atol=1e-14)
+        assert (recorder.sigmas, code.nfe) == ([sigma], 1)
+        assert torch.equal(recorder.points[0], image)
+        errors.append(float((code.x - gaussian().flow(image, 0.0, sigma)).norm()))
+    assert errors[0] / errors[1] == pytest.approx(16, rel=0.05)  # odd powers of σ vanish here
+
+
+@pytest.mark.parametrize("approximator", ALL, ids=repr)
+def test_a_lone_image_above_level_zero_gets_its_neighbour_from_the_approximator(
+    approximator: IntegrationApproximator,
+) -> None:
+    image = noise(4, 3, seed=1)
+    code = BDIA(approximator).invert(mixture(), image, [3.0, 2.0])
+    (behind,) = approximator.increments(mixture(), image, 2.0, (3.0,))
+    assert relative_error(code.x, image + behind) < 1e-14
+
+
+def test_a_run_that_starts_in_the_middle_takes_the_approximators_step_first() -> None:
+    """From one state at level 2 it is the run on the grid from there on."""
+    solver, grid, x = BDIA(HeunEDM()), karras_sigmas(6), noise(2, 3, sigma=5.0)
+    lone = State(x, None, 2, tuple(grid.tolist()), repr(solver))
+    middle = solver.sample(mixture(), lone, grid)
+    assert torch.equal(middle.x, solver.sample(mixture(), x, grid[2:]).x)
+    assert middle.state.index == 6
+    up = solver.invert(mixture(), lone, grid)
+    (behind,) = HeunEDM().increments(mixture(), x, float(grid[2]), (float(grid[1]),))
+    assert up.state.index == 1
+    pair = State(x, x + behind, 2, tuple(grid.tolist()), repr(solver))
+    assert relative_error(up.x, solver.invert(mixture(), pair, grid).x) < 1e-13
 
 
 def test_progress_shows_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
     x = noise(1, 3, sigma=80.0)
-    BDIA(DDIM()).sample(mixture(), x, karras_sigmas(4), progress=True)
+    state = BDIA(DDIM()).sample(mixture(), x, karras_sigmas(4), progress=True).state
     assert "4/4" in capsys.readouterr().err
+    BDIA(DDIM()).invert(mixture(), state, karras_sigmas(4), progress=True)
+    assert "3/3" in capsys.readouterr().err

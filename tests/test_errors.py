@@ -100,6 +100,14 @@ def test_a_state_that_overflows_is_reported() -> None:
         BDIA(Euler()).sample(lambda x, sigma: -1e30 * x, X, GRID)
 
 
+def test_a_state_that_overflows_in_the_last_step_is_reported() -> None:
+    def huge_at_last(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return x if float(sigma[0]) > 2 else torch.full_like(x, -3e38)
+
+    with pytest.raises(FloatingPointError, match="final state is not finite"):
+        BDIA(Euler()).sample(huge_at_last, X, [4.0, 2.0, 1.0])
+
+
 def test_what_is_no_denoiser() -> None:
     with pytest.raises(TypeError, match=r"callable as denoiser\(x, sigma\), got Tensor"):
         SOLVER.sample(X, X, GRID)  # type: ignore[arg-type]
