@@ -5,7 +5,8 @@ Measures, on a mixture of Gaussians and on the digits, 50 Karras steps from 80 t
 - round trip: relative error of the noise after `sample` and `invert` from its state, in float32 and
   in float64;
 - encoding error: relative distance of the code of a lone image to its true latent (mixture only:
-  a digit does not determine its noise), and the standard deviation of the code where 1 is right.
+  a digit does not determine its noise), and the standard deviation of the code, to be compared with
+  that of the noise drawn, 0.991.
 
 Against: the base method alone (gamma = 0) and DDIM, at the evaluations they take.
 

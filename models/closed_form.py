@@ -66,7 +66,12 @@ class GaussianMixture(nn.Module):
         self, means: Tensor, stds: Tensor | float = 0.0, weights: Tensor | None = None
     ) -> None:
         super().__init__()
-        if means.ndim < 2 or not means.is_floating_point() or not bool(means.isfinite().all()):
+        if (
+            means.ndim < 2
+            or means.numel() == 0
+            or not means.is_floating_point()
+            or not bool(means.isfinite().all())
+        ):
             raise ValueError(
                 "means must be a finite floating point tensor of shape (K, ...), got "
                 f"{means.dtype} {tuple(means.shape)}"
@@ -100,7 +105,7 @@ class GaussianMixture(nn.Module):
                 f"this denoiser is for states of shape (B, {_sizes(self.means)}), got "
                 f"{tuple(x.shape)}"
             )
-        points, means = x.flatten(1).double(), self.means.flatten(1)
+        points, means = x.flatten(1).double(), self.means.flatten(1).double()
         noise = sigma.double().unsqueeze(1) ** 2
         variances = self.stds**2 + noise  # (B, K)
         # |x - m|² / 2v less |x|² / 2σ²: where all stds are 0 no large terms are left to cancel.

@@ -4,14 +4,17 @@ from .approximators import (
     DDIM,
     RK3,
     RK4,
+    Denoise,
     DPMSolverPP2S,
     Euler,
     HeunEDM,
     IntegrationApproximator,
     Midpoint,
+    slope,
 )
 from .arithmetic import Arithmetic, FloatingPoint
 from .bdia import BDIA
+from .combination import Combination
 from .gamma import ConstantGamma, GammaRule, PerStep, SmoothedOutput, StepRatio
 from .grids import (
     Grid,
@@ -33,8 +36,10 @@ __all__ = [
     "RK3",
     "RK4",
     "Arithmetic",
+    "Combination",
     "ConstantGamma",
     "DPMSolverPP2S",
+    "Denoise",
     "Denoiser",
     "Euler",
     "FloatingPoint",
@@ -55,5 +60,6 @@ __all__ = [
     "karras_sigmas",
     "polyexponential_sigmas",
     "sigmas_from_alphas_cumprod",
+    "slope",
     "vp_sigmas",
 ]

@@ -7,7 +7,7 @@ from typing import final
 
 from .approximators import HeunEDM, IntegrationApproximator
 from .arithmetic import Arithmetic, FloatingPoint
-from .combination import STATE, Combination
+from .combination import HERE
 from .gamma import GammaRule, as_rule
 from .grids import Grid
 from .solver import InvertibleSolver
@@ -49,6 +49,10 @@ class BDIA(InvertibleSolver):
                 "BDIA wraps an IntegrationApproximator instance such as HeunEDM(), got "
                 f"{self.approximator!r}"
             )
+        if not isinstance(self.arithmetic, Arithmetic):
+            raise TypeError(
+                f"arithmetic must be an instance such as FloatingPoint(), got {self.arithmetic!r}"
+            )
         # One solver has one description, by which its states know it.
         object.__setattr__(self, "gamma", as_rule(self.gamma))
 
@@ -61,7 +65,7 @@ class BDIA(InvertibleSolver):
         if g == 0.0:
             return self.start(sigma, ahead)
         plan = self.approximator.plan(sigma, (ahead, behind))
-        F, B = (Combination({STATE: 1.0}) + increment for increment in plan.increments)
+        F, B = (HERE + increment for increment in plan.increments)
         return Step(plan.evaluations, gain=g, rest=F - g * B)
 
     def start(self, sigma: float, target: float) -> Step:

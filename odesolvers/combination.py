@@ -8,6 +8,7 @@ the tensors to one place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Final
 
@@ -30,6 +31,12 @@ class Combination:
     __slots__ = ("_coefficients",)
 
     def __init__(self, coefficients: Mapping[int, float]) -> None:
+        for k, c in coefficients.items():
+            if not isinstance(c, int | float) or not math.isfinite(c):
+                raise TypeError(
+                    f"a combination has finite numbers as coefficients, got {c!r} for term {k}: "
+                    "states may be added, subtracted, and scaled by numbers"
+                )
         self._coefficients = {k: c for k, c in sorted(coefficients.items()) if c != 0.0}
 
     def __getitem__(self, term: int) -> float:
@@ -41,11 +48,16 @@ class Combination:
         return iter(self._coefficients.items())
 
     def __add__(self, other: Combination) -> Combination:
+        if not isinstance(other, Combination):
+            return NotImplemented
         terms = self._coefficients.keys() | other._coefficients.keys()
         return Combination({k: self[k] + other[k] for k in terms})
 
+    def __neg__(self) -> Combination:
+        return -1.0 * self
+
     def __sub__(self, other: Combination) -> Combination:
-        return self + (-1.0) * other
+        return self + -other
 
     def __mul__(self, factor: float) -> Combination:
         return Combination({k: c * factor for k, c in self})
@@ -65,3 +77,7 @@ class Combination:
 
     def __repr__(self) -> str:
         return f"Combination({self._coefficients})"
+
+
+HERE: Final = Combination({STATE: 1.0})
+"""The current state itself."""

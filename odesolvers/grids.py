@@ -11,10 +11,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Sigmas: TypeAlias = "Grid | Tensor | Sequence[float]"
+"""What `Grid.of` reads; numpy arrays as well."""
 
 
 @dataclass(frozen=True)
@@ -27,31 +32,35 @@ class Grid:
 
     levels: tuple[float, ...]
 
-    @classmethod
-    def of(cls, sigmas: Grid | Tensor | Sequence[float] | Any) -> Grid:
-        """Read and check a grid given as a tensor, an array or a sequence of numbers."""
-        if isinstance(sigmas, Grid):
-            return sigmas
-        levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").detach()
-        if levels.ndim != 1 or len(levels) < 2:
+    def __post_init__(self) -> None:
+        if len(self.levels) < 2:
             raise ValueError(
-                "sigmas must be one row of at least two noise levels (one step), got shape "
-                f"{tuple(levels.shape)}"
+                f"a grid needs at least two noise levels (one step), got {len(self.levels)}"
             )
-        grid = cls(tuple(levels.tolist()))
-        for k, sigma in enumerate(grid.levels):
+        for k, sigma in enumerate(self.levels):
             if not math.isfinite(sigma) or sigma < 0:
                 raise ValueError(
                     f"sigmas must be finite and not negative, got sigmas[{k}] = {sigma}"
                 )
-        for k, (sigma, target) in enumerate(grid.intervals()):
+        for k, (sigma, target) in enumerate(self.intervals()):
             if sigma <= target:
                 raise ValueError(
                     "sigmas must decrease strictly, from noise to data, got "
                     f"sigmas[{k}] = {sigma:.6g} and sigmas[{k + 1}] = {target:.6g}"
-                    + ("; flip it with sigmas.flip(0)" if grid.levels[0] < grid.levels[-1] else "")
+                    + ("; flip it with sigmas.flip(0)" if self.levels[0] < self.levels[-1] else "")
                 )
-        return grid
+
+    @classmethod
+    def of(cls, sigmas: Sigmas) -> Grid:
+        """Read a grid given as a tensor, an array or a sequence of numbers."""
+        if isinstance(sigmas, Grid):
+            return sigmas
+        levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").detach()
+        if levels.ndim != 1:
+            raise ValueError(
+                f"sigmas must be one row of noise levels, got shape {tuple(levels.shape)}"
+            )
+        return cls(tuple(levels.tolist()))
 
     @property
     def steps(self) -> int:
@@ -172,17 +181,16 @@ def ddim_timesteps(
         raise ValueError(
             f"n must be between 1 and num_train_timesteps = {num_train_timesteps}, got {n}"
         )
+    steps: npt.NDArray[np.generic]
     if spacing == "leading":
-        steps = torch.arange(n).flip(0) * (num_train_timesteps // n) + offset
+        steps = np.arange(n)[::-1] * (num_train_timesteps // n) + offset
     elif spacing == "trailing":
-        ratio = num_train_timesteps / n
-        steps = (num_train_timesteps - torch.arange(n, dtype=torch.float64) * ratio).round() - 1
+        steps = np.round(np.arange(num_train_timesteps, 0, -num_train_timesteps / n))[:n] - 1
     elif spacing == "linspace":
-        last = num_train_timesteps - 1
-        steps = torch.linspace(0, last, n, dtype=torch.float64).round().flip(0)
+        steps = np.linspace(0, num_train_timesteps - 1, n).round()[::-1]
     else:
         raise ValueError(f"spacing must be 'leading', 'trailing' or 'linspace', got {spacing!r}")
-    return steps.to(torch.int64)
+    return torch.from_numpy(steps.astype(np.int64))
 
 
 def sigmas_from_alphas_cumprod(
@@ -208,7 +216,7 @@ def sigmas_from_alphas_cumprod(
         ValueError: if a timestep is outside the schedule, the timesteps do not decrease, or the
             last is 0 under ``final="first"`` (a step of length zero: drop that timestep).
     """
-    alphas = torch.as_tensor(alphas_cumprod).detach().to("cpu", torch.float64)
+    alphas = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu").detach()
     steps = torch.as_tensor(timesteps).detach().cpu()
     if alphas.ndim != 1 or not bool(((alphas > 0) & (alphas <= 1)).all()):
         raise ValueError("alphas_cumprod must be one row of numbers in (0, 1]")
@@ -231,6 +239,11 @@ def sigmas_from_alphas_cumprod(
     sigmas = torch.cat([levels[steps], levels[:1] if final == "first" else levels.new_zeros(1)])
     Grid.of(sigmas)
     return sigmas
+
+
+def level_dtype(state: torch.dtype) -> torch.dtype:
+    """The dtype of noise levels beside a state: half precision would not resolve them."""
+    return torch.float64 if state == torch.float64 else torch.float32
 
 
 def _ramp(n: int) -> Tensor:

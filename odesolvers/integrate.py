@@ -9,20 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .combination import STATE, Combination
-from .grids import Grid
+from .combination import HERE
+from .grids import Grid, level_dtype
 from .state import Solution, State, check_pair, describe
 from .step import Evaluation, Step
 
 if TYPE_CHECKING:
     from .solver import Denoiser, Solver
 
-_HERE = Combination({STATE: 1.0})
-
 
 @torch.no_grad()
 def descend(run: Run, state: State, stop: int) -> Solution:
     """Sample: from where `state` stands, step by step down to level `stop`."""
+    _check_stop(stop)
     first, s = state.index, run.grid.levels
     if not first < stop <= run.grid.steps:
         raise ValueError(
@@ -48,6 +47,7 @@ def descend(run: Run, state: State, stop: int) -> Solution:
 @torch.no_grad()
 def ascend(run: Run, state: State, stop: int) -> Solution:
     """Invert: undo the steps from where `state` stands, one by one up to level `stop`."""
+    _check_stop(stop)
     last, s = state.index, run.grid.levels
     if not 0 <= stop < last:
         raise ValueError(
@@ -117,21 +117,24 @@ class Run:
     def state(self, x: Tensor | State, index: int) -> State:
         """`x` as a checked state; a lone tensor stands at level `index`."""
         if not isinstance(x, State):
-            state = State(x, None, index, self.grid.levels, repr(self.solver))
-        else:
-            state = x
-            state.check(self.grid, repr(self.solver))
-        for tensor in (state.cleaner, state.noisier):
+            _check_tensor(x)
+            # A copy, for the states to come hold on to it, and the caller may write to x.
+            return State(x.detach().clone(), None, index, self.grid.levels, repr(self.solver))
+        x.check(self.grid, repr(self.solver))
+        for tensor in (x.cleaner, x.noisier):
             if tensor is not None:
                 _check_tensor(tensor)
-        check_pair(state)
-        return state
+        check_pair(x)
+        return x
 
     def prepare(self, path: list[tuple[int, Step]], like: Tensor) -> None:
         """Make the noise levels of every call on `path` in one transfer, each of shape (B,)."""
         levels = sorted({call.sigma for _, step in path for call in step.evaluations})
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        table = torch.tensor(levels, dtype=dtype).unsqueeze(1).repeat(1, like.shape[0])
+        table = (
+            torch.tensor(levels, dtype=level_dtype(like.dtype))
+            .unsqueeze(1)
+            .repeat(1, like.shape[0])
+        )
         self._sigmas = dict(zip(levels, table.to(like.device).unbind(), strict=True))
 
     def track(self, path: list[tuple[int, Step]]) -> Iterable[tuple[int, Step]]:
@@ -149,9 +152,16 @@ class Run:
         """The state `x` at level `k` and the outputs of the denoiser calls of `step`, in order."""
         values = [x]
         for call in step.evaluations:
-            at_x = call.point == _HERE
+            at_x = call.point == HERE
             point = x if at_x else self.arithmetic.combine(call.point, values)
-            values.append(self._denoise(point, call, k))
+            denoised = self._denoise(point, call, k)
+            if any(_share_storage(denoised, output) for output in values[1:]):
+                raise ValueError(
+                    f"the denoiser returned the storage of an earlier output again, at level {k} of "
+                    f"the grid, sigma = {call.sigma:.6g}: a step needs several outputs at once; "
+                    "return a new tensor, such as output.clone()"
+                )
+            values.append(denoised)
         if self._callback is not None:
             sigma = self._sigmas[step.evaluations[0].sigma][0]
             self._callback(
@@ -161,12 +171,13 @@ class Run:
 
     def finish(self, x: Tensor, state: State) -> Solution:
         """The solution, once every value that was met is known to be finite."""
-        self._probe(x, "the final state is not finite")
+        self._probe(x, f"the final state is not finite; {_OVERFLOW}")
         for message, probe in self._probes:
             _check_probe(probe, message)
-        return Solution(x, state, self.nfe)
+        return Solution(x.clone(), state, self.nfe)  # the caller may write to x, not to the state
 
     def _denoise(self, x: Tensor, call: Evaluation, k: int) -> Tensor:
+        before = None if x.is_inference() else x._version
         denoised = self._denoiser(x, self._sigmas[call.sigma], **self._extra_args)
         self.nfe += 1
         where = f"at level {k} of the grid, sigma = {call.sigma:.6g}"
@@ -174,6 +185,8 @@ class Run:
             raise TypeError(
                 f"the denoiser must return a tensor, got {type(denoised).__name__} {where}"
             )
+        if before is not None and x._version != before:
+            raise ValueError(f"the denoiser wrote to its input {where}: work on a copy, x.clone()")
         if denoised.shape != x.shape or denoised.device != x.device:
             raise ValueError(
                 f"the denoiser must return the form of its input, {describe(x)}, got "
@@ -186,23 +199,38 @@ class Run:
                 f"odesolvers.models.InDtype(denoiser, {denoised.dtype}) to keep the network in "
                 "that dtype and the state in its own, or convert x"
             )
-        self._probe(denoised, f"the denoiser's output is not finite {where}")
+        self._probe(denoised, f"the denoiser's output is not finite {where}; {_OVERFLOW}", at=x)
         return denoised
 
-    def _probe(self, x: Tensor, message: str) -> None:
+    def _probe(self, x: Tensor, message: str, at: Tensor | None = None) -> None:
         """Check that `x` is finite: on the CPU now, elsewhere at the end, without waiting for it."""
-        probe = x.sum(dtype=torch.float32 if x.element_size() < 4 else None)
         if x.device.type != "cpu":
-            self._probes.append((message, probe))
-        elif not math.isfinite(probe.item()):
-            _check_probe(x, message)  # finite values may still have a sum that overflows
+            # The largest absolute value; unlike a sum it overflows with an element only.
+            self._probes.append((message, torch.linalg.vector_norm(x, math.inf)))
+        elif not math.isfinite(x.sum(dtype=torch.float32 if x.element_size() < 4 else None).item()):
+            if at is not None:
+                _check_probe(at, f"the state handed to the denoiser is not finite: {message}")
+            _check_probe(x, message)  # finite values may have a sum that overflows
+
+
+_OVERFLOW = (
+    "look for an overflow in the denoiser, a sigma outside its range, or an inversion whose weights "
+    "multiply up (it divides by g at every step)"
+)
 
 
 def _check_probe(probe: Tensor, message: str) -> None:
     if not bool(torch.isfinite(probe).all()):
-        raise FloatingPointError(
-            f"{message}; look for an overflow in the denoiser or a sigma outside its range"
-        )
+        raise FloatingPointError(message)
+
+
+def _share_storage(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _check_stop(stop: object) -> None:
+    if isinstance(stop, bool) or not isinstance(stop, int):
+        raise TypeError(f"stop must be an integer, an index into sigmas, got {stop!r}")
 
 
 def _check_tensor(x: Tensor) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias, final
 
 from torch import Tensor
 
 from .arithmetic import Arithmetic, FloatingPoint
-from .grids import Grid
+from .grids import Grid, Sigmas
 from .integrate import Run, ascend, descend
 from .state import Solution, State
 from .step import Step
@@ -19,13 +19,13 @@ class Denoiser(Protocol):
     """``denoiser(x, sigma, **extra_args) -> E[x0 | x]``, the contract of k-diffusion's wrappers.
 
     `x` has shape ``(B, ...)``; `sigma` has shape ``(B,)``, is float64 where `x` is and float32
-    otherwise, and lives on the device of `x`. The result has the shape, dtype and device of `x`.
+    otherwise, and lives on the device of `x`. The result has the shape, dtype and device of `x`, in
+    storage that no later call of the same step writes to; `x` is left as it is.
     """
 
     def __call__(self, x: Tensor, sigma: Tensor, /, **extra_args: Any) -> Tensor: ...
 
 
-Sigmas: TypeAlias = Grid | Tensor | Sequence[float]
 Callback: TypeAlias = Callable[[dict[str, Any]], object]
 
 
@@ -35,6 +35,11 @@ class Solver(ABC):
     A solver holds settings only and is never changed by a run: the same object serves any number of
     runs, grids and threads.
     """
+
+    def __repr__(self) -> str:
+        """By which a state knows its solver: the class and its settings, of dataclasses or not."""
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({settings})"
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -71,7 +76,7 @@ class Solver(ABC):
             extra_args: keyword arguments for every call of the denoiser.
             callback: called once a step with k-diffusion's dictionary: ``x``, the state the step
                 starts from; ``i``, where it stands on the grid; ``sigma`` and ``sigma_hat``, the level
-                ``sigmas[i]``; ``denoised``, the denoiser's output there.
+                ``sigmas[i]``; ``denoised``, the denoiser's output there. Not to be written to.
             progress: show a progress bar (needs tqdm).
             stop: the level to stop at, an index into `sigmas`; the last by default.
 
@@ -91,7 +96,7 @@ class Solver(ABC):
 
 
 class InvertibleSolver(Solver):
-    """A solver whose steps can be undone: every step but the first has a gain other than 0."""
+    """A solver whose steps can be undone, wherever their gain is not 0."""
 
     @final
     def invert(
@@ -110,7 +115,7 @@ class InvertibleSolver(Solver):
         From a state of `sample` every step is undone, by the same evaluations at the same states. A
         lone tensor has no neighbour to go back with; one step up by the underlying method supplies it,
         for its evaluations, and the run is exact from there on: `sample` from the returned state ends
-        at that tensor.
+        at that tensor, if it went up by more than one step.
 
         Args:
             denoiser: as for `sample`.
@@ -118,7 +123,8 @@ class InvertibleSolver(Solver):
                 level ``sigmas[-1]``, not modified.
             sigmas: the grid the state comes from, in the same decreasing order.
             extra_args: as for `sample`; the same values, if the run is to be undone.
-            callback: as for `sample`; ``i`` falls.
+            callback: as for `sample`; ``i`` falls. A lone tensor's own step comes first; where it
+                stands at level 0, ``sigma`` and ``denoised`` are those of the level above.
             progress: show a progress bar (needs tqdm).
             stop: the level to stop at, an index into `sigmas`; 0 by default.
 

@@ -23,7 +23,7 @@ class State:
     Attributes:
         cleaner: the state at ``sigmas[index]``, shape ``(B, ...)``.
         noisier: the state at ``sigmas[index - 1]``, same shape and dtype; None where the run has
-            only one state (its first, or any of a one-step method).
+            one state only, its first.
         index: where on the grid `cleaner` stands.
         sigmas: all levels of the grid the run belongs to.
         solver: the `repr` of the solver that made it.

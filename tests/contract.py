@@ -156,7 +156,7 @@ class InvertibleContract(SolverContract):
 
     solver: ClassVar[InvertibleSolver]
 
-    # Round trips of seven steps, in units of the last place of the largest state.
+    # Relative error of a round trip of seven steps.
     tolerance: ClassVar[dict[torch.dtype, float]] = {torch.float32: 2e-5, torch.float64: 2e-14}
 
     def test_invert_gives_back_the_noise(self, device: torch.device) -> None:
@@ -256,6 +256,16 @@ class InvertibleContract(SolverContract):
         back = self.solver.invert(denoiser, there.state, GRID)
         assert relative_error(back.x, x) < 1e-12
 
+    def test_what_the_caller_writes_to_x_does_not_reach_the_state(self) -> None:
+        x = self.start(2, 5)
+        start = x.clone()
+        there = self.solver.sample(gaussian(), x, GRID)
+        first = self.solver.sample(gaussian(), x, GRID, stop=1)
+        for tensor in (x, there.x, first.x):
+            tensor.clamp_(-1, 1)
+        for state in (there.state, first.state):
+            assert relative_error(self.solver.invert(gaussian(), state, GRID).x, start) < 1e-12
+
     def test_callbacks_do_not_change_the_run(self) -> None:
         there = self.solver.sample(gaussian(), self.start(2, 5), GRID)
         kept: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -266,4 +276,5 @@ class InvertibleContract(SolverContract):
         plain = self.solver.invert(gaussian(), there.state, GRID)
         watched = self.solver.invert(gaussian(), there.state, GRID, callback=keep)
         assert torch.equal(plain.x, watched.x)
+        assert len(kept) == 6
         assert all(torch.equal(x, copy) for x, copy in kept)

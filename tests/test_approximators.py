@@ -13,6 +13,8 @@ from odesolvers import (
     DDIM,
     RK3,
     RK4,
+    Combination,
+    Denoise,
     DPMSolverPP2S,
     Euler,
     HeunEDM,
@@ -20,9 +22,8 @@ from odesolvers import (
     Midpoint,
     SmoothedOutput,
     StepRatio,
+    slope,
 )
-from odesolvers.approximators.base import Denoise, slope
-from odesolvers.combination import Combination
 
 from .contract import ApproximatorContract, InvertibleContract
 from .problems import mixture, noise

@@ -13,16 +13,17 @@ import torch
 from odesolvers import (
     BDIA,
     DDIM,
+    Combination,
+    Denoise,
     Euler,
+    FloatingPoint,
     HeunEDM,
     IntegrationApproximator,
     State,
     StepRatio,
     karras_sigmas,
 )
-from odesolvers.approximators.base import Denoise
 from odesolvers.approximators.euler import euler
-from odesolvers.combination import Combination
 
 from .problems import gaussian, noise
 
@@ -115,6 +116,55 @@ def test_what_is_no_denoiser() -> None:
         SOLVER.sample(gaussian(), X, GRID, extra_args=[1])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="HeunEDM"):
         BDIA(HeunEDM)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="arithmetic must be an instance"):
+        BDIA(HeunEDM(), arithmetic=FloatingPoint)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("formula", "message"),
+    [
+        (lambda x, d: x * d, "finite numbers as coefficients"),
+        (lambda x, d: x * float("nan"), "finite numbers as coefficients"),
+        (lambda x, d: x + 1.0, "unsupported operand"),
+        (lambda x, d: 0.0, "must return a combination of x and denoiser outputs, got 0.0"),
+    ],
+)
+def test_formulas_that_are_no_combination(formula: Callable[..., Any], message: str) -> None:
+    class Wrong(IntegrationApproximator):
+        order = 1
+        evaluations = 1
+
+        def increment(
+            self, x: Combination, sigma: float, target: float, denoise: Denoise
+        ) -> Combination:
+            return formula(x, denoise(x, sigma))
+
+    with pytest.raises(TypeError, match=message):
+        Wrong().sample(gaussian(), X, GRID)
+
+
+def test_denoisers_that_write_where_they_must_not() -> None:
+    def in_place(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return x.mul_(0.5)
+
+    with pytest.raises(ValueError, match="wrote to its input at level 0"):
+        SOLVER.sample(in_place, X, GRID)
+
+    buffer = torch.empty_like(X)
+
+    def one_buffer(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return buffer.copy_(0.5 * x)
+
+    with pytest.raises(ValueError, match="storage of an earlier output again, at level 0"):
+        SOLVER.sample(one_buffer, X, GRID)
+    fresh = BDIA(Euler()).sample(lambda x, sigma: 0.5 * x, X, GRID).x
+    assert torch.equal(BDIA(Euler()).sample(one_buffer, X, GRID).x, fresh)  # one output a step
+
+
+def test_an_inversion_that_overflows_names_the_weights_not_the_denoiser() -> None:
+    grid = karras_sigmas(300, 0.1, 10.0)
+    with pytest.raises(FloatingPointError, match=r"state handed to the denoiser.*divides by g"):
+        BDIA(Euler(), 0.5).invert(gaussian(), X, grid)
 
 
 def test_a_state_from_another_grid(state: State) -> None:
@@ -144,7 +194,7 @@ def test_a_pair_that_does_not_fit(state: State) -> None:
         with pytest.raises(ValueError, match=f"between 1 and 6, got {index}"):
             SOLVER.invert(gaussian(), replace(state, index=index), GRID)
     nan = torch.full_like(state.noisier, math.nan)
-    with pytest.raises(FloatingPointError, match="not finite"):
+    with pytest.raises(FloatingPointError, match="state to start from is not finite"):
         SOLVER.invert(gaussian(), replace(state, noisier=nan), GRID)
 
 
@@ -155,6 +205,9 @@ def test_stops_outside_the_grid(state: State) -> None:
     for stop in (6, 7, -1):
         with pytest.raises(ValueError, match=f"can stop at 5 to 0, got stop = {stop}"):
             SOLVER.invert(gaussian(), state, GRID, stop=stop)
+    for stop in (2.0, True, "2"):
+        with pytest.raises(TypeError, match="stop must be an integer"):
+            SOLVER.sample(gaussian(), X, GRID, stop=stop)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="last level already"):
         SOLVER.sample(gaussian(), state, GRID)
 

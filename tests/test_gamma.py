@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,9 +56,6 @@ def test_a_number_is_the_constant_rule() -> None:
     by_number = BDIA(DDIM(), 0.7).sample(gaussian(), x, GRID).x
     by_rule = BDIA(DDIM(), ConstantGamma(0.7)).sample(gaussian(), x, GRID).x
     assert by_number.equal(by_rule)
-    assert (
-        repr(BDIA(DDIM(), 1)) == repr(BDIA(DDIM(), 1.0)) == repr(BDIA(DDIM(), ConstantGamma(1.0)))
-    )
 
 
 @pytest.mark.parametrize("gamma", [-0.1, 1.1, math.nan, math.inf])
@@ -88,6 +86,17 @@ def test_the_wrong_number_of_weights_is_refused() -> None:
 def test_weights_that_are_not_usable_are_refused(bad: float) -> None:
     with pytest.raises(ValueError, match=r"at the step from sigmas\[2\] = 3"):
         BDIA(Euler(), PerStep([0.5, bad, 0.5])).sample(gaussian(), noise(1, 5, sigma=8.0), GRID)
+
+
+def test_a_power_beyond_all_numbers_is_refused() -> None:
+    with pytest.raises(ValueError, match="beyond all numbers"):
+        BDIA(Euler(), StepRatio(-1000)).sample(gaussian(), noise(1, 5, sigma=8.0), GRID)
+
+
+def test_equal_solvers_have_one_description() -> None:
+    assert repr(BDIA(DDIM(), StepRatio(1))) == repr(BDIA(DDIM(), StepRatio(1.0)))
+    assert repr(BDIA(DDIM(), 1)) == repr(BDIA(DDIM(), ConstantGamma(1.0)))
+    assert BDIA(DDIM(), np.float32(0.5)) == BDIA(DDIM(), 0.5)
 
 
 def test_step_ratio_refuses_a_power_that_is_not_finite() -> None:

@@ -64,6 +64,17 @@ def test_odd_bases_gain_an_order_where_the_leading_error_cancels(
     assert fitted_order(solver, steps_for(gained)) == pytest.approx(gained, abs=0.2)
 
 
+@pytest.mark.parametrize("gamma", [1.0, StepRatio(1)], ids=repr)
+@pytest.mark.parametrize("approximator", ODD, ids=repr)
+def test_odd_bases_gain_an_order_with_weights_near_one(
+    approximator: IntegrationApproximator, gamma: float | GammaRule
+) -> None:
+    """A constant 1 and the neutral rule, with other constants than where the error cancels."""
+    gained = approximator.order + 1
+    solver = BDIA(approximator, gamma)
+    assert fitted_order(solver, steps_for(gained)) == pytest.approx(gained, abs=0.2)
+
+
 @pytest.mark.parametrize("approximator", ODD, ids=repr)
 def test_odd_bases_keep_their_order_with_a_smaller_constant_gamma(
     approximator: IntegrationApproximator,

@@ -1,6 +1,6 @@
 """One-step methods: each estimates the integral of the flow from one state alone."""
 
-from .base import IntegrationApproximator
+from .base import Denoise, IntegrationApproximator, slope
 from .euler import DDIM, Euler
 from .exponential import DPMSolverPP2S
 from .heun import HeunEDM
@@ -11,8 +11,10 @@ __all__ = [
     "RK3",
     "RK4",
     "DPMSolverPP2S",
+    "Denoise",
     "Euler",
     "HeunEDM",
     "IntegrationApproximator",
     "Midpoint",
+    "slope",
 ]

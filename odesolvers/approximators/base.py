@@ -5,17 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, final
+from typing import Any, ClassVar, TypeAlias, final
 
-import torch
 from torch import Tensor
 
-from ..combination import STATE, Combination
+from ..combination import HERE, Combination
+from ..grids import Grid, level_dtype
 from ..solver import Denoiser, Solver
 from ..step import Evaluation, Step
-
-if TYPE_CHECKING:
-    from ..grids import Grid
 
 Denoise: TypeAlias = Callable[[Combination, float], Combination]
 """Asks for the denoiser's output at a point and a noise level."""
@@ -76,8 +73,13 @@ class IntegrationApproximator(Solver):
                 evaluations.append(call)
             return Combination({evaluations.index(call) + 1: 1.0})
 
-        x = Combination({STATE: 1.0})
-        increments = tuple(self.increment(x, sigma, target, denoise) for target in targets)
+        increments = tuple(self.increment(HERE, sigma, target, denoise) for target in targets)
+        for increment in increments:
+            if not isinstance(increment, Combination):
+                raise TypeError(
+                    f"{type(self).__name__}.increment must return a combination of x and denoiser "
+                    f"outputs, got {increment!r}"
+                )
         return Plan(tuple(evaluations), increments)
 
     @final
@@ -104,8 +106,7 @@ class IntegrationApproximator(Solver):
         plan = self.plan(sigma, targets)
         values = [x]
         for call in plan.evaluations:
-            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-            level = x.new_full(x.shape[:1], call.sigma, dtype=dtype)
+            level = x.new_full(x.shape[:1], call.sigma, dtype=level_dtype(x.dtype))
             point = self.arithmetic.combine(call.point, values)
             values.append(denoiser(point, level, **(extra_args or {})))
         return [self.arithmetic.combine(increment, values) for increment in plan.increments]
@@ -113,7 +114,7 @@ class IntegrationApproximator(Solver):
     @final
     def start(self, sigma: float, target: float) -> Step:
         plan = self.plan(sigma, (target,))
-        return Step(plan.evaluations, rest=Combination({STATE: 1.0}) + plan.increments[0])
+        return Step(plan.evaluations, rest=HERE + plan.increments[0])
 
     @final
     def steps(self, grid: Grid) -> list[Step]:
@@ -123,8 +124,8 @@ class IntegrationApproximator(Solver):
 def slope(x: Combination, sigma: float, denoise: Denoise) -> Combination:
     """``d(x, σ) = (x - D(x, σ)) / σ``, the right-hand side of the probability-flow ODE.
 
-    At σ = 0 it is the limit, 0, for no evaluation: there ``D(x, σ) - x = σ² ∇log p`` vanishes
-    faster than σ.
+    At σ = 0 it is the limit, 0, for no evaluation: ``D(x, σ) - x = σ² ∇log p`` vanishes faster than σ
+    wherever the data have a smooth density.
     """
     if sigma == 0.0:
         return Combination({})
