@@ -52,7 +52,11 @@ class ClassifierFreeGuidance(nn.Module):
             )
         if not callable(denoiser):
             raise TypeError(f"denoiser must be callable, got {type(denoiser).__name__}")
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        if (
+            isinstance(scale, bool)
+            or not isinstance(scale, int | float)
+            or not math.isfinite(scale)
+        ):
             raise ValueError(f"scale must be a finite number, got {scale!r}")
         self.denoiser = denoiser
         self.scale = float(scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -90,8 +91,8 @@ def wrapper_sigmas(
     if isinstance(wrapper, K.layers.Denoiser):
         return karras_sigmas(n, bottom, top)
     karras_sigmas(n, bottom, top)  # the same errors
-    times = torch.atan(torch.tensor([top, bottom], dtype=torch.float64)).tolist()
-    return _append_zero(torch.tan(torch.linspace(*times, n, dtype=torch.float64)))
+    times = torch.linspace(math.atan(top), math.atan(bottom), n, dtype=torch.float64)
+    return _append_zero(torch.tan(times))
 
 
 def _discrete(wrapper: Any, n: int | None, quantize: bool) -> Tensor:

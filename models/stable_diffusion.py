@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,7 +133,7 @@ class StableDiffusion(nn.Module):
             z = z.contiguous(memory_format=torch.channels_last)
         added = {k: self._condition(v, x, k) for k, v in (added_cond_kwargs or {}).items()}
         with self._autocast(x.device.type):
-            output = self.unet(
+            output: Tensor = self.unet(
                 z,
                 self.timestep(sigma),
                 encoder_hidden_states=self._condition(encoder_hidden_states, x, "the prompt"),
@@ -285,7 +286,11 @@ class StableDiffusion(nn.Module):
             ValueError: if `image` has another form or range.
         """
         factor, channels = self.pipeline.vae_scale_factor, self.vae.config.in_channels
-        if image.ndim != 4 or image.shape[1] != channels or any(n % factor for n in image.shape[2:]):
+        if (
+            image.ndim != 4
+            or image.shape[1] != channels
+            or any(n % factor for n in image.shape[2:])
+        ):
             raise ValueError(
                 f"image must have shape (B, {channels}, H, W) with sides divisible by {factor}, got "
                 f"{tuple(image.shape)}"
@@ -296,7 +301,7 @@ class StableDiffusion(nn.Module):
                 f"{image.min().item():.4g} to {image.max().item():.4g}: image.float() / 127.5 - 1 "
                 "for bytes"
             )
-        latents = self.vae.encode(image.to(self.vae.dtype)).latent_dist.mode()
+        latents: Tensor = self.vae.encode(image.to(self.vae.dtype)).latent_dist.mode()
         mean, std = self._latent_statistics(latents)
         return ((latents - mean) / std).to(image.dtype)
 
@@ -309,8 +314,8 @@ class StableDiffusion(nn.Module):
                 f"{tuple(latents.shape)}"
             )
         mean, std = self._latent_statistics(latents)
-        image = self.vae.decode((latents * std + mean).to(self.vae.dtype), return_dict=False)[0]
-        return image.to(latents.dtype)  # type: ignore[no-any-return]
+        image: Tensor = self.vae.decode((latents * std + mean).to(self.vae.dtype), return_dict=False)[0]
+        return image.to(latents.dtype)
 
     @property
     def _is_xl(self) -> bool:
@@ -388,20 +393,12 @@ def load_stable_diffusion(
         )
     try:
         if path.is_file():
-            cls = getattr(diffusers, _PIPELINES[_single_file_is_xl(path)])
-            options = {} if config is None else {"config": str(config), "local_files_only": True}
-            pipeline = cls.from_single_file(source, torch_dtype=dtype, **options)
+            pipeline = _from_single_file(diffusers, path, dtype, config)
         else:
-            kind = diffusers.DiffusionPipeline.load_config(source)["_class_name"]
-            if kind not in _PIPELINES:
-                raise ValueError(f"it is a {kind}; supported are {' and '.join(_PIPELINES)}")
-            options = {"safety_checker": None, "requires_safety_checker": False}
-            pipeline = getattr(diffusers, kind).from_pretrained(
-                source,
-                torch_dtype=dtype,
-                variant=variant,
-                **(options if kind == _PIPELINES[0] else {}),
-            )
+            pipeline = _from_pretrained(diffusers, source, dtype, variant)
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module):
+                _refuse_missing(name, [k for k, p in part.named_parameters() if p.is_meta])
     except Exception as error:  # of many kinds, from three libraries and the network
         if path.exists():
             raise ValueError(
@@ -410,7 +407,7 @@ def load_stable_diffusion(
         raise FileNotFoundError(
             f"{source} is no local path, and the Hugging Face hub did not provide it: {error}"
         ) from error
-    pipeline.vae.to(torch.float32)
+    pipeline.vae.float()
     model = StableDiffusion(
         pipeline, prediction_type=prediction_type, autocast=autocast, channels_last=channels_last
     )
@@ -435,8 +432,36 @@ def import_diffusers() -> Any:
     return diffusers
 
 
-def _single_file_is_xl(path: Path) -> bool:
-    """Whether a checkpoint in the original layout has the two text encoders of XL."""
+def _from_pretrained(diffusers: Any, source: str, dtype: torch.dtype, variant: str | None) -> Any:
+    """A pipeline from a directory in diffusers' layout or from the hub."""
+    import transformers
+
+    index = diffusers.DiffusionPipeline.load_config(source)
+    kind = index["_class_name"]
+    if kind not in _PIPELINES:
+        raise ValueError(f"it is a {kind}; supported are {' and '.join(_PIPELINES)}")
+    parts: dict[str, Any] = {"variant": variant}
+    if kind == _PIPELINES[0]:
+        parts |= {"safety_checker": None, "requires_safety_checker": False}
+    with _quiet_about_torch_dtype():
+        for name in ("text_encoder", "text_encoder_2"):
+            if name in index:
+                # Left to the pipeline, weights that are missing would be made up at random.
+                parts[name], report = getattr(transformers, index[name][1]).from_pretrained(
+                    source,
+                    subfolder=name,
+                    torch_dtype=dtype,
+                    variant=variant,
+                    output_loading_info=True,
+                )
+                _refuse_missing(name, report["missing_keys"])
+        return getattr(diffusers, kind).from_pretrained(source, torch_dtype=dtype, **parts)
+
+
+def _from_single_file(
+    diffusers: Any, path: Path, dtype: torch.dtype, config: str | Path | None
+) -> Any:
+    """A pipeline from one file in the original layout."""
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
@@ -447,7 +472,29 @@ def _single_file_is_xl(path: Path) -> bool:
         keys = list(content.get("state_dict", content))
     if not any(key.startswith("model.diffusion_model.") for key in keys):
         raise ValueError("it has no model.diffusion_model, so no network in the original layout")
-    return any(key.startswith("conditioner.") for key in keys)
+    is_xl = any(key.startswith("conditioner.") for key in keys)
+    options = {} if config is None else {"config": str(config)}
+    with _quiet_about_torch_dtype():
+        return getattr(diffusers, _PIPELINES[is_xl]).from_single_file(
+            str(path), torch_dtype=dtype, **options
+        )
+
+
+def _refuse_missing(part: str, names: Iterable[str]) -> None:
+    missing = sorted(names)
+    if missing:
+        raise ValueError(
+            f"weights of the {part} are missing: {', '.join(missing[:3])}"
+            + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        )
+
+
+@contextlib.contextmanager
+def _quiet_about_torch_dtype() -> Iterator[None]:
+    """`torch_dtype` is called `dtype` in newer versions; the old name works in all of them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
+        yield
 
 
 def _texts(prompt: Any, name: str) -> list[str]:

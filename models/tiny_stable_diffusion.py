@@ -52,7 +52,7 @@ def save_tiny_stable_diffusion(
                 up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")
                 if family != "xl"
                 else ("CrossAttnUpBlock2D", "UpBlock2D"),
-                cross_attention_dim=64 if family == "xl" else 32,
+                cross_attention_dim=96 if family == "xl" else 32,
                 attention_head_dim=8 if family == "1.x" else (2, 4),
                 use_linear_projection=family != "1.x",
                 **_added_conditions() if family == "xl" else {},
@@ -93,24 +93,25 @@ def save_tiny_stable_diffusion(
 
 
 def _added_conditions() -> dict[str, Any]:
-    """Six numbers of size and crop in 8 features each, and the pooled embedding of 32."""
+    """Six numbers of size and crop in 8 features each, and the pooled embedding of 64."""
     return {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 6 * 8 + 32,
+        "projection_class_embeddings_input_dim": 6 * 8 + 64,
     }
 
 
 def _text_encoder(activation: str, *, projection: bool = False) -> Any:
     import transformers
 
+    width = 64 if projection else 32
     config = transformers.CLIPTextConfig(
         vocab_size=len(_vocabulary()),
-        hidden_size=32,
-        intermediate_size=37,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=3,
         num_attention_heads=4,
-        projection_dim=32,
+        projection_dim=width,
         hidden_act=activation,
         bos_token_id=len(_vocabulary()) - 2,
         eos_token_id=len(_vocabulary()) - 1,

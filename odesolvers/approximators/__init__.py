@@ -1,7 +1,7 @@
 """One-step methods: each estimates the integral of the flow from one state alone."""
 
 from .base import IntegrationApproximator
-from .euler import DDIM, Euler
+from .euler import DDIM, Euler, FlowEuler
 from .exponential import DPMSolverPP2S
 from .heun import HeunEDM
 from .runge_kutta import RK3, RK4, Midpoint
@@ -12,6 +12,7 @@ __all__ = [
     "RK4",
     "DPMSolverPP2S",
     "Euler",
+    "FlowEuler",
     "HeunEDM",
     "IntegrationApproximator",
     "Midpoint",
