@@ -19,8 +19,10 @@ class InDtype(nn.Module):
     by a unit of `dtype`: rare in a float32 state, all but impossible in a float64 one.
 
     Args:
-        denoiser: called with `x` in `dtype`; sigma stays in its own dtype, which resolves the lowest
-            levels, and so do `extra_args`.
+        denoiser: called with `x` in `dtype` and sigma in what the contract gives a state of that
+            dtype: float64 for float64, else float32, which resolves the lowest levels. `extra_args`
+            stay as they are. A network inside a wrapper of k-diffusion may also be wrapped itself:
+            ``wrapper.inner_model = InDtype(network, torch.float16)``.
         dtype: a floating point dtype such as ``torch.bfloat16``.
     """
 
@@ -33,4 +35,5 @@ class InDtype(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         """The output of the denoiser at ``x.to(dtype)``, in the dtype of `x`."""
+        sigma = sigma.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
         return self.denoiser(x.to(self.dtype), sigma, **extra_args).to(x.dtype)

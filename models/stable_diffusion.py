@@ -314,7 +314,9 @@ class StableDiffusion(nn.Module):
                 f"{tuple(latents.shape)}"
             )
         mean, std = self._latent_statistics(latents)
-        image: Tensor = self.vae.decode((latents * std + mean).to(self.vae.dtype), return_dict=False)[0]
+        image: Tensor = self.vae.decode(
+            (latents * std + mean).to(self.vae.dtype), return_dict=False
+        )[0]
         return image.to(latents.dtype)
 
     @property
