@@ -14,9 +14,10 @@ class InDtype(nn.Module):
     """Runs a denoiser in `dtype` and returns the dtype of the state.
 
     The state of a solver keeps its precision whatever the network computes in. Given the same bits a
-    network rounds the same way, in half precision too. But a state that comes back off by its last
-    bit may fall on the other side of a rounding boundary of `dtype`, and that one element is then off
-    by a unit of `dtype`: rare in a float32 state, all but impossible in a float64 one.
+    network rounds the same way, in half precision too. But where a state comes back off by its last
+    bit, some of the network's many roundings fall on the other side of a boundary and the output is
+    off by units of `dtype`: met in nearly every run in a float32 state, all but impossible in a
+    float64 one.
 
     Args:
         denoiser: called with `x` in `dtype` and sigma in what the contract gives a state of that

@@ -30,7 +30,8 @@ class StableDiffusion(nn.Module):
 
     At the levels of the schedule t is that integer; between two of them, where multi-stage methods
     evaluate, it is interpolated in log σ, as k-diffusion does. Scaling and combining take place in the
-    dtype of the state, the network runs in its own.
+    dtype of the state, the network runs in its own. A schedule with zero terminal SNR, whose last level
+    is infinite, ends at 2^20.
 
     Args:
         pipeline: a `diffusers.StableDiffusionPipeline` or `StableDiffusionXLPipeline`, for text to
@@ -79,9 +80,8 @@ class StableDiffusion(nn.Module):
         self.channels_last = channels_last
         if channels_last:
             self.unet.to(memory_format=torch.channels_last)
-        # A schedule with zero terminal SNR ends at ᾱ = 0, σ = ∞: as diffusers' Euler scheduler does,
-        # the last level is taken to be 2^12, where it cannot be told from noise.
-        self.alphas_cumprod = scheduler.alphas_cumprod.double().clamp(min=2.0**-24)
+        # A schedule with zero terminal SNR ends at ᾱ = 0, σ = ∞: the level 2^20 stands for it.
+        self.alphas_cumprod = scheduler.alphas_cumprod.double().clamp(min=2.0**-40)
         levels = torch.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
         self.register_buffer("log_sigmas", levels.log())
         self.sigma_min = float(levels[0])
@@ -162,12 +162,7 @@ class StableDiffusion(nn.Module):
                 "with load_stable_diffusion(..., dtype=...) or model.unet.to(dtype)"
             )
         log = sigma.double().log()
-        above = torch.searchsorted(table, log).clamp(1, len(table) - 1)
-        low, high = table[above - 1], table[above]
-        t = above - 1 + ((log - low) / (high - low)).clamp(0, 1)
-        whole = t.round()
         tolerance = 1e-6  # float32 levels are off by 1e-7; neighbours differ by 1e-3 and more
-        t = torch.where((table[whole.long()] - log).abs() < tolerance, whole, t)
         inside = (log > table[0] - tolerance) & (log < table[-1] + tolerance)
         if sigma.device.type == "cpu" and not bool(inside.all()):
             raise ValueError(
@@ -175,6 +170,12 @@ class StableDiffusion(nn.Module):
                 f"{self.sigma_max:.6g}, got {sigma[~inside][0].item():.6g}; model.sigmas(n) is a "
                 "grid that does, karras_sigmas(n, model.sigma_min, model.sigma_max) another"
             )
+        log = torch.where(inside, log, table[0])
+        above = torch.searchsorted(table, log).clamp(1, len(table) - 1)
+        low, high = table[above - 1], table[above]
+        t = above - 1 + ((log - low) / (high - low)).clamp(0, 1)
+        whole = t.round()
+        t = torch.where((table[whole.long()] - log).abs() < tolerance, whole, t)
         return torch.where(inside, t, torch.nan).float()
 
     def sigmas(
