@@ -127,8 +127,9 @@ def flow_times(
         n: number of steps.
         shift: of the model; 3 for SD3, 1 for none. Where it depends on the size of the image (FLUX),
             shift by ``exp(mu)`` or take the scheduler's own times.
-        start: the first time. Multi-stage methods evaluate between the first two levels, where σ
-            is far from both if one is infinite: they do better from 0.99 or so.
+        start: the first time. 1 is for `FlowEuler`, `DDIM` and others with a state scale that falls
+            as 1 / σ; methods in the unscaled state (`HeunEDM`, `Midpoint`, the Runge-Kutta methods)
+            take the jump from σ = 2^20 badly: start them at 0.99 or so.
         num_train_timesteps: length of the training schedule.
 
     Returns:
