@@ -15,6 +15,7 @@ from odesolvers import (
     RK4,
     DPMSolverPP2S,
     Euler,
+    FlowEuler,
     HeunEDM,
     IntegrationApproximator,
     Midpoint,
@@ -30,6 +31,7 @@ from .problems import mixture, noise
 ALL: list[IntegrationApproximator] = [
     Euler(),
     DDIM(),
+    FlowEuler(),
     HeunEDM(),
     Midpoint(),
     RK3(),
@@ -65,6 +67,10 @@ class TestDDIM(ApproximatorContract):
     approximator = DDIM()
 
 
+class TestFlowEuler(ApproximatorContract):
+    approximator = FlowEuler()
+
+
 class TestHeunEDM(ApproximatorContract):
     approximator = HeunEDM()
 
@@ -95,6 +101,10 @@ class TestBDIAEuler(InvertibleContract):
 
 class TestBDIADDIM(InvertibleContract):
     solver = BDIA(DDIM())
+
+
+class TestBDIAFlowEuler(InvertibleContract):
+    solver = BDIA(FlowEuler())
 
 
 class TestBDIAHeunEDM(InvertibleContract):
@@ -151,4 +161,6 @@ def test_coefficients_give_what_the_formula_gives_on_tensors(
 
 def test_ddim_and_euler_differ_in_scale_alone() -> None:
     assert DDIM().plan(2.0, (1.0, 3.0)) == Euler().plan(2.0, (1.0, 3.0))
+    assert FlowEuler().plan(2.0, (1.0, 3.0)) == Euler().plan(2.0, (1.0, 3.0))
     assert (Euler().scale(3.0), DDIM().scale(3.0)) == (1.0, pytest.approx(10**-0.5))
+    assert FlowEuler().scale(3.0) == 0.25

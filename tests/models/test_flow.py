@@ -1,7 +1,6 @@
 """Flow-matching models against diffusers' FlowMatchEulerDiscreteScheduler and in closed form."""
 
 import math
-import warnings
 
 import pytest
 import torch
@@ -16,25 +15,6 @@ from odesolvers.models import (
     flow_sigmas,
     flow_times,
 )
-
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.cuda,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-        ],
-    ),
-]
-
-
-@pytest.fixture(scope="module")
-def diffusers():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of third parties, at their first import
-        import diffusers
-    return diffusers
 
 
 class Velocity(nn.Module):
@@ -72,7 +52,6 @@ def scheduler_run(scheduler, velocity, z):
     return z
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("method", [ods.FlowEuler(), ods.Euler(), ods.DDIM()])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_euler_is_the_scheduler_of_diffusers(diffusers, method, shift, device):
@@ -234,7 +213,6 @@ def test_gamma_applies_to_the_state_of_the_flow():
     assert relative(other.x, newer) > 1e-3, "the state scale makes no difference"
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("method", "start"),
     [
@@ -260,7 +238,6 @@ def test_round_trip(method, start, device):
     assert relative(back.x, x) < 1e-10
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_network_in_another_precision(dtype, device):
     velocity = Velocity().to(device)

@@ -6,17 +6,6 @@ import torch
 import odesolvers as ods
 from odesolvers.models import ClassifierFreeGuidance, Gaussian
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.cuda,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-        ],
-    ),
-]
-
 
 class Conditional(torch.nn.Module):
     """Pulls towards a place that every condition moves; records the batches it is called with."""
@@ -77,7 +66,6 @@ def separately(denoiser, scale, x, sigma, positive, negative):
     return away + scale * (towards - away)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 3.0, -1.0])
 @pytest.mark.parametrize("form", ["labels", "text", "added", "all"])
 def test_equals_two_separate_calls(form, scale, device):

@@ -10,16 +10,6 @@ from torch import nn
 import odesolvers as ods
 from odesolvers.models import InDtype, import_k_diffusion, wrapper_sigmas
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.cuda,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-        ],
-    ),
-]
 WRAPPERS = [
     "DiscreteEpsDDPMDenoiser",
     "DiscreteVDDPMDenoiser",
@@ -100,7 +90,6 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_round_trip_under_every_solver(name, quantize, device):
@@ -154,7 +143,6 @@ def test_full_precision_state_over_float32_network(name):
     assert relative(back.x, x) < 1e-10
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["DiscreteEpsDDPMDenoiser", "VDenoiser", "Denoiser"])
 def test_half_precision_network_inside_a_wrapper(name, dtype, device):
