@@ -21,7 +21,7 @@ class FlowDenoiser(nn.Module):
     """A velocity network as ``denoiser(x, sigma, **extra_args)``.
 
     A flow-matching model (Liu et al. 2022, arXiv 2209.03003; Esser et al. 2024, arXiv 2403.03206)
-    is trained on ``z = (1 - t) x0 + t noise`` to predict ``v = noise - x0``. With
+    is trained on ``z = (1 - t) x0 + t noise`` to predict ``v = noise - x0``. With::
 
         x = z / (1 - t),   σ = t / (1 - t),   t = σ / (1 + σ),   z = x / (1 + σ)
 
@@ -31,7 +31,7 @@ class FlowDenoiser(nn.Module):
 
     A run starts at t = 1, where σ is infinite and z is noise alone. `FLOW_SIGMA_MAX`, 2^20, stands
     for it: the network is asked at t = 1 there, ``x = (1 + σ) z`` keeps all digits of z, and the first
-    step is off by 2^-20 of the velocity, which is of the size of float32's rounding over a run.
+    step is off by 2^-20 of the velocity, which is of the size of float32's rounding over a run::
 
         sigmas = flow_sigmas(flow_times(28, shift=3.0))
         x = torch.randn(1, 16, 64, 64) * (1 + sigmas[0])

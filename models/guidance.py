@@ -19,7 +19,7 @@ class ClassifierFreeGuidance(nn.Module):
     image. Noise, velocity and data predictions are linear in each other with coefficients of σ and
     x alone that do not differ between the branches, so guiding any of them is the same.
 
-    Each branch is given as the keyword arguments it would be called with alone:
+    Each branch is given as the keyword arguments it would be called with alone::
 
         guided = ClassifierFreeGuidance(denoiser, scale=4.0)
         extra_args = {

@@ -174,6 +174,8 @@ def test_discrete_grids(name):
     assert levels[-2] == training[0]
     assert levels[-1] == 0
     assert torch.isin(levels[:-1], training).all()
+    index = torch.searchsorted(training, levels[:-1].contiguous())
+    assert (index - torch.linspace(999, 0, 20)).abs().max() <= 0.5, "not the nearest timesteps"
     assert not torch.isin(wrapper_sigmas(wrapper, 20)[1:-2], training).all()
     # Made quantised, a wrapper has the quantised grid, and asks its network at exactly these times.
     quantised = make(name, quantize=True)
