@@ -36,10 +36,12 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize(("scale", "negatives"), [(1.0, None), (4.0, ["blurry", ""]), (4.0, None)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ddim_equals_the_pipeline_of_diffusers(folders, diffusers, family, scale, device):
-    prompts, negatives = ["a cat", "two dogs, sitting"], ["blurry", ""]
+def test_ddim_equals_the_pipeline_of_diffusers(
+    folders, diffusers, family, scale, negatives, device
+):
+    prompts = ["a cat", "two dogs, sitting"]
     model = load_stable_diffusion(folders[family], device=device)
     sigmas = model.sigmas(7)
     z = noise(device=device)
@@ -488,6 +490,20 @@ def test_no_checkpoint(tmp_path, diffusers, monkeypatch):
         load_stable_diffusion(tmp_path / "model.safetensors")
     with pytest.raises(FileNotFoundError, match="no local path, and the Hugging Face hub"):
         load_stable_diffusion("nobody/nothing")
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument")  # of diffusers
+def test_hub_id(folders, tmp_path, monkeypatch):
+    """From the cache of the hub, in its layout, as after a download."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository, commit = tmp_path / "models--someone--tiny-xl", "0" * 40
+    shutil.copytree(folders["xl"], repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit, encoding="utf-8")
+    model, reference = (load_stable_diffusion(f) for f in ("someone/tiny-xl", folders["xl"]))
+    weights = reference.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
 def test_other_pipelines(folders, tmp_path, model):
