@@ -35,7 +35,8 @@ class StableDiffusion(nn.Module):
 
     Args:
         pipeline: a `diffusers.StableDiffusionPipeline` or `StableDiffusionXLPipeline`, for text to
-            image. Its models are used, not copied: they are frozen and set to evaluation.
+            image. Its models are used, not copied: they are frozen and set to evaluation. Gradients of
+            the inputs flow through all of it.
         prediction_type: "epsilon", "v_prediction" or "sample"; by default what the pipeline's
             scheduler says.
         autocast: run the network under `torch.autocast` in this dtype, its weights as they are.
@@ -210,7 +211,6 @@ class StableDiffusion(nn.Module):
         rows, columns = (own if size is None else size // factor for size in (height, width))
         return int(self.unet.config.in_channels), int(rows), int(columns)
 
-    @torch.no_grad()
     def encode_prompt(
         self,
         prompt: str | Sequence[str],
@@ -271,7 +271,6 @@ class StableDiffusion(nn.Module):
             raise ValueError("size is a condition of Stable Diffusion XL; this model takes none")
         return branches
 
-    @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
         """Latents of images: the mode of the VAE's posterior, scaled as the network expects.
 
@@ -306,7 +305,6 @@ class StableDiffusion(nn.Module):
         mean, std = self._latent_statistics(latents)
         return ((latents - mean) / std).to(image.dtype)
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images ``(B, 3, 8 H, 8 W)`` of latents, about [-1, 1] and not clipped, in their dtype."""
         if latents.ndim != 4 or latents.shape[1] != self.vae.config.latent_channels:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -155,7 +156,7 @@ def test_flux_transformer(diffusers):
         return transformer(hidden_states=z, timestep=t, return_dict=False, **extra_args)[0]
 
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / 8, 8).tolist(), mu=0.9)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 8, 8), mu=0.9)
     z = noise(2, 16, 8, dtype=torch.float32)
     theirs = scheduler_run(scheduler, lambda z, t: velocity(z, t, **conditions), z)
     sigmas = flow_sigmas(scheduler.sigmas)

@@ -178,6 +178,16 @@ def test_images_are_encoded_by_the_mode(folders, family, device):
     assert model.decode(latents.double()).dtype == torch.float64
 
 
+def test_gradients_are_those_of_the_inputs_alone(model):
+    x, sigma = noise().requires_grad_(), torch.ones(2)
+    prompt = model.encode_prompt("a cat")["positive"]
+    assert not prompt["encoder_hidden_states"].requires_grad
+    assert not model.decode(model(x.detach(), sigma, **prompt)).requires_grad
+    model.decode(model(x, sigma, **prompt)).square().sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_latent_statistics_of_the_vae_are_used(folders, tmp_path):
     shutil.copytree(folders["xl"], tmp_path / "xl")
     path = tmp_path / "xl" / "vae" / "config.json"
