@@ -2,6 +2,27 @@
 
 from .closed_form import Gaussian, GaussianMixture, IdealDenoiser
 from .digits import load_digits
+from .flow import FLOW_SIGMA_MAX, FlowDenoiser, flow_sigmas, flow_times
+from .guidance import ClassifierFreeGuidance
+from .kdiffusion import import_k_diffusion, wrapper_sigmas
 from .precision import InDtype
+from .stable_diffusion import StableDiffusion, load_stable_diffusion
+from .tiny_stable_diffusion import save_tiny_stable_diffusion
 
-__all__ = ["Gaussian", "GaussianMixture", "IdealDenoiser", "InDtype", "load_digits"]
+__all__ = [
+    "FLOW_SIGMA_MAX",
+    "ClassifierFreeGuidance",
+    "FlowDenoiser",
+    "Gaussian",
+    "GaussianMixture",
+    "IdealDenoiser",
+    "InDtype",
+    "StableDiffusion",
+    "flow_sigmas",
+    "flow_times",
+    "import_k_diffusion",
+    "load_digits",
+    "load_stable_diffusion",
+    "save_tiny_stable_diffusion",
+    "wrapper_sigmas",
+]

@@ -14,13 +14,16 @@ class InDtype(nn.Module):
     """Runs a denoiser in `dtype` and returns the dtype of the state.
 
     The state of a solver keeps its precision whatever the network computes in. Given the same bits a
-    network rounds the same way, in half precision too. But a state that comes back off by its last
-    bit may fall on the other side of a rounding boundary of `dtype`, and that one element is then off
-    by a unit of `dtype`: rare in a float32 state, all but impossible in a float64 one.
+    network rounds the same way, in half precision too. But where a state comes back off by its last
+    bit, some of the network's many roundings fall on the other side of a boundary and the output is
+    off by units of `dtype`: met in nearly every run in a float32 state, all but impossible in a
+    float64 one.
 
     Args:
-        denoiser: called with `x` in `dtype`; sigma stays in its own dtype, which resolves the lowest
-            levels, and so do `extra_args`.
+        denoiser: called with `x` in `dtype` and sigma in what the contract gives a state of that
+            dtype: float64 for float64, else float32, which resolves the lowest levels. `extra_args`
+            stay as they are. A network inside a wrapper of k-diffusion may also be wrapped itself:
+            ``wrapper.inner_model = InDtype(network, torch.float16)``.
         dtype: a floating point dtype such as ``torch.bfloat16``.
     """
 
@@ -33,4 +36,5 @@ class InDtype(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         """The output of the denoiser at ``x.to(dtype)``, in the dtype of `x`."""
+        sigma = sigma.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
         return self.denoiser(x.to(self.dtype), sigma, **extra_args).to(x.dtype)

@@ -17,6 +17,7 @@ from odesolvers import (
     Denoise,
     DPMSolverPP2S,
     Euler,
+    FlowEuler,
     HeunEDM,
     IntegrationApproximator,
     Midpoint,
@@ -31,6 +32,7 @@ from .problems import mixture, noise
 ALL: list[IntegrationApproximator] = [
     Euler(),
     DDIM(),
+    FlowEuler(),
     HeunEDM(),
     Midpoint(),
     RK3(),
@@ -66,6 +68,10 @@ class TestDDIM(ApproximatorContract):
     approximator = DDIM()
 
 
+class TestFlowEuler(ApproximatorContract):
+    approximator = FlowEuler()
+
+
 class TestHeunEDM(ApproximatorContract):
     approximator = HeunEDM()
 
@@ -96,6 +102,10 @@ class TestBDIAEuler(InvertibleContract):
 
 class TestBDIADDIM(InvertibleContract):
     solver = BDIA(DDIM())
+
+
+class TestBDIAFlowEuler(InvertibleContract):
+    solver = BDIA(FlowEuler())
 
 
 class TestBDIAHeunEDM(InvertibleContract):
@@ -158,4 +168,6 @@ def test_scales_are_those_of_the_published_states() -> None:
 
 def test_ddim_and_euler_differ_in_scale_alone() -> None:
     assert DDIM().plan(2.0, (1.0, 3.0)) == Euler().plan(2.0, (1.0, 3.0))
+    assert FlowEuler().plan(2.0, (1.0, 3.0)) == Euler().plan(2.0, (1.0, 3.0))
     assert (Euler().scale(3.0), DDIM().scale(3.0)) == (1.0, pytest.approx(10**-0.5))
+    assert FlowEuler().scale(3.0) == 0.25

@@ -1,7 +1,7 @@
 """One-step methods: each estimates the integral of the flow from one state alone."""
 
 from .base import Denoise, IntegrationApproximator, slope
-from .euler import DDIM, Euler
+from .euler import DDIM, Euler, FlowEuler
 from .exponential import DPMSolverPP2S
 from .heun import HeunEDM
 from .runge_kutta import RK3, RK4, Midpoint
@@ -13,6 +13,7 @@ __all__ = [
     "DPMSolverPP2S",
     "Denoise",
     "Euler",
+    "FlowEuler",
     "HeunEDM",
     "IntegrationApproximator",
     "Midpoint",

@@ -1,4 +1,4 @@
-"""First order: Euler, and DDIM, which is Euler in another scale of the state."""
+"""First order: Euler, and DDIM and FlowEuler, which are Euler in other scales of the state."""
 
 from __future__ import annotations
 
@@ -46,6 +46,28 @@ class DDIM(IntegrationApproximator):
 
     def scale(self, sigma: float) -> float:
         return variance_preserving(sigma)
+
+
+@final
+@dataclass(frozen=True)
+class FlowEuler(IntegrationApproximator):
+    """The own sampler of flow-matching models, ``z' = z + (t' - t) v(z, t)``.
+
+    In ``x = z / (1 - t)``, ``σ = t / (1 - t)`` it is `Euler`; the state it is published in is
+    ``z = x / (1 + σ)``, the scale in which `BDIA` applies a constant γ. Order 1, one evaluation. See
+    `odesolvers.models.FlowDenoiser`.
+    """
+
+    order: ClassVar[int] = 1
+    evaluations: ClassVar[int] = 1
+
+    def increment(
+        self, x: Combination, sigma: float, target: float, denoise: Denoise
+    ) -> Combination:
+        return euler(x, sigma, target, denoise)
+
+    def scale(self, sigma: float) -> float:
+        return 1 / (1 + sigma)
 
 
 def euler(x: Combination, sigma: float, target: float, denoise: Denoise) -> Combination:

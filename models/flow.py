@@ -1,0 +1,156 @@
+"""Flow-matching models (velocity prediction, as SD3 and FLUX) as denoisers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from odesolvers.grids import Grid
+
+from .base import append_dims
+
+FLOW_SIGMA_MAX = 2.0**20
+"""The noise level that stands for the time t = 1 of a flow, where σ would be infinite."""
+
+
+class FlowDenoiser(nn.Module):
+    """A velocity network as ``denoiser(x, sigma, **extra_args)``.
+
+    A flow-matching model (Liu et al. 2022, arXiv 2209.03003; Esser et al. 2024, arXiv 2403.03206)
+    is trained on ``z = (1 - t) x0 + t noise`` to predict ``v = noise - x0``. With::
+
+        x = z / (1 - t),   σ = t / (1 - t),   t = σ / (1 + σ),   z = x / (1 + σ)
+
+    this is ``x = x0 + σ noise``, and ``D(x, σ) = z - t v(z, t)``. Euler's step in x is then exactly the
+    model's own, ``z' = z + (t' - t) v``, and `odesolvers.FlowEuler` is the method to choose, for its
+    state scale ``s = 1 / (1 + σ)`` makes z the state in which `BDIA` applies γ.
+
+    A run starts at t = 1, where σ is infinite and z is noise alone. `FLOW_SIGMA_MAX`, 2^20, stands
+    for it: the network is asked at t = 1 there, ``x = (1 + σ) z`` keeps all digits of z, and the first
+    step is off by 2^-20 of the velocity, which is of the size of float32's rounding over a run::
+
+        sigmas = flow_sigmas(flow_times(28, shift=3.0))
+        x = torch.randn(1, 16, 64, 64) * (1 + sigmas[0])
+        solution = BDIA(FlowEuler()).sample(FlowDenoiser(velocity), x, sigmas)
+
+    Args:
+        velocity: ``velocity(z, t, **extra_args) -> v`` with `z` of shape ``(B, ...)`` and `t` in [0, 1]
+            of shape ``(B,)``. The transformers of diffusers count time in thousandths (SD3):
+            ``lambda z, t, **args: net(z, timestep=1000 * t, return_dict=False, **args)[0]``.
+        dtype: what the network computes in, where that is not the dtype of the state: it is given
+            `z` in this dtype; times stay in float32.
+
+    Raises:
+        TypeError: if `velocity` cannot be called or `dtype` is no floating point dtype.
+    """
+
+    def __init__(self, velocity: Callable[..., Tensor], dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        if not callable(velocity):
+            raise TypeError(f"velocity must be callable, got {type(velocity).__name__}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating point dtype, got {dtype}")
+        self.velocity = velocity
+        self.dtype = dtype
+
+    def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        """``E[x0 | x]``.
+
+        Args:
+            x: noisy states ``(B, ...)``.
+            sigma: their noise levels ``(B,)``, 0 to `FLOW_SIGMA_MAX`. Beyond it is an error; on a GPU,
+                whose values cannot be looked at without waiting for them, the output is NaN, which
+                the solvers report with the level.
+            extra_args: for the network.
+
+        Raises:
+            TypeError: if the network returns anything but a tensor.
+            ValueError: if a level is out of range or the velocity has another shape than z.
+        """
+        inside = (sigma >= 0) & (sigma <= FLOW_SIGMA_MAX)
+        if sigma.device.type == "cpu" and not bool(inside.all()):
+            raise ValueError(
+                f"sigma must lie between 0 and FLOW_SIGMA_MAX = {FLOW_SIGMA_MAX:.0f}, which stands "
+                f"for t = 1, got {sigma[~inside][0].item():.6g}; flow_sigmas makes levels of times"
+            )
+        t = torch.where(sigma < FLOW_SIGMA_MAX, sigma / (1 + sigma), 1.0)
+        t = torch.where(inside, t, torch.nan)
+        z = x / append_dims(1 + sigma, x)
+        velocity = self.velocity(
+            z.to(self.dtype or x.dtype), t if self.dtype is None else t.float(), **extra_args
+        )
+        if not isinstance(velocity, Tensor):
+            raise TypeError(
+                f"the network must return the velocity as a tensor, got {type(velocity).__name__}; "
+                "with diffusers, call it with return_dict=False and take the first"
+            )
+        if velocity.shape != z.shape:
+            raise ValueError(
+                f"the velocity must have the shape of the state, {tuple(z.shape)}, got "
+                f"{tuple(velocity.shape)}"
+            )
+        return (z - append_dims(t, x) * velocity.to(z.dtype)).to(x.dtype)
+
+
+def flow_sigmas(times: Tensor | Sequence[float]) -> Tensor:
+    """The levels ``σ = t / (1 - t)`` of flow times, decreasing from 1 (or below) to 0 (or above).
+
+    ``flow_sigmas(scheduler.sigmas)`` is the grid of a `FlowMatchEulerDiscreteScheduler` of diffusers,
+    which calls its times sigmas, after ``scheduler.set_timesteps(...)``.
+
+    Returns:
+        float64 tensor of the shape of `times` on the CPU; t = 1 becomes `FLOW_SIGMA_MAX`.
+
+    Raises:
+        ValueError: if the times do not decrease or leave [0, 1].
+    """
+    t = torch.as_tensor(times).detach().to("cpu", torch.float64)
+    Grid.of(t)
+    if t[0] > 1:
+        raise ValueError(f"flow times must lie in [0, 1], got {t[0].item():.6g}; 1 is noise")
+    return (t / (1 - t)).clamp(max=FLOW_SIGMA_MAX)
+
+
+def flow_times(
+    n: int, *, shift: float = 1.0, start: float = 1.0, num_train_timesteps: int = 1000
+) -> Tensor:
+    """The times of the `n` steps that diffusers' `FlowMatchEulerDiscreteScheduler` takes, and 0.
+
+    Evenly spaced before the shift ``t → shift t / (1 + (shift - 1) t)`` (Esser et al. 2024, arXiv
+    2403.03206, section 5.3.2), which the scheduler applies to the lowest training time twice.
+
+    Args:
+        n: number of steps.
+        shift: of the model; 3 for SD3, 1 for none. Where it depends on the size of the image (FLUX),
+            shift by ``exp(mu)`` or take the scheduler's own times.
+        start: the first time. 1 is for `FlowEuler`, `DDIM` and others with a state scale that falls
+            as 1 / σ; methods in the unscaled state (`HeunEDM`, `Midpoint`, the Runge-Kutta methods)
+            take the jump from σ = 2^20 badly: start them at 0.99 or so.
+        num_train_timesteps: length of the training schedule.
+
+    Returns:
+        float64 tensor of shape ``(n + 1,)``, decreasing.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+    if n < 1 or not 0 < start <= 1 or not (shift > 0 and math.isfinite(shift)):
+        raise ValueError(
+            f"needs n >= 1, 0 < start <= 1 and shift > 0, got n = {n}, start = {start}, shift = {shift}"
+        )
+
+    def shifted(t: Tensor) -> Tensor:
+        return shift * t / (1 + (shift - 1) * t)
+
+    lowest = shifted(torch.tensor(1 / num_train_timesteps, dtype=torch.float64))
+    first = start / (shift - (shift - 1) * start)  # which the shift moves to `start`
+    if n > 1 and lowest.item() >= first:
+        raise ValueError(
+            f"start = {start} is not above the lowest time, {shifted(lowest).item():.6g}"
+        )
+    t = shifted(torch.linspace(first, lowest.item(), n, dtype=torch.float64))
+    return torch.cat([t, t.new_zeros(1)])

@@ -1,0 +1,111 @@
+"""k-diffusion's wrappers as denoisers: they are used unchanged; here are their grids."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from odesolvers.grids import karras_sigmas
+
+
+def import_k_diffusion() -> Any:
+    """The package `k_diffusion`.
+
+    It is imported on first use only: it takes seconds and brings CLIP and clean-fid along. Warnings
+    of theirs about themselves are not shown.
+
+    Raises:
+        ImportError: where it, or a package that it needs, is not installed; says what to install.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import k_diffusion
+    except ImportError as error:
+        if error.name == "pkg_resources":
+            raise ImportError(
+                "k-diffusion is installed but imports pkg_resources, which setuptools dropped in "
+                "version 82: pip install 'setuptools<82'",
+                name=error.name,
+            ) from error
+        raise ImportError(
+            f"k-diffusion could not be imported ({error}): pip install 'odesolvers[k-diffusion]'",
+            name=error.name,
+        ) from error
+    return k_diffusion
+
+
+def wrapper_sigmas(
+    wrapper: Any,
+    n: int | None = None,
+    *,
+    quantize: bool | None = None,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+) -> Tensor:
+    """The grid that belongs to a wrapper of k-diffusion.
+
+    - Wrappers of discrete schedules (`DiscreteEpsDDPMDenoiser`, `DiscreteVDDPMDenoiser`,
+      `CompVisDenoiser`, `CompVisVDenoiser`, `OpenAIDenoiser`): `n` times evenly spaced over the
+      training timesteps. Between two of them log σ is interpolated, as the wrapper's own
+      ``get_sigmas(n)`` does; with `quantize` each time is rounded to the nearest timestep, so that
+      every level is one the network was trained at. All training levels where `n` is None.
+    - `VDenoiser`: `n` times evenly spaced in its own time, ``σ = tan(π t / 2)``.
+    - `layers.Denoiser`, which has no time of its own: `karras_sigmas`.
+
+    Args:
+        wrapper: an instance of one of these classes.
+        n: noise levels above 0, the number of steps.
+        quantize: training levels only; by default as the wrapper was made. Discrete schedules only.
+        sigma_min: the lowest level above 0 of a continuous wrapper, 0.002 by default.
+        sigma_max: its highest, 80 by default.
+
+    Returns:
+        float64 tensor of shape ``(n + 1,)`` on the CPU, decreasing, the last level 0.
+
+    Raises:
+        TypeError: if `wrapper` is none of k-diffusion's.
+        ValueError: if `n` does not fit the schedule, or an argument does not apply to the wrapper.
+    """
+    K = import_k_diffusion()
+    if isinstance(wrapper, K.external.DiscreteSchedule):
+        if sigma_min is not None or sigma_max is not None:
+            raise ValueError(
+                f"the range of a {type(wrapper).__name__} is that of its training levels, "
+                f"{float(wrapper.sigma_min):.6g} to {float(wrapper.sigma_max):.6g}: leave out "
+                "sigma_min and sigma_max"
+            )
+        return _discrete(wrapper, n, wrapper.quantize if quantize is None else quantize)
+    if not isinstance(wrapper, K.external.VDenoiser | K.layers.Denoiser):
+        raise TypeError(f"wrapper must be one of k-diffusion's, got {type(wrapper).__name__}")
+    if n is None or quantize:
+        raise ValueError(
+            f"a {type(wrapper).__name__} has no training timesteps: give n, and leave out quantize"
+        )
+    bottom = 0.002 if sigma_min is None else sigma_min
+    top = 80.0 if sigma_max is None else sigma_max
+    if isinstance(wrapper, K.layers.Denoiser):
+        return karras_sigmas(n, bottom, top)
+    karras_sigmas(n, bottom, top)  # the same errors
+    times = torch.linspace(math.atan(top), math.atan(bottom), n, dtype=torch.float64)
+    return _append_zero(torch.tan(times))
+
+
+def _discrete(wrapper: Any, n: int | None, quantize: bool) -> Tensor:
+    count = len(wrapper.sigmas)
+    if n is None:
+        return _append_zero(wrapper.sigmas.flip(0))
+    if not 1 <= n <= count:
+        raise ValueError(f"n must be between 1 and the {count} training timesteps, got {n}")
+    # In float32 and on the wrapper's device, as its get_sigmas has it: the same bits.
+    t = torch.linspace(count - 1, 0, n, device=wrapper.sigmas.device)
+    return _append_zero(wrapper.sigmas[t.round().long()] if quantize else wrapper.t_to_sigma(t))
+
+
+def _append_zero(sigmas: Tensor) -> Tensor:
+    sigmas = sigmas.detach().to("cpu", torch.float64)
+    return torch.cat([sigmas, sigmas.new_zeros(1)])

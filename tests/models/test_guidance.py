@@ -1,0 +1,186 @@
+"""Classifier-free guidance against two separate calls."""
+
+import pytest
+import torch
+
+import odesolvers as ods
+from odesolvers.models import ClassifierFreeGuidance, Gaussian
+
+
+class Conditional(torch.nn.Module):
+    """Pulls towards a place that every condition moves; records the batches it is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = torch.nn.Parameter(torch.linspace(-2, 2, 6).double(), requires_grad=False)
+        self.batches = []
+
+    def forward(self, x, sigma, *, label=None, text=None, added=None, bias=0.0):
+        self.batches.append(x.shape[0])
+        place = torch.full((x.shape[0], 1), bias, dtype=x.dtype, device=x.device)
+        if label is not None:
+            place = place + self.places[label][:, None]
+        if text is not None:
+            place = place + text.mean((1, 2))[:, None]
+        if added is not None:
+            place = place + added["ids"].mean(1, keepdim=True) * added["extra"][0].sum(1)[:, None]
+        noise = sigma[:, None] ** 2
+        return (0.25 * x + noise * torch.tanh(place + 0.1 * x)) / (0.25 + noise)
+
+
+def conditions(device):
+    """Both branches in every form that a condition comes in."""
+    g = torch.Generator().manual_seed(3)
+
+    def rand(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(device)
+
+    def label(*values):
+        return torch.tensor(values, device=device)
+
+    return {
+        "labels": ({"label": label(0, 1, 2)}, {"label": label(5, 5, 5)}),
+        "text": ({"text": rand(3, 7, 4)}, {"text": rand(1, 7, 4)}),
+        "added": (
+            {"added": {"ids": rand(3, 2), "extra": [rand(3, 2)]}},
+            {"added": {"ids": rand(1, 2), "extra": [rand(3, 2)]}},
+        ),
+        "all": (
+            {"label": label(0, 1, 2), "text": rand(3, 7, 4), "bias": 0.5},
+            {"label": label(4), "text": rand(3, 7, 4), "bias": 0.5},
+        ),
+    }
+
+
+def separately(denoiser, scale, x, sigma, positive, negative):
+    """The definition, one branch after the other, conditions of one image spelled out."""
+
+    def whole(value):
+        if isinstance(value, torch.Tensor):
+            return value.repeat(x.shape[0] // value.shape[0], *([1] * (value.ndim - 1)))
+        if isinstance(value, dict):
+            return {k: whole(v) for k, v in value.items()}
+        return [whole(v) for v in value] if isinstance(value, list) else value
+
+    towards, away = denoiser(x, sigma, **whole(positive)), denoiser(x, sigma, **whole(negative))
+    return away + scale * (towards - away)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 3.0, -1.0])
+@pytest.mark.parametrize("form", ["labels", "text", "added", "all"])
+def test_equals_two_separate_calls(form, scale, device):
+    denoiser = Conditional().to(device)
+    positive, negative = conditions(device)[form]
+    x = torch.randn(3, 5, dtype=torch.float64, device=device)
+    sigma = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64, device=device)
+    expected = separately(denoiser, scale, x, sigma, positive, negative)
+    denoiser.batches.clear()
+    guided = ClassifierFreeGuidance(denoiser, scale)
+    found = guided(x, sigma, positive=positive, negative=negative)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+    assert denoiser.batches == ([3] if scale == 1 else [6]), "one call, of one branch at scale 1"
+
+
+def test_scale_one_needs_no_negative_branch():
+    denoiser = Conditional()
+    x, sigma = torch.randn(3, 5).double(), torch.ones(3).double()
+    positive = {"label": torch.tensor([0, 1, 2])}
+    found = ClassifierFreeGuidance(denoiser, 1.0)(x, sigma, positive=positive)
+    torch.testing.assert_close(found, denoiser(x, sigma, **positive), rtol=0, atol=0)
+
+
+def test_shared_arguments_reach_both_branches():
+    denoiser = Conditional()
+    x, sigma = torch.randn(3, 5).double(), torch.ones(3).double()
+    positive, negative = conditions("cpu")["labels"]
+    found = ClassifierFreeGuidance(denoiser, 2.0)(
+        x, sigma, positive=positive, negative=negative, bias=0.7
+    )
+    shared = ({**positive, "bias": 0.7}, {**negative, "bias": 0.7})
+    torch.testing.assert_close(found, separately(denoiser, 2.0, x, sigma, *shared))
+
+
+@pytest.mark.parametrize("method", [ods.DDIM(), ods.HeunEDM()])
+def test_guided_runs_invert(method):
+    positive, negative = conditions("cpu")["all"]
+    extra = {"positive": positive, "negative": negative}
+    guided = ClassifierFreeGuidance(Conditional(), 3.0)
+    sigmas = ods.karras_sigmas(20, 0.02, 20.0, append_zero=False)
+    x = torch.randn(3, 5, dtype=torch.float64) * sigmas[0]
+    solver = ods.BDIA(method)
+    solution = solver.sample(guided, x, sigmas, extra_args=extra)
+    unguided = solver.sample(guided.denoiser, x, sigmas, extra_args=positive)
+    assert (solution.x - unguided.x).abs().max() > 1e-3, "guidance did nothing"
+    assert solution.nfe == unguided.nfe
+    back = solver.invert(guided, solution.state, sigmas, extra_args=extra)
+    assert ((back.x - x).norm() / x.norm()).item() < 1e-12
+
+
+def test_never_applied_twice():
+    guided = ClassifierFreeGuidance(Gaussian(), 3.0)
+    with pytest.raises(TypeError, match="guided already"):
+        ClassifierFreeGuidance(guided, 2.0)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "7", None, True])
+def test_bad_scale(scale):
+    with pytest.raises(ValueError, match="scale must be a finite number"):
+        ClassifierFreeGuidance(Gaussian(), scale)
+
+
+def test_bad_denoiser():
+    with pytest.raises(TypeError, match="must be callable, got str"):
+        ClassifierFreeGuidance("model", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("branches", "error", "message"),
+    [
+        ({}, ValueError, "needs the positive branch"),
+        ({"positive": {}}, ValueError, "needs the negative branch"),
+        ({"positive": torch.zeros(3), "negative": {}}, TypeError, "positive must be a mapping"),
+        (
+            {"positive": {"label": torch.tensor([0, 1, 2])}, "negative": {"label": None}},
+            TypeError,
+            "label is NoneType and Tensor",
+        ),
+        (
+            {"positive": {"label": torch.tensor([0, 1, 2])}, "negative": {}},
+            ValueError,
+            "the same keys",
+        ),
+        (
+            {
+                "positive": {"label": torch.zeros(2).long()},
+                "negative": {"label": torch.zeros(3).long()},
+            },
+            ValueError,
+            r"label must have the batch of x, 3, or 1 .* got shape \(2,\)",
+        ),
+        (
+            {
+                "positive": {"text": torch.zeros(3, 4, 2)},
+                "negative": {"text": torch.zeros(3, 5, 2)},
+            },
+            ValueError,
+            "text must have one form",
+        ),
+        (
+            {
+                "positive": {"added": {"ids": torch.zeros(3)}},
+                "negative": {"added": {"extra": torch.zeros(3)}},
+            },
+            ValueError,
+            "added must have the same keys",
+        ),
+        (
+            {"positive": {"bias": 0.5}, "negative": {"bias": 0.0}},
+            ValueError,
+            "only tensors can differ",
+        ),
+    ],
+)
+def test_bad_branches(branches, error, message):
+    guided = ClassifierFreeGuidance(Conditional(), 2.0)
+    with pytest.raises(error, match=message):
+        guided(torch.zeros(3, 5).double(), torch.ones(3).double(), **branches)
