@@ -306,6 +306,7 @@ class IDDPMPrecond(Preconditioner):
             levels.append(math.sqrt((levels[-1] ** 2 + 1) / max(ratio, C_1) - 1))
         self.register_buffer("u", torch.tensor(levels[::-1], dtype=torch.float32))
         self.sigma_min, self.sigma_max = levels[1], levels[-1]
+        self.register_load_state_dict_post_hook(_take_range)  # type: ignore[no-untyped-call]
 
     def _root_alpha(self, j: int) -> float:
         return math.sin(math.pi / 2 * j / (self.M * (self.C_2 + 1)))
@@ -322,6 +323,12 @@ class IDDPMPrecond(Preconditioner):
         """1, -σ, 1 / √(σ² + 1), M - 1 less the index of the nearest level."""
         noise = (self.M - 1 - self._index(sigma)).to(sigma.dtype)
         return Coefficients(torch.ones_like(sigma), -sigma, (sigma**2 + 1).rsqrt(), noise)
+
+
+def _take_range(module: nn.Module, _: object) -> None:
+    """The range of the levels just loaded; checkpoints hold them as float32 arithmetic left them."""
+    assert isinstance(module, IDDPMPrecond)
+    module.sigma_min, module.sigma_max = module.u[-2].item(), module.u[0].item()
 
 
 @final

@@ -125,6 +125,17 @@ def test_numpy_numbers_among_the_attributes(tmp_path: Path) -> None:
     assert [type(value) for value in noted] == [float, int, bool]
 
 
+def test_the_range_is_that_of_the_levels_in_the_file(tmp_path: Path) -> None:
+    denoiser = tiny(precond="iDDPMPrecond")
+    for factor in (0.9995, 1.0005):  # as far as float32 arithmetic takes the published ones
+        changed = tiny(precond="iDDPMPrecond")
+        changed.get_buffer("u").mul_(factor)
+        loaded = load(published(changed), tmp_path)
+        assert loaded.sigma_min == pytest.approx(factor * denoiser.sigma_min)
+        lowest = loaded.get_sigmas(18)[-2:-1]
+        assert bool(loaded(torch.zeros(1, 3, 8, 8), lowest).isfinite().all())
+
+
 @pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_numbers_of_either_numpy_and_byte_order(module: str, order: str) -> None:
