@@ -46,13 +46,19 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "ddpmpp": SONG,
     "ncsnpp": SONG
     | {
+        "channel_mult": [1, 2, 2],
         "embedding_type": "fourier",
         "encoder_type": "residual",
         "channel_mult_noise": 2,
         "resample_filter": [1, 3, 3, 1],
     },
     "skips": SONG
-    | {"encoder_type": "skip", "decoder_type": "skip", "resample_filter": [1, 3, 3, 1]},
+    | {
+        "channel_mult": [1, 2, 2],
+        "encoder_type": "skip",
+        "decoder_type": "skip",
+        "resample_filter": [1, 3, 3, 1],
+    },
     "adm": SONG | {"model_channels": 64},
 }
 PRECONDITIONERS: dict[str, type[Preconditioner]] = {
