@@ -2,6 +2,7 @@
 
 from .closed_form import Gaussian, GaussianMixture, IdealDenoiser
 from .digits import load_digits
+from .edm import load_edm, save_edm
 from .flow import FLOW_SIGMA_MAX, FlowDenoiser, flow_sigmas, flow_times
 from .guidance import ClassifierFreeGuidance
 from .kdiffusion import import_k_diffusion, wrapper_sigmas
@@ -22,7 +23,9 @@ __all__ = [
     "flow_times",
     "import_k_diffusion",
     "load_digits",
+    "load_edm",
     "load_stable_diffusion",
+    "save_edm",
     "save_tiny_stable_diffusion",
     "wrapper_sigmas",
 ]

@@ -1,0 +1,193 @@
+"""Reading the pickles of NVlabs without running anything in them.
+
+Their `torch_utils.persistence` stores each module as a record: the source code of its class, the
+class name, the constructor's arguments and the attributes. Python's own `pickle.load` would execute
+that source code, and whatever else a file names. Here a record is data, source code is dropped
+unread, and only the few names below mean anything; a file that uses any other is refused.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from typing import IO, Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class CheckpointError(ValueError):
+    """A file that is damaged, of an unknown kind, or refused for what it asks to do."""
+
+
+@final
+class Record:
+    """A persistent object of the file, as data.
+
+    Attributes:
+        class_name: the name of its class.
+        state: its attributes.
+    """
+
+    __slots__ = ("class_name", "state")
+
+    def __init__(self, class_name: str, state: dict[str, Any]) -> None:
+        self.class_name = class_name
+        self.state = state
+
+    @property
+    def init(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The positional and the keyword arguments that it was constructed with."""
+        args, kwargs = self.state.get("_init_args"), self.state.get("_init_kwargs")
+        if not isinstance(args, tuple) or not isinstance(kwargs, dict):
+            raise CheckpointError(
+                f"the file does not record how its {self.class_name} was constructed"
+            )
+        return args, kwargs
+
+
+@final
+class _Function:
+    """A function that a pickle may call and cannot alter."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __setstate__(self, state: object) -> None:
+        raise CheckpointError("refused: the file tries to alter a function of the reader")
+
+
+@final
+class _ModuleDict:
+    """Stands for ``torch.nn.ModuleDict``, which the files hold as it is."""
+
+    state: dict[str, Any]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+@final
+class _NumpyDtype:
+    """Stands for a numpy dtype; of the numbers alone, since others can hold Python objects."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        if code not in ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"):
+            raise CheckpointError(f"refused: the file uses the numpy dtype {code!r}")
+        self.code = code
+        self.order = "<"
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        order = state[1]
+        if order not in ("<", ">", "|"):
+            raise CheckpointError(f"refused: the file uses the numpy byte order {order!r}")
+        self.order = order
+
+    def number(self, data: bytes) -> bool | int | float:
+        (value,) = np.frombuffer(data, np.dtype(self.order + self.code)).tolist()
+        assert isinstance(value, (bool, int, float))
+        return value
+
+
+def _record(meta: dict[str, Any]) -> Record:
+    name, state = meta.get("class_name"), meta.get("state")
+    if meta.get("type") != "class" or not isinstance(name, str) or not isinstance(state, dict):
+        raise CheckpointError("the file holds a persistence record of an unknown form")
+    return Record(name, state)
+
+
+def _storage(data: bytes) -> Tensor:
+    """A storage as a flat tensor: bytes of `torch.save`, which are themselves a pickle."""
+    storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    if not isinstance(storage, torch.storage.TypedStorage):
+        raise CheckpointError(f"the file holds a {type(storage).__name__} in place of a storage")
+    return torch.empty(0, dtype=storage.dtype).set_(storage)
+
+
+def _tensor(
+    storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
+) -> Tensor:
+    """A window on a storage; torch checks that it lies inside."""
+    return storage.as_strided(size, stride, offset)
+
+
+_NAMES: dict[str, Any] = {
+    "torch_utils.persistence._reconstruct_persistent_obj": _Function(_record),
+    "torch.nn.modules.container.ModuleDict": _ModuleDict,
+    "torch._utils._rebuild_parameter": _Function(lambda data, *_: data),
+    "torch._utils._rebuild_tensor_v2": _Function(_tensor),
+    "torch.storage._load_from_bytes": _Function(_storage),
+    "collections.OrderedDict": dict,
+    "numpy.dtype": _NumpyDtype,
+    "numpy.core.multiarray.scalar": _Function(lambda dtype, data: dtype.number(data)),
+    "numpy._core.multiarray.scalar": _Function(lambda dtype, data: dtype.number(data)),
+}
+
+
+@final
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _NAMES[f"{module}.{name}"]
+        except KeyError:
+            raise CheckpointError(
+                f"refused: the file asks for {module}.{name}, which no EDM checkpoint needs; "
+                "loading it could run code of its author's choice"
+            ) from None
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise CheckpointError(f"refused: the file refers to an object outside itself, {pid!r}")
+
+
+def read_pickle(file: IO[bytes]) -> Any:
+    """The content of a pickle, persistent objects as `Record`; nothing in it is executed.
+
+    Raises:
+        CheckpointError: if the file is damaged, is not a pickle, or uses a name that EDM checkpoints
+            do not need; names it.
+    """
+    try:
+        return _Unpickler(file).load()
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # A damaged stream can fail in any instruction, with any of half a dozen exceptions.
+        raise CheckpointError(
+            f"the file is damaged or is not a pickle: {type(error).__name__}: {error}"
+        ) from error
+
+
+def module_tensors(record: Any) -> dict[str, Tensor]:
+    """The parameters and buffers of a module in a pickle, by the names of its state dict.
+
+    Raises:
+        CheckpointError: if the record is not a tree of modules.
+    """
+    return {
+        f"{path}{name}": value
+        for path, state in module_states(record)
+        for kind in ("_parameters", "_buffers")
+        for name, value in state.get(kind, {}).items()
+        if value is not None
+    }
+
+
+def module_states(record: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The attributes of a module and of all modules in it, with their paths ("", "model.", ...)."""
+    todo, seen = [("", record)], set()
+    while todo:
+        path, item = todo.pop()
+        state = item.state if isinstance(item, (Record, _ModuleDict)) else None
+        if id(item) in seen or not isinstance(state, dict) or "_modules" not in state:
+            raise CheckpointError(f"the file has no module where one should be, at {path!r}")
+        seen.add(id(item))
+        yield path, state
+        children = state["_modules"]
+        todo += [(f"{path}{name}.", child) for name, child in children.items() if child is not None]
