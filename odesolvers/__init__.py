@@ -10,7 +10,13 @@ from .approximators import (
     IntegrationApproximator,
     Midpoint,
 )
-from .arithmetic import Arithmetic, FloatingPoint
+from .arithmetic import (
+    Arithmetic,
+    FixedPoint,
+    FloatingPoint,
+    SideInformation,
+    side_information_bound,
+)
 from .bdia import BDIA
 from .gamma import ConstantGamma, GammaRule, PerStep, SmoothedOutput, StepRatio
 from .grids import (
@@ -37,6 +43,7 @@ __all__ = [
     "DPMSolverPP2S",
     "Denoiser",
     "Euler",
+    "FixedPoint",
     "FloatingPoint",
     "GammaRule",
     "Grid",
@@ -45,6 +52,7 @@ __all__ = [
     "InvertibleSolver",
     "Midpoint",
     "PerStep",
+    "SideInformation",
     "SmoothedOutput",
     "Solution",
     "Solver",
@@ -54,6 +62,7 @@ __all__ = [
     "exponential_sigmas",
     "karras_sigmas",
     "polyexponential_sigmas",
+    "side_information_bound",
     "sigmas_from_alphas_cumprod",
     "vp_sigmas",
 ]

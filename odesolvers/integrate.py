@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from .state import Solution, State, check_pair, describe
 from .step import Evaluation, Step
 
 if TYPE_CHECKING:
+    from .arithmetic.stack import Stack
     from .solver import Denoiser, Solver
 
 _HERE = Combination({STATE: 1.0})
@@ -35,14 +37,14 @@ def descend(run: Run, state: State, stop: int) -> Solution:
     if state.noisier is None:
         steps[first] = run.solver.start(s[first], s[first + 1])
     path = [(k, steps[k]) for k in range(first, stop)]
-    run.prepare(path, state.cleaner)
+    stack = run.prepare(path, state, origin=first + 1 if state.noisier is None else first)
 
     older, current = state.noisier, state.cleaner
     for k, step in run.track(path):
         values = run.evaluate(step, current, k)
-        newer = run.arithmetic.forward(step, older, values)
+        newer = run.arithmetic.forward(step, older, values, stack)
         older, current = current, newer
-    return run.finish(current, State(current, older, stop, s, repr(run.solver)))
+    return run.finish(current, State(current, older, stop, s, repr(run.solver)), stack)
 
 
 @torch.no_grad()
@@ -67,19 +69,19 @@ def ascend(run: Run, state: State, stop: int) -> Solution:
                 "at every level"
             )
     begin = [(last, run.solver.start(s[last], s[last - 1]))] if state.noisier is None else []
-    run.prepare(begin + undo, state.cleaner)
+    stack = run.prepare(begin + undo, state, origin=last)
 
     newer, current = state.cleaner, state.noisier
     for k, step in run.track(begin + undo):
         if current is None:
             values = run.evaluate(step, newer, k)
-            current = run.arithmetic.forward(step, None, values)
+            current = run.arithmetic.forward(step, None, values, stack)
         else:
             values = run.evaluate(step, current, k)
-            older = run.arithmetic.inverse(step, newer, values)
+            older = run.arithmetic.inverse(step, newer, values, stack)
             newer, current = current, older
     assert current is not None
-    return run.finish(current, State(newer, current, stop + 1, s, repr(run.solver)))
+    return run.finish(current, State(newer, current, stop + 1, s, repr(run.solver)), stack)
 
 
 class Run:
@@ -111,28 +113,41 @@ class Run:
         self._extra_args = dict(extra_args or {})
         self._callback = callback
         self._progress = progress
+        self._dtype = torch.float32
         self._sigmas: dict[float, Tensor] = {}
+        self._twice = self.arithmetic.check_determinism
         self._probes: list[tuple[str, Tensor]] = []
 
     def state(self, x: Tensor | State, index: int) -> State:
-        """`x` as a checked state; a lone tensor stands at level `index`."""
+        """`x` as a checked state, stored as the arithmetic has it; a lone tensor stands at `index`."""
+        self.arithmetic.check(self.grid)
         if not isinstance(x, State):
             state = State(x, None, index, self.grid.levels, repr(self.solver))
         else:
             state = x
             state.check(self.grid, repr(self.solver))
+        check_pair(state)
+        if state.side is not None:
+            self._dtype = state.side.dtype
+            return state
         for tensor in (state.cleaner, state.noisier):
             if tensor is not None:
                 _check_tensor(tensor)
-        check_pair(state)
-        return state
+        self._dtype = state.cleaner.dtype
+        store, noisier = self.arithmetic.store, state.noisier
+        return replace(
+            state,
+            cleaner=store(state.cleaner),
+            noisier=None if noisier is None else store(noisier),
+        )
 
-    def prepare(self, path: list[tuple[int, Step]], like: Tensor) -> None:
-        """Make the noise levels of every call on `path` in one transfer, each of shape (B,)."""
+    def prepare(self, path: list[tuple[int, Step]], state: State, origin: int) -> Stack | None:
+        """The noise levels of all calls on `path`, in one transfer, and the working memory."""
         levels = sorted({call.sigma for _, step in path for call in step.evaluations})
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        table = torch.tensor(levels, dtype=dtype).unsqueeze(1).repeat(1, like.shape[0])
-        self._sigmas = dict(zip(levels, table.to(like.device).unbind(), strict=True))
+        dtype = torch.float64 if self._dtype == torch.float64 else torch.float32
+        table = torch.tensor(levels, dtype=dtype).unsqueeze(1).repeat(1, state.cleaner.shape[0])
+        self._sigmas = dict(zip(levels, table.to(state.cleaner.device).unbind(), strict=True))
+        return self.arithmetic.open(state.cleaner, state.noisier, state.side, origin)
 
     def track(self, path: list[tuple[int, Step]]) -> Iterable[tuple[int, Step]]:
         """`path`, with a progress bar where one was asked for."""
@@ -145,13 +160,13 @@ class Run:
         bar: Iterable[tuple[int, Step]] = tqdm(path, desc=type(self.solver).__name__)
         return bar
 
-    def evaluate(self, step: Step, x: Tensor, k: int) -> list[Tensor]:
-        """The state `x` at level `k` and the outputs of the denoiser calls of `step`, in order."""
-        values = [x]
-        for call in step.evaluations:
-            at_x = call.point == _HERE
-            point = x if at_x else self.arithmetic.combine(call.point, values)
-            values.append(self._denoise(point, call, k))
+    def evaluate(self, step: Step, stored: Tensor, k: int) -> list[Tensor]:
+        """The state at level `k` and the outputs of the denoiser calls of `step`, in order."""
+        x = self.arithmetic.load(stored, self._dtype)
+        values = self._outputs(step, x, k)
+        if self._twice:
+            self._twice = False
+            _check_same(values, self._outputs(step, x, k), k, self.grid.levels[k])
         if self._callback is not None:
             sigma = self._sigmas[step.evaluations[0].sigma][0]
             self._callback(
@@ -159,12 +174,22 @@ class Run:
             )
         return values
 
-    def finish(self, x: Tensor, state: State) -> Solution:
+    def finish(self, stored: Tensor, state: State, stack: Stack | None) -> Solution:
         """The solution, once every value that was met is known to be finite."""
+        x = self.arithmetic.load(stored, self._dtype)
         self._probe(x, "the final state is not finite")
         for message, probe in self._probes:
             _check_probe(probe, message)
-        return Solution(x, state, self.nfe)
+        side = self.arithmetic.close(stack, state.cleaner, state.noisier, state.index, self._dtype)
+        return Solution(x, replace(state, side=side), self.nfe)
+
+    def _outputs(self, step: Step, x: Tensor, k: int) -> list[Tensor]:
+        values = [x]
+        for call in step.evaluations:
+            at_x = call.point == _HERE
+            point = x if at_x else self.arithmetic.combine(call.point, values)
+            values.append(self._denoise(point, call, k))
+        return values
 
     def _denoise(self, x: Tensor, call: Evaluation, k: int) -> Tensor:
         denoised = self._denoiser(x, self._sigmas[call.sigma], **self._extra_args)
@@ -203,6 +228,18 @@ def _check_probe(probe: Tensor, message: str) -> None:
         raise FloatingPointError(
             f"{message}; look for an overflow in the denoiser or a sigma outside its range"
         )
+
+
+def _check_same(values: list[Tensor], again: list[Tensor], k: int, sigma: float) -> None:
+    for call, (a, b) in enumerate(zip(values, again, strict=True)):
+        if not torch.equal(a, b):
+            raise RuntimeError(
+                f"the denoiser is not deterministic: call {call} of the step from level {k} of the "
+                f"grid, sigma = {sigma:.6g}, was made twice with the same input and "
+                f"{int((a != b).sum())} of {a.numel()} elements differ, by up to "
+                f"{float((a - b).abs().max()):.3g}; put the network in eval mode, and see "
+                "torch.use_deterministic_algorithms and torch.backends.cudnn.benchmark"
+            )
 
 
 def _check_tensor(x: Tensor) -> None:
