@@ -30,6 +30,7 @@ from .grids import (
 )
 from .solver import Denoiser, InvertibleSolver, Solver
 from .state import Solution, State
+from .storage import load_state, save_state
 
 __version__ = "0.1.0"
 
@@ -61,7 +62,9 @@ __all__ = [
     "ddim_timesteps",
     "exponential_sigmas",
     "karras_sigmas",
+    "load_state",
     "polyexponential_sigmas",
+    "save_state",
     "side_information_bound",
     "sigmas_from_alphas_cumprod",
     "vp_sigmas",
