@@ -199,7 +199,7 @@ class FixedPoint(Arithmetic):
             if older is None:
                 stack.checksum = stack.checksum + checksum(newer)
             return newer
-        size = torch.maximum(self._size(older) * step.gain, _largest(rest))
+        size = torch.maximum(self._size(older) * max(step.gain, 1.0), _largest(rest))
         self._note_size(stack, step, values, size)
         a, b = self._terms(step)
         return self._encode(rest).add_(older if a == b else stack.multiply(older, a, b))
@@ -210,7 +210,8 @@ class FixedPoint(Arithmetic):
         assert stack is not None
         rest = self._rest(step, values)
         size = _largest(rest)
-        product = newer - self._encode(rest)
+        encoded = self._encode(rest)
+        product = torch.sub(newer, encoded, out=encoded)
         size = torch.maximum(size, self._size(product) / min(step.gain, 1.0))
         self._note_size(stack, step, values, size)
         a, b = self._terms(step)

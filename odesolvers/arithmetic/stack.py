@@ -71,7 +71,8 @@ class Stack:
 
     The remainder of the division by b is pushed onto W, and the result takes the free place of a
     remainder from it. Read from right to left with a and b exchanged it undoes itself. The result
-    is z a/b up to less than max(a, b); W'' is larger than W by b/a.
+    is z a/b up to less than a; W'' is larger than W by b/a. Both z and the result must be below 2^61
+    in absolute value.
 
     W is an int64 tensor. Where a bound known on the host says that it might not hold the next
     remainder, the low 32 bits of all elements are put aside ("spilled") together with the place,
@@ -90,6 +91,7 @@ class Stack:
         """Levels, and how large a state became in the step from there, to be checked at the end."""
         self._shape = shape
         self._top: Tensor | None = None  # W; None while the bound says that it is 0
+        self._scratch: Tensor | None = None  # for remainders
         self._bound = 0  # no element of W is larger
         self._spills: list[tuple[Tensor, int, int]] = []  # word, depth, bound before
 
@@ -103,11 +105,15 @@ class Stack:
 
     def _scale(self, z: Tensor, a: int, b: int, move: int) -> Tensor:
         self._make_room(b)
-        quotient, remainder = _divmod(z, b)
-        pushed = remainder if self._top is None else remainder.add_(self._top, alpha=b)
-        top, remainder = _divmod(pushed, a)
+        quotient, remainder = _divmod(z, b, torch.empty_like(z), self._scratch)
+        top = self._top
+        if top is None:
+            top = torch.empty_like(z)
+        else:
+            remainder.add_(top, alpha=b)
+        top, remainder = _divmod(remainder, a, top, remainder, signed=False)
         self._bound = (self._bound * b + b - 1) // a
-        self._top = top if self._bound else None
+        self._top, self._scratch = top if self._bound else None, remainder
         self.depth += move
         self._take_back()
         return quotient.mul_(a).add_(remainder)
@@ -184,8 +190,8 @@ def checksum(z: Tensor) -> Tensor:
     And all but certain to change with several: the sum of the elements times odd numbers that
     depend on their places.
     """
-    place = torch.arange(1, 2 * z.numel(), 2, device=z.device) * 0x1E3779B97F4A7C15
-    return ((place ^ place >> 29) | 1).mul_(z.flatten()).sum()
+    place = torch.arange(1, 2 * z.numel(), 2, device=z.device).mul_(0x1E3779B97F4A7C15)
+    return place.bitwise_xor_(place >> 29).bitwise_or_(1).mul_(z.flatten()).sum()
 
 
 def low_word(z: Tensor) -> Tensor:
@@ -230,9 +236,19 @@ def unpack_bits(packed: Tensor, n: int) -> Tensor:
     return rows.flatten()[:n]
 
 
-def _divmod(z: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """``z // n`` and ``z % n`` as Python has them, in new storage."""
+def _divmod(
+    z: Tensor, n: int, quotient: Tensor, remainder: Tensor | None, *, signed: bool = True
+) -> tuple[Tensor, Tensor]:
+    """``z // n`` and ``z % n`` as Python has them, for |z| up to 2^61; for z up to 2^63 unless signed.
+
+    Written to `quotient` and `remainder`, which may be `z`: new memory costs more than arithmetic.
+    """
     if n & (n - 1) == 0:
-        return z >> (n.bit_length() - 1), z & (n - 1)
-    quotient = torch.div(z, n, rounding_mode="floor")
-    return quotient, torch.sub(z, quotient, alpha=n)
+        torch.bitwise_right_shift(z, n.bit_length() - 1, out=quotient)
+        return quotient, torch.bitwise_and(z, n - 1, out=remainder)
+    # Truncated division of numbers that are not negative takes half as long as division with floor.
+    steps = 2**62 // n if signed else 0
+    shifted = torch.add(z, n * steps, out=remainder) if signed else z
+    torch.div(shifted, n, rounding_mode="trunc", out=quotient)
+    remainder = torch.sub(shifted, quotient, alpha=n, out=shifted)
+    return quotient.sub_(steps) if signed else quotient, remainder
