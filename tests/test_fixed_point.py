@@ -392,6 +392,14 @@ def test_every_bit_of_the_state_counts() -> None:
                 solver.invert(smooth, broken, sigmas)
 
 
+def test_a_bit_that_no_state_ever_uses_counts_too() -> None:
+    solver, sigmas, _, state = a_run()
+    packed = torch.nn.functional.pad(state.side.packed, (0, 0, 0, 1), value=1)
+    side = dataclasses.replace(state.side, packed=packed)
+    with pytest.raises(RuntimeError, match="not what it was"):
+        solver.invert(smooth, dataclasses.replace(state, side=side), sigmas)
+
+
 # --- states in files and on devices ----------------------------------------------------------------
 
 
@@ -509,7 +517,12 @@ def test_the_range_is_checked_at_the_end_where_it_was_not_on_the_way() -> None:
     """As on a GPU, where a check on the way would wait for it."""
     arithmetic, z = FixedPoint(), torch.zeros(4, dtype=torch.int64)
     stack = arithmetic.open(z, z, None, 1)
-    stack.sizes += [(80.0, torch.tensor(3.0)), (40.0, torch.tensor(3e6)), (1.0, torch.tensor(9e9))]
+    small, large = torch.tensor(-3.0), torch.tensor(3e6)
+    stack.extents += [
+        (80.0, small, -small, 1.0),
+        (40.0, small, large, 1.0),
+        (1.0, small, small, 9e9),
+    ]
     with pytest.raises(OverflowError, match="reaches 3e\\+06 in the step from sigma = 40"):
         arithmetic.close(stack, z, z, 3, torch.float32)
 

@@ -170,8 +170,8 @@ class FixedPoint(Arithmetic):
         """
         assert stack is not None
         assert noisier is not None
-        for sigma, size in stack.sizes:
-            self._check_range(sigma, float(size), dtype)
+        for extent in stack.extents:
+            self._check_range(*extent, dtype)
         if any(bool(overflow) for overflow in stack.overflows):
             raise RuntimeError("the side information does not fit the run: " + _NOT_UNDONE)
         side = stack.pack(dtype)
@@ -194,13 +194,13 @@ class FixedPoint(Arithmetic):
         assert stack is not None
         rest = self._rest(step, values)
         if older is None or step.gain == 0.0:
-            self._note_size(stack, step, values, _largest(rest))
+            self._note_extent(stack, step, rest, 1.0, values)
             newer = self._encode(rest)
             if older is None:
                 stack.checksum = stack.checksum + checksum(newer)
             return newer
-        size = torch.maximum(self._size(older) * max(step.gain, 1.0), _largest(rest))
-        self._note_size(stack, step, values, size)
+        self._note_extent(stack, step, rest, 1.0, values)
+        self._note_extent(stack, step, older, max(step.gain, 1.0), values)
         a, b = self._terms(step)
         return self._encode(rest).add_(older if a == b else stack.multiply(older, a, b))
 
@@ -209,11 +209,10 @@ class FixedPoint(Arithmetic):
     ) -> Tensor:
         assert stack is not None
         rest = self._rest(step, values)
-        size = _largest(rest)
+        self._note_extent(stack, step, rest, 1.0, values)
         encoded = self._encode(rest)
         product = torch.sub(newer, encoded, out=encoded)
-        size = torch.maximum(size, self._size(product) / min(step.gain, 1.0))
-        self._note_size(stack, step, values, size)
+        self._note_extent(stack, step, product, max(1 / step.gain, 1.0), values)
         a, b = self._terms(step)
         return product if a == b else stack.divide(product, a, b)
 
@@ -236,19 +235,24 @@ class FixedPoint(Arithmetic):
             )
         return fraction.as_integer_ratio()
 
-    def _size(self, stored: Tensor) -> Tensor:
-        return _largest(stored) * 2.0**-self.fractional_bits
-
-    def _note_size(self, stack: Stack, step: Step, values: Sequence[Tensor], size: Tensor) -> None:
-        """Check the range: on the CPU now, elsewhere when the run ends, without waiting for it."""
-        sigma, dtype = step.evaluations[0].sigma, values[0].dtype
-        if size.device.type == "cpu":
-            self._check_range(sigma, float(size), dtype)
+    def _note_extent(
+        self, stack: Stack, step: Step, x: Tensor, factor: float, values: Sequence[Tensor]
+    ) -> None:
+        """Check that `x` times `factor` is in range: on the CPU now, elsewhere at the end of the run."""
+        sigma = step.evaluations[0].sigma
+        low, high = x.aminmax()
+        if x.dtype == torch.int64:
+            factor *= 2.0**-self.fractional_bits
+        if x.device.type == "cpu":
+            self._check_range(sigma, low, high, factor, values[0].dtype)
         else:
-            stack.sizes.append((sigma, size))
+            stack.extents.append((sigma, low, high, factor))
 
-    def _check_range(self, sigma: float, size: float, dtype: torch.dtype) -> None:
+    def _check_range(
+        self, sigma: float, low: Tensor, high: Tensor, factor: float, dtype: torch.dtype
+    ) -> None:
         limit = min(self.limit, torch.finfo(dtype).max)
+        size = max(-float(low), float(high)) * factor
         if not size < limit:
             raise OverflowError(
                 f"the state reaches {size:.3g} in the step from sigma = {sigma:.6g}; {self} with "
@@ -283,8 +287,3 @@ def _fraction(g: float) -> Fraction:
     # Fractions with denominators up to d are 1 / d^2 apart, which a float64 must resolve.
     fraction = Fraction(ratio).limit_denominator(min(_DENOMINATOR, math.isqrt(int(2**50 / ratio))))
     return fraction if g > 1.0 else 1 / fraction
-
-
-def _largest(x: Tensor) -> Tensor:
-    low, high = x.aminmax()
-    return torch.maximum(high.to(torch.float32), -low.to(torch.float32))

@@ -87,8 +87,8 @@ class Stack:
         self.depth = 0
         self.overflows: list[Tensor] = []
         """Tensors that are True where side information overflowed: never in an exact run."""
-        self.sizes: list[tuple[float, Tensor]] = []
-        """Levels, and how large a state became in the step from there, to be checked at the end."""
+        self.extents: list[tuple[float, Tensor, Tensor, float]] = []
+        """Of the values on the way, where not checked at once: level, minimum, maximum, factor."""
         self._shape = shape
         self._top: Tensor | None = None  # W; None while the bound says that it is 0
         self._scratch: Tensor | None = None  # for remainders
@@ -216,12 +216,11 @@ def pack_bits(z: Tensor, width: int) -> Tensor:
     """
     columns = -(-z.numel() // _GROUP)
     rows = torch.nn.functional.pad(z, (0, columns * _GROUP - z.numel())).reshape(_GROUP, columns)
+    word, offset = _places(width, z.device)
+    shifted = rows << offset.unsqueeze(1)
     words = z.new_zeros(width + 2, columns)
-    for i in range(_GROUP):
-        word, offset = divmod(i * width, 32)
-        shifted = rows[i] << offset
-        words[word] |= shifted & _LOW_WORD
-        words[word + 1] |= shifted >> 32
+    words.index_add_(0, word, shifted & _LOW_WORD)  # no two have a bit in common
+    words.index_add_(0, word + 1, shifted >> 32)
     return low_word(words[:width])
 
 
@@ -229,11 +228,16 @@ def unpack_bits(packed: Tensor, n: int) -> Tensor:
     """The int64 ``(n,)`` that `pack_bits` was given."""
     width = packed.shape[0]
     words = torch.nn.functional.pad(from_word(packed), (0, 0, 0, 2))
-    rows = words.new_empty(_GROUP, packed.shape[1])
-    for i in range(_GROUP):
-        word, offset = divmod(i * width, 32)
-        rows[i] = (words[word] >> offset | words[word + 1] << (32 - offset)) & (2**width - 1)
-    return rows.flatten()[:n]
+    word, offset = _places(width, packed.device)
+    low = words[word] >> offset.unsqueeze(1)
+    high = words[word + 1] << (32 - offset).unsqueeze(1)
+    return (low | high).bitwise_and_(2**width - 1).flatten()[:n]
+
+
+def _places(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each integer of a group, the word in which it begins and the bit of it."""
+    first = torch.arange(_GROUP, device=device) * width
+    return first >> 5, first & 31
 
 
 def _divmod(
