@@ -394,7 +394,9 @@ def test_every_bit_of_the_state_counts() -> None:
 
 def test_a_bit_that_no_state_ever_uses_counts_too() -> None:
     solver, sigmas, _, state = a_run()
-    packed = torch.nn.functional.pad(state.side.packed, (0, 0, 0, 1), value=1)
+    width = state.side.packed.shape[0]
+    high = unpack_bits(state.side.packed, state.cleaner.numel())
+    packed = pack_bits(high | 1 << width, width + 1)
     side = dataclasses.replace(state.side, packed=packed)
     with pytest.raises(RuntimeError, match="not what it was"):
         solver.invert(smooth, dataclasses.replace(state, side=side), sigmas)
