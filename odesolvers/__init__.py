@@ -13,7 +13,13 @@ from .approximators import (
     Midpoint,
     slope,
 )
-from .arithmetic import Arithmetic, FloatingPoint
+from .arithmetic import (
+    Arithmetic,
+    FixedPoint,
+    FloatingPoint,
+    SideInformation,
+    side_information_bound,
+)
 from .bdia import BDIA
 from .combination import Combination
 from .gamma import ConstantGamma, GammaRule, PerStep, SmoothedOutput, StepRatio
@@ -43,6 +49,7 @@ __all__ = [
     "Denoise",
     "Denoiser",
     "Euler",
+    "FixedPoint",
     "FloatingPoint",
     "FlowEuler",
     "GammaRule",
@@ -52,6 +59,7 @@ __all__ = [
     "InvertibleSolver",
     "Midpoint",
     "PerStep",
+    "SideInformation",
     "SmoothedOutput",
     "Solution",
     "Solver",
@@ -61,6 +69,7 @@ __all__ = [
     "exponential_sigmas",
     "karras_sigmas",
     "polyexponential_sigmas",
+    "side_information_bound",
     "sigmas_from_alphas_cumprod",
     "slope",
     "vp_sigmas",

@@ -33,7 +33,8 @@ class BDIA(InvertibleSolver):
         approximator: the one-step method Δ.
         gamma: a number in (0, 1], the paper's γ in the approximator's state scale, or a rule for
             g_i such as `StepRatio`. 0 gives the approximator itself, which cannot be inverted.
-        arithmetic: how states are stored and combined; floating point by default.
+        arithmetic: how states are stored and combined: `FloatingPoint`, inverted up to rounding, by
+            default; `FixedPoint`, inverted to the bit.
 
     Raises:
         TypeError, ValueError: at construction, if `approximator` or `gamma` is not usable.
@@ -62,6 +63,7 @@ class BDIA(InvertibleSolver):
         Read as ``x_{i-1} = g x_{i+1} + (F - g B)`` and, backwards,
         ``x_{i+1} = (x_{i-1} - (F - g B)) / g``.
         """
+        g = self.arithmetic.weight(g)
         if g == 0.0:
             return self.start(sigma, ahead)
         plan = self.approximator.plan(sigma, (ahead, behind))

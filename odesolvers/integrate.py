@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from .state import Solution, State, check_pair, describe
 from .step import Evaluation, Step
 
 if TYPE_CHECKING:
+    from .arithmetic.stack import Stack
     from .solver import Denoiser, Solver
 
 
@@ -34,14 +36,14 @@ def descend(run: Run, state: State, stop: int) -> Solution:
     if state.noisier is None:
         steps[first] = run.solver.start(s[first], s[first + 1])
     path = [(k, steps[k]) for k in range(first, stop)]
-    run.prepare(path, state.cleaner)
+    stack = run.prepare(path, state, origin=first + 1 if state.noisier is None else first)
 
     older, current = state.noisier, state.cleaner
     for k, step in run.track(path):
         values = run.evaluate(step, current, k)
-        newer = run.arithmetic.forward(step, older, values)
+        newer = run.arithmetic.forward(step, older, values, stack)
         older, current = current, newer
-    return run.finish(current, State(current, older, stop, s, repr(run.solver)))
+    return run.finish(current, State(current, older, stop, s, repr(run.solver)), stack)
 
 
 @torch.no_grad()
@@ -67,19 +69,19 @@ def ascend(run: Run, state: State, stop: int) -> Solution:
                 "at every level"
             )
     begin = [(last, run.solver.start(s[last], s[last - 1]))] if state.noisier is None else []
-    run.prepare(begin + undo, state.cleaner)
+    stack = run.prepare(begin + undo, state, origin=last)
 
     newer, current = state.cleaner, state.noisier
     for k, step in run.track(begin + undo):
         if current is None:
             values = run.evaluate(step, newer, k)
-            current = run.arithmetic.forward(step, None, values)
+            current = run.arithmetic.forward(step, None, values, stack)
         else:
             values = run.evaluate(step, current, k)
-            older = run.arithmetic.inverse(step, newer, values)
+            older = run.arithmetic.inverse(step, newer, values, stack)
             newer, current = current, older
     assert current is not None
-    return run.finish(current, State(newer, current, stop + 1, s, repr(run.solver)))
+    return run.finish(current, State(newer, current, stop + 1, s, repr(run.solver)), stack)
 
 
 class Run:
@@ -111,31 +113,43 @@ class Run:
         self._extra_args = dict(extra_args or {})
         self._callback = callback
         self._progress = progress
+        self._dtype = torch.float32
         self._sigmas: dict[float, Tensor] = {}
+        self._twice = self.arithmetic.check_determinism
         self._probes: list[tuple[str, Tensor]] = []
 
     def state(self, x: Tensor | State, index: int) -> State:
-        """`x` as a checked state; a lone tensor stands at level `index`."""
+        """`x` as a checked state, stored as the arithmetic has it; a lone tensor stands at `index`."""
+        self.arithmetic.check(self.grid)
         if not isinstance(x, State):
             _check_tensor(x)
             # A copy, for the states to come hold on to it, and the caller may write to x.
-            return State(x.detach().clone(), None, index, self.grid.levels, repr(self.solver))
-        x.check(self.grid, repr(self.solver))
-        for tensor in (x.cleaner, x.noisier):
-            if tensor is not None:
-                _check_tensor(tensor)
-        check_pair(x)
-        return x
-
-    def prepare(self, path: list[tuple[int, Step]], like: Tensor) -> None:
-        """Make the noise levels of every call on `path` in one transfer, each of shape (B,)."""
-        levels = sorted({call.sigma for _, step in path for call in step.evaluations})
-        table = (
-            torch.tensor(levels, dtype=level_dtype(like.dtype))
-            .unsqueeze(1)
-            .repeat(1, like.shape[0])
+            state = State(x.detach().clone(), None, index, self.grid.levels, repr(self.solver))
+        else:
+            x.check(self.grid, repr(self.solver))
+            check_pair(x)
+            if x.side is not None:
+                self._dtype = x.side.dtype
+                return x
+            for tensor in (x.cleaner, x.noisier):
+                if tensor is not None:
+                    _check_tensor(tensor)
+            state = x
+        self._dtype = state.cleaner.dtype
+        store, noisier = self.arithmetic.store, state.noisier
+        return replace(
+            state,
+            cleaner=store(state.cleaner),
+            noisier=None if noisier is None else store(noisier),
         )
-        self._sigmas = dict(zip(levels, table.to(like.device).unbind(), strict=True))
+
+    def prepare(self, path: list[tuple[int, Step]], state: State, origin: int) -> Stack | None:
+        """The noise levels of all calls on `path`, in one transfer, and the working memory."""
+        levels = sorted({call.sigma for _, step in path for call in step.evaluations})
+        table = torch.tensor(levels, dtype=level_dtype(self._dtype))
+        rows = table.unsqueeze(1).repeat(1, state.cleaner.shape[0]).to(state.cleaner.device)
+        self._sigmas = dict(zip(levels, rows.unbind(), strict=True))
+        return self.arithmetic.open(state.cleaner, state.noisier, state.side, origin)
 
     def track(self, path: list[tuple[int, Step]]) -> Iterable[tuple[int, Step]]:
         """`path`, with a progress bar where one was asked for."""
@@ -148,8 +162,31 @@ class Run:
         bar: Iterable[tuple[int, Step]] = tqdm(path, desc=type(self.solver).__name__)
         return bar
 
-    def evaluate(self, step: Step, x: Tensor, k: int) -> list[Tensor]:
-        """The state `x` at level `k` and the outputs of the denoiser calls of `step`, in order."""
+    def evaluate(self, step: Step, stored: Tensor, k: int) -> list[Tensor]:
+        """The state at level `k` and the outputs of the denoiser calls of `step`, in order."""
+        x = self.arithmetic.load(stored, self._dtype)
+        values = self._outputs(step, x, k)
+        if self._twice:
+            self._twice = False
+            _check_same(values, self._outputs(step, x, k), k, self.grid.levels[k])
+        if self._callback is not None:
+            sigma = self._sigmas[step.evaluations[0].sigma][0]
+            self._callback(
+                {"x": x, "i": k, "sigma": sigma, "sigma_hat": sigma, "denoised": values[1]}
+            )
+        return values
+
+    def finish(self, stored: Tensor, state: State, stack: Stack | None) -> Solution:
+        """The solution, once every value that was met is known to be finite."""
+        x = self.arithmetic.load(stored, self._dtype)
+        self._probe(x, f"the final state is not finite; {_OVERFLOW}")
+        for message, probe in self._probes:
+            _check_probe(probe, message)
+        side = self.arithmetic.close(stack, state.cleaner, state.noisier, state.index, self._dtype)
+        x = x.clone() if x is stored else x  # the caller may write to it, not to the state
+        return Solution(x, replace(state, side=side), self.nfe)
+
+    def _outputs(self, step: Step, x: Tensor, k: int) -> list[Tensor]:
         values = [x]
         for call in step.evaluations:
             at_x = call.point == HERE
@@ -162,19 +199,7 @@ class Run:
                     "return a new tensor, such as output.clone()"
                 )
             values.append(denoised)
-        if self._callback is not None:
-            sigma = self._sigmas[step.evaluations[0].sigma][0]
-            self._callback(
-                {"x": x, "i": k, "sigma": sigma, "sigma_hat": sigma, "denoised": values[1]}
-            )
         return values
-
-    def finish(self, x: Tensor, state: State) -> Solution:
-        """The solution, once every value that was met is known to be finite."""
-        self._probe(x, f"the final state is not finite; {_OVERFLOW}")
-        for message, probe in self._probes:
-            _check_probe(probe, message)
-        return Solution(x.clone(), state, self.nfe)  # the caller may write to x, not to the state
 
     def _denoise(self, x: Tensor, call: Evaluation, k: int) -> Tensor:
         before = None if x.is_inference() else x._version
@@ -231,6 +256,18 @@ def _share_storage(a: Tensor, b: Tensor) -> bool:
 def _check_stop(stop: object) -> None:
     if isinstance(stop, bool) or not isinstance(stop, int):
         raise TypeError(f"stop must be an integer, an index into sigmas, got {stop!r}")
+
+
+def _check_same(values: list[Tensor], again: list[Tensor], k: int, sigma: float) -> None:
+    for call, (a, b) in enumerate(zip(values, again, strict=True)):
+        if not torch.equal(a, b):
+            raise RuntimeError(
+                f"the denoiser is not deterministic: call {call} of the step from level {k} of the "
+                f"grid, sigma = {sigma:.6g}, was made twice with the same input and "
+                f"{int((a != b).sum())} of {a.numel()} elements differ, by up to "
+                f"{float((a - b).abs().max()):.3g}; put the network in eval mode, and see "
+                "torch.use_deterministic_algorithms and torch.backends.cudnn.benchmark"
+            )
 
 
 def _check_tensor(x: Tensor) -> None:

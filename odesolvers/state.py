@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .arithmetic import SideInformation
 from .grids import Grid
 
 
@@ -27,6 +28,8 @@ class State:
         index: where on the grid `cleaner` stands.
         sigmas: all levels of the grid the run belongs to.
         solver: the `repr` of the solver that made it.
+        side: what an exact arithmetic keeps beside the pair, which is then int64, see `FixedPoint`;
+            None in floating point.
     """
 
     cleaner: Tensor
@@ -34,6 +37,16 @@ class State:
     index: int
     sigmas: tuple[float, ...]
     solver: str
+    side: SideInformation | None = None
+
+    def to(self, device: torch.device | str) -> State:
+        """The same state with its tensors on `device`."""
+        return replace(
+            self,
+            cleaner=self.cleaner.to(device),
+            noisier=None if self.noisier is None else self.noisier.to(device),
+            side=None if self.side is None else self.side.map(lambda tensor: tensor.to(device)),
+        )
 
     def check(self, grid: Grid, solver: str) -> None:
         """Refuse to go on with another grid or another solver than the state comes from.

@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from .arithmetic import SideInformation
 from .grids import Grid
 from .state import State, check_pair
 
@@ -26,9 +27,10 @@ def write(
     """Save `state`; see `State.save`. The file appears whole or not at all."""
     safetensors = _safetensors()
     tensors = {"cleaner": state.cleaner, "noisier": state.noisier}
+    side, side_tensors = _describe_side(state.side)
     stored = {
         name: tensor.detach().to("cpu", copy=True).contiguous()
-        for name, tensor in tensors.items()
+        for name, tensor in (tensors | side_tensors).items()
         if tensor is not None
     }
     # Hexadecimal floats: every level comes back to the bit, which `State.check` insists on.
@@ -36,6 +38,7 @@ def write(
         "index": state.index,
         "sigmas": [sigma.hex() for sigma in state.sigmas],
         "solver": state.solver,
+        "side": side,
         "notes": dict(notes or {}),
     }
     metadata = {"format": FORMAT, "version": VERSION, "state": json.dumps(header)}
@@ -76,10 +79,44 @@ def read(
         index=header["index"],
         sigmas=tuple(float.fromhex(sigma) for sigma in header["sigmas"]),
         solver=header["solver"],
+        side=_read_side(header["side"], tensors, device),
     )
     check_pair(state)
     state.check(Grid.of(state.sigmas), state.solver)
     return state, header["notes"]
+
+
+def _describe_side(side: SideInformation | None) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+    """What JSON can hold of `side`, and its tensors by name."""
+    if side is None:
+        return None, {}
+    tensors = {f"side.word.{i}": word for i, word in enumerate(side.words)}
+    tensors |= {"side.packed": side.packed, "side.checksum": side.checksum}
+    described = {
+        "dtype": str(side.dtype).removeprefix("torch."),
+        "words": len(side.words),
+        "spills": side.spills,
+        "depth": side.depth,
+        "origin": side.origin,
+    }
+    return described, tensors
+
+
+def _read_side(
+    described: dict[str, Any] | None, tensors: Mapping[str, Tensor], device: torch.device | str
+) -> SideInformation | None:
+    """What `_describe_side` was given."""
+    if described is None:
+        return None
+    return SideInformation(
+        dtype=getattr(torch, described["dtype"]),
+        words=tuple(tensors[f"side.word.{i}"] for i in range(described["words"])),
+        packed=tensors["side.packed"],
+        spills=tuple((depth, bound) for depth, bound in described["spills"]),
+        depth=described["depth"],
+        origin=described["origin"],
+        checksum=tensors["side.checksum"],
+    ).map(lambda tensor: tensor.to(device))
 
 
 def _check_kind(path: Path, metadata: Mapping[str, str]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..combination import Combination
 from ..step import Step
 from .base import Arithmetic
+from .stack import Stack
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,18 @@ class FloatingPoint(Arithmetic):
             total.add_(values[k], alpha=c)
         return total
 
-    def forward(self, step: Step, older: Tensor | None, values: Sequence[Tensor]) -> Tensor:
+    def forward(
+        self,
+        step: Step,
+        older: Tensor | None,
+        values: Sequence[Tensor],
+        stack: Stack | None = None,
+    ) -> Tensor:
         rest = self.combine(step.rest, values)
         return rest if older is None or step.gain == 0.0 else rest.add_(older, alpha=step.gain)
 
-    def inverse(self, step: Step, newer: Tensor, values: Sequence[Tensor]) -> Tensor:
+    def inverse(
+        self, step: Step, newer: Tensor, values: Sequence[Tensor], stack: Stack | None = None
+    ) -> Tensor:
         rest = self.combine(step.rest, values)
         return torch.sub(newer, rest, out=rest).div_(step.gain)

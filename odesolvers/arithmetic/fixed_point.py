@@ -1,0 +1,290 @@
+"""Fixed point: a state is a tensor of integers, and inversion is exact to the bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final, final
+
+import torch
+from torch import Tensor
+
+from ..combination import Combination
+from ..grids import Grid
+from ..step import Step
+from .base import Arithmetic
+from .floating import FloatingPoint
+from .stack import SideInformation, Stack, checksum
+
+if TYPE_CHECKING:
+    from ..grids import Sigmas
+    from ..solver import Solver
+
+_STATE_BITS: Final = 61
+"""Products g Z and increments stay below 2^61, so that sums of three fit into 63 bits."""
+_DENOMINATOR: Final = 2**12
+_LARGEST_WEIGHT: Final = 2**48
+_HEADROOM: Final = 2**8
+
+_FLOAT: Final = FloatingPoint()
+
+_NOT_UNDONE: Final = (
+    "the denoiser did not return the same bits for the same input, other extra_args were given, or "
+    "the state was changed; FixedPoint(check_determinism=True) tests the denoiser"
+)
+
+
+@final
+@dataclass(frozen=True)
+class FixedPoint(Arithmetic):
+    """States as integers ``Z ≈ 2^F x``, and steps that are undone to the bit.
+
+        Z_{i-1} = g_i ⊗ Z_{i+1} + round(2^F rest(x_i))        x_i = 2^-F Z_i, in the dtype of x
+
+    `rest`, with all denoiser outputs, is a function of Z_i alone, the same in both directions; adding
+    integers is exact; and ⊗, the multiplication by a fraction, keeps its remainders in the side
+    information of the state, see `Stack`: about ``log2(1 / g_i)`` bits for each element and step,
+    which is what a contraction by g_i destroys, and nothing for g_i = 1.
+
+    `solution.x` and what the denoiser sees are tensors of the dtype of x. The pair in
+    `solution.state` is int64. A run that starts at `x` and is undone returns `snap(x)`.
+
+    Weights g_i are replaced by fractions, see `weight`, and the formula of the step is made with the
+    replaced ones. What a multiplication rounds is below 2^(12-F), amplified by g_i where that is
+    above 1.
+
+    Args:
+        fractional_bits: F, from 8 to 53. A state can hold |x| below 2^(61-F), 2 million for the
+            default of 40; each run checks that this leaves room for its grid, and that no state
+            leaves the range.
+        check_determinism: evaluate the first step of each run twice and raise where the outputs are
+            not the same to the bit. Costs the evaluations of one step.
+
+    Raises:
+        ValueError: at construction, if `fractional_bits` is not usable.
+        OverflowError: in a run, if a state leaves the range.
+        RuntimeError: in a run, if the denoiser is not deterministic; or if a run has been undone to
+            where it began and is not what it was: see `close`.
+    """
+
+    fractional_bits: int = 40
+    check_determinism: bool = field(default=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        F = self.fractional_bits
+        if isinstance(F, bool) or not isinstance(F, int) or not 8 <= F <= 53:
+            raise ValueError(f"fractional_bits must be an integer from 8 to 53, got {F!r}")
+
+    @property
+    def limit(self) -> float:
+        """The range: states stay below it in absolute value."""
+        return 2.0 ** (_STATE_BITS - self.fractional_bits)
+
+    @torch.no_grad()
+    def snap(self, x: Tensor) -> Tensor:
+        """The value of the fixed-point grid nearest to `x`, in the dtype of `x`.
+
+        For a dtype of p significant bits (float32: 24) every ``|x| >= 2^(p-1-F)`` is on the grid
+        already and comes back as it is (and -0.0 as 0.0); smaller ones are rounded to a multiple of
+        2^-F, which the dtype represents. So `snap` is idempotent and never leaves the dtype.
+
+        Raises:
+            OverflowError: if an element is outside the range, or not finite.
+        """
+        return self.load(self.store(x), x.dtype)
+
+    def check(self, grid: Grid) -> None:
+        """Refuse a grid with levels that 2^F does not resolve, or that leave no room above them."""
+        F, top = self.fractional_bits, grid.levels[0]
+        bottom = min(sigma for sigma in grid.levels if sigma > 0)
+        most = _STATE_BITS - math.ceil(math.log2(top * _HEADROOM))
+        least = math.ceil(math.log2(_DENOMINATOR * 8 / bottom))
+        if not least <= F <= most:
+            advice = (
+                f"use FixedPoint(fractional_bits={max(8, min(most, 53))})"
+                if max(8, least) <= min(most, 53)
+                else "no number of bits serves both ends of this grid"
+            )
+            raise ValueError(
+                f"{self} does not fit the grid: its highest level {top:.6g} needs at most {most} "
+                f"fractional bits, to leave a factor of {_HEADROOM} for the state, and its lowest "
+                f"level above 0, {bottom:.6g}, at least {least}; {advice}"
+            )
+
+    def weight(self, g: float) -> float:
+        """The fraction nearest to `g` whose smaller term is at most 4096, as a float.
+
+        0.96 is 24 / 25. The difference is below 1e-6 of `g` for most, and at worst 1 / 8192 of it, very
+        near to 1, where 4095 / 4096 comes next.
+
+        Raises:
+            ValueError: if `g` is above 2^48 or below 2^-48.
+        """
+        return 0.0 if g == 0.0 else float(_fraction(g))
+
+    def store(self, x: Tensor) -> Tensor:
+        largest = float(x.abs().max())
+        if not largest < self.limit:
+            raise OverflowError(
+                f"the state has an element of size {largest:.6g}; {self} holds |x| below "
+                f"{self.limit:.6g}: scale x, or use fewer fractional bits"
+            )
+        return self._encode(x.float() if x.element_size() < 4 else x.clone())
+
+    def load(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        working = torch.float64 if dtype == torch.float64 else torch.float32
+        return stored.to(working).mul_(2.0**-self.fractional_bits).to(dtype)
+
+    def open(
+        self, cleaner: Tensor, noisier: Tensor | None, side: SideInformation | None, origin: int
+    ) -> Stack:
+        if side is not None:
+            if cleaner.dtype != torch.int64 or noisier is None:
+                raise ValueError(
+                    f"a state with side information is a pair in int64, got {cleaner.dtype}"
+                )
+            return Stack.unpack(side, cleaner.shape)
+        total = checksum(cleaner)
+        return Stack(cleaner.shape, origin, total if noisier is None else total + checksum(noisier))
+
+    def close(
+        self,
+        stack: Stack | None,
+        cleaner: Tensor,
+        noisier: Tensor | None,
+        index: int,
+        dtype: torch.dtype,
+    ) -> SideInformation:
+        """Check the run, and give what the state at `index` must carry.
+
+        A step maps (pair, side information) to (pair, side information) one to one. So a run that is
+        undone to its first pair must find that pair, by its checksum, and the empty side information
+        that it started with; a denoiser output that differed on the way, or a bit changed in the
+        state, cannot lead there but by a collision of the 64-bit checksum.
+
+        Raises:
+            OverflowError: if a state left the range on the way.
+            RuntimeError: if the run is back at its first pair and that is not what it was.
+        """
+        assert stack is not None
+        assert noisier is not None
+        for extent in stack.extents:
+            self._check_range(*extent, dtype)
+        if any(bool(overflow) for overflow in stack.overflows):
+            raise RuntimeError("the side information does not fit the run: " + _NOT_UNDONE)
+        side = stack.pack(dtype)
+        if index == stack.origin and (
+            side.bits_per_element > 0
+            or not bool(checksum(cleaner) + checksum(noisier) == stack.checksum)
+        ):
+            raise RuntimeError(
+                "the run was undone to its first pair of states, which is not what it was: "
+                + _NOT_UNDONE
+            )
+        return side
+
+    def combine(self, combination: Combination, values: Sequence[Tensor]) -> Tensor:
+        return _FLOAT.combine(combination, values)
+
+    def forward(
+        self, step: Step, older: Tensor | None, values: Sequence[Tensor], stack: Stack | None
+    ) -> Tensor:
+        assert stack is not None
+        rest = self._rest(step, values)
+        if older is None or step.gain == 0.0:
+            self._note_extent(stack, step, rest, 1.0, values)
+            newer = self._encode(rest)
+            if older is None:
+                stack.checksum = stack.checksum + checksum(newer)
+            return newer
+        self._note_extent(stack, step, rest, 1.0, values)
+        self._note_extent(stack, step, older, max(step.gain, 1.0), values)
+        a, b = self._terms(step)
+        return self._encode(rest).add_(older if a == b else stack.multiply(older, a, b))
+
+    def inverse(
+        self, step: Step, newer: Tensor, values: Sequence[Tensor], stack: Stack | None
+    ) -> Tensor:
+        assert stack is not None
+        rest = self._rest(step, values)
+        self._note_extent(stack, step, rest, 1.0, values)
+        encoded = self._encode(rest)
+        product = torch.sub(newer, encoded, out=encoded)
+        self._note_extent(stack, step, product, max(1 / step.gain, 1.0), values)
+        a, b = self._terms(step)
+        return product if a == b else stack.divide(product, a, b)
+
+    def _rest(self, step: Step, values: Sequence[Tensor]) -> Tensor:
+        """2^F has no room in half precision, and the rounding of the sum is avoided there."""
+        if values[0].element_size() < 4:
+            values = [value.float() for value in values]
+        return _FLOAT.combine(step.rest, values)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        """``round(2^F x)`` as int64; overwrites `x`, which is float32 or float64."""
+        return x.mul_(2.0**self.fractional_bits).round_().to(torch.int64)
+
+    def _terms(self, step: Step) -> tuple[int, int]:
+        fraction = _fraction(step.gain)
+        if step.gain != float(fraction):
+            raise ValueError(
+                f"a step has the gain {step.gain!r}, which {self} cannot undo: a solver must take "
+                "its weights through arithmetic.weight()"
+            )
+        return fraction.as_integer_ratio()
+
+    def _note_extent(
+        self, stack: Stack, step: Step, x: Tensor, factor: float, values: Sequence[Tensor]
+    ) -> None:
+        """Check that `x` times `factor` is in range: on the CPU now, elsewhere at the end of the run."""
+        sigma = step.evaluations[0].sigma
+        low, high = x.aminmax()
+        if x.dtype == torch.int64:
+            factor *= 2.0**-self.fractional_bits
+        if x.device.type == "cpu":
+            self._check_range(sigma, low, high, factor, values[0].dtype)
+        else:
+            stack.extents.append((sigma, low, high, factor))
+
+    def _check_range(
+        self, sigma: float, low: Tensor, high: Tensor, factor: float, dtype: torch.dtype
+    ) -> None:
+        limit = min(self.limit, torch.finfo(dtype).max)
+        size = max(-float(low), float(high)) * factor
+        if not size < limit:
+            raise OverflowError(
+                f"the state reaches {size:.3g} in the step from sigma = {sigma:.6g}; {self} with "
+                f"{dtype} holds |x| below {limit:.6g}. A run that grows so far is unstable: use "
+                "weights g_i that amplify less in this direction, or fewer fractional bits if it is "
+                "meant to"
+            )
+
+
+def side_information_bound(solver: Solver, sigmas: Sigmas) -> float:
+    """Bits for each element that sampling down `sigmas` destroys, and any exact inverse must keep.
+
+    The sum of ``log2(1 / g_i)`` over the steps; where weights above 1 come first, which give room that
+    nothing before them can use, the largest sum over the last steps of the run.
+    """
+    bits = 0.0
+    for step in solver.steps(Grid.of(sigmas)):
+        if step.gain > 0.0:
+            bits = max(0.0, bits - math.log2(step.gain))
+    return bits
+
+
+@lru_cache(maxsize=4096)
+def _fraction(g: float) -> Fraction:
+    """See `FixedPoint.weight`. The fraction of ``float(_fraction(g))`` is that of g."""
+    ratio = max(g, 1 / g)
+    if not ratio <= _LARGEST_WEIGHT:
+        raise ValueError(
+            f"the weight g = {g:.6g} is too far from 1 for fixed-point states, which take weights "
+            "from 2^-48 to 2^48: choose another gamma, or a grid whose steps differ less"
+        )
+    # Fractions with denominators up to d are 1 / d^2 apart, which a float64 must resolve.
+    fraction = Fraction(ratio).limit_denominator(min(_DENOMINATOR, math.isqrt(int(2**50 / ratio))))
+    return fraction if g > 1.0 else 1 / fraction

@@ -1,0 +1,258 @@
+"""What a contraction destroys, kept: integers multiplied by fractions and divided again, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+from torch import Tensor
+
+_LARGEST: Final = 2**63 - 1
+_LOW_WORD: Final = 2**32 - 1
+_GROUP: Final = 32
+
+
+@dataclass(frozen=True, eq=False)
+class SideInformation:
+    """What a fixed-point state carries beside its two tensors of integers, in 32-bit words.
+
+    Each element of the state has a stack of bits. The stacks are equally high and are stored in
+    slices: `words` are whole 32-bit slices, the lowest first, and `packed` is what lies above them,
+    fewer than 32 bits an element, 32 elements at a time side by side without a gap.
+
+    Attributes:
+        dtype: of the states that the denoiser sees.
+        words: int32 tensors of shape ``(n,)`` for a state of n elements.
+        packed: int32 ``(m, ceil(n / 32))``, m bits for each element.
+        spills: for each of the first of `words`, where the run put it aside: the number of
+            multiplications done so far, and a bound of the integers it was the low end of.
+        depth: multiplications done less multiplications undone.
+        origin: the index of the first pair of the run.
+        checksum: of that first pair, an int64 tensor without dimensions.
+    """
+
+    dtype: torch.dtype
+    words: tuple[Tensor, ...]
+    packed: Tensor
+    spills: tuple[tuple[int, int], ...]
+    depth: int
+    origin: int
+    checksum: Tensor
+
+    @property
+    def bits_per_element(self) -> int:
+        """The height of the stacks: the side information in bits for each element of the state."""
+        return 32 * len(self.words) + self.packed.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the words take up."""
+        return sum(word.nbytes for word in self.words) + self.packed.nbytes
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> SideInformation:
+        """The same with every tensor replaced by `move` of it."""
+        return replace(
+            self,
+            words=tuple(move(word) for word in self.words),
+            packed=move(self.packed),
+            checksum=move(self.checksum),
+        )
+
+
+class Stack:
+    """Multiplies integers by fractions a/b, keeping what is needed to divide again.
+
+    With one integer W of side information for each integer z (Maclaurin, Duvenaud, Adams 2015,
+    arXiv 1502.03492, algorithm 3):
+
+        z = q b + r      W' = W b + r      W' = W'' a + t      result = q a + t
+
+    The remainder of the division by b is pushed onto W, and the result takes the free place of a
+    remainder from it. Read from right to left with a and b exchanged it undoes itself. The result
+    is z a/b up to less than a; W'' is larger than W by b/a. Both z and the result must be below 2^61
+    in absolute value.
+
+    W is an int64 tensor. Where a bound known on the host says that it might not hold the next
+    remainder, the low 32 bits of all elements are put aside ("spilled") together with the place,
+    and taken back when that multiplication is undone. Nothing here waits for a device.
+
+    The working memory of one run, and changed by it.
+    """
+
+    def __init__(self, shape: torch.Size, origin: int, checksum: Tensor) -> None:
+        self.origin = origin
+        self.checksum = checksum
+        self.depth = 0
+        self.overflows: list[Tensor] = []
+        """Tensors that are True where side information overflowed: never in an exact run."""
+        self.extents: list[tuple[float, Tensor, Tensor, float]] = []
+        """Of the values on the way, where not checked at once: level, minimum, maximum, factor."""
+        self._shape = shape
+        self._top: Tensor | None = None  # W; None while the bound says that it is 0
+        self._scratch: Tensor | None = None  # for remainders
+        self._bound = 0  # no element of W is larger
+        self._spills: list[tuple[Tensor, int, int]] = []  # word, depth, bound before
+
+    def multiply(self, z: Tensor, a: int, b: int) -> Tensor:
+        """About ``z a / b``, in new storage; `divide` undoes it."""
+        return self._scale(z, a, b, +1)
+
+    def divide(self, z: Tensor, a: int, b: int) -> Tensor:
+        """About ``z b / a``, in new storage: the z that `multiply` was given."""
+        return self._scale(z, b, a, -1)
+
+    def _scale(self, z: Tensor, a: int, b: int, move: int) -> Tensor:
+        self._make_room(b)
+        quotient, remainder = _divmod(z, b, torch.empty_like(z), self._scratch)
+        top = self._top
+        if top is None:
+            top = torch.empty_like(z)
+        else:
+            remainder.add_(top, alpha=b)
+        top, remainder = _divmod(remainder, a, top, remainder, signed=False)
+        self._bound = (self._bound * b + b - 1) // a
+        self._top, self._scratch = top if self._bound else None, remainder
+        self.depth += move
+        self._take_back()
+        return quotient.mul_(a).add_(remainder)
+
+    def _make_room(self, b: int) -> None:
+        """Put words aside until W b + b - 1 cannot overflow."""
+        while self._top is not None and self._bound * b + b - 1 > _LARGEST:
+            self._spills.append((low_word(self._top), self.depth, self._bound))
+            self._bound >>= 32
+            self._top = self._top >> 32 if self._bound else None
+
+    def _take_back(self) -> None:
+        """Take back the words that were put aside just before the multiplication now undone."""
+        while self._spills and self._spills[-1][1] == self.depth:
+            word, _, bound = self._spills.pop()
+            low = from_word(word)
+            if self._top is not None:
+                # What was put aside fits here again, unless the run was not undone exactly.
+                self.overflows.append((self._top >> 31).any())
+                low |= self._top << 32
+            self._top, self._bound = low, bound
+
+    def pack(self, dtype: torch.dtype) -> SideInformation:
+        """What must be stored to go on. Waits for the device, to learn how high the stacks are."""
+        words = [word.flatten() for word, _, _ in self._spills]
+        top = self._top
+        if top is None:
+            top = torch.zeros(self._shape, dtype=torch.int64, device=self.checksum.device)
+        width = int(top.max()).bit_length() if self._bound else 0
+        if width >= 32:
+            words.append(low_word(top).flatten())
+            top, width = top >> 32, width - 32
+        return SideInformation(
+            dtype=dtype,
+            words=tuple(words),
+            packed=pack_bits(top.flatten(), width),
+            spills=tuple((depth, bound) for _, depth, bound in self._spills),
+            depth=self.depth,
+            origin=self.origin,
+            checksum=self.checksum,
+        )
+
+    @classmethod
+    def unpack(cls, side: SideInformation, shape: torch.Size) -> Stack:
+        """The stack that `pack` was called on, for a state of that shape."""
+        n = shape.numel()
+        widths_fit = len(side.spills) <= len(side.words) <= len(side.spills) + 1
+        sizes_fit = side.packed.shape[1:] == (-(-n // _GROUP),) and all(
+            word.shape == (n,) for word in side.words
+        )
+        if not (widths_fit and sizes_fit and side.packed.shape[0] < 32):
+            raise ValueError(
+                f"the side information does not belong to a state of shape {tuple(shape)}: it has "
+                f"words of shape {[tuple(word.shape) for word in side.words]}, "
+                f"{len(side.spills)} of them put aside, and {tuple(side.packed.shape)} packed"
+            )
+        stack = cls(shape, side.origin, side.checksum)
+        stack.depth = side.depth
+        words = [word.reshape(shape) for word in side.words]
+        spilled = zip(words, side.spills, strict=False)
+        stack._spills = [(word, depth, bound) for word, (depth, bound) in spilled]
+        width = side.packed.shape[0]
+        top = unpack_bits(side.packed, n).reshape(shape) if width else None
+        if len(words) > len(side.spills):
+            low = from_word(words[-1])
+            top, width = low if top is None else top << 32 | low, width + 32
+        stack._top, stack._bound = top, 2**width - 1
+        return stack
+
+
+def checksum(z: Tensor) -> Tensor:
+    """A number, modulo 2^64, that is certain to change with any one element of int64 `z`.
+
+    And all but certain to change with several: the sum of the elements times odd numbers that
+    depend on their places.
+    """
+    place = torch.arange(1, 2 * z.numel(), 2, device=z.device).mul_(0x1E3779B97F4A7C15)
+    return place.bitwise_xor_(place >> 29).bitwise_or_(1).mul_(z.flatten()).sum()
+
+
+def low_word(z: Tensor) -> Tensor:
+    """The low 32 bits of int64 `z`, as int32."""
+    return ((z & _LOW_WORD) - ((z & 2**31) << 1)).to(torch.int32)
+
+
+def from_word(word: Tensor) -> Tensor:
+    """The int64 between 0 and 2^32 - 1 that has the bits of int32 `word`."""
+    return word.to(torch.int64).bitwise_and_(_LOW_WORD)
+
+
+def pack_bits(z: Tensor, width: int) -> Tensor:
+    """Integers from 0 to ``2**width - 1``, width 0 to 31, as ``width`` bits each.
+
+    Args:
+        z: int64 ``(n,)``.
+        width: m.
+
+    Returns:
+        int32 ``(m, ceil(n / 32))``: column j holds elements j, j + c, j + 2c, ..., of c columns.
+    """
+    columns = -(-z.numel() // _GROUP)
+    rows = torch.nn.functional.pad(z, (0, columns * _GROUP - z.numel())).reshape(_GROUP, columns)
+    word, offset = _places(width, z.device)
+    shifted = rows << offset.unsqueeze(1)
+    words = z.new_zeros(width + 2, columns)
+    words.index_add_(0, word, shifted & _LOW_WORD)  # no two have a bit in common
+    words.index_add_(0, word + 1, shifted >> 32)
+    return low_word(words[:width])
+
+
+def unpack_bits(packed: Tensor, n: int) -> Tensor:
+    """The int64 ``(n,)`` that `pack_bits` was given."""
+    width = packed.shape[0]
+    words = torch.nn.functional.pad(from_word(packed), (0, 0, 0, 2))
+    word, offset = _places(width, packed.device)
+    low = words[word] >> offset.unsqueeze(1)
+    high = words[word + 1] << (32 - offset).unsqueeze(1)
+    return (low | high).bitwise_and_(2**width - 1).flatten()[:n]
+
+
+def _places(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each integer of a group, the word in which it begins and the bit of it."""
+    first = torch.arange(_GROUP, device=device) * width
+    return first >> 5, first & 31
+
+
+def _divmod(
+    z: Tensor, n: int, quotient: Tensor, remainder: Tensor | None, *, signed: bool = True
+) -> tuple[Tensor, Tensor]:
+    """``z // n`` and ``z % n`` as Python has them, for |z| up to 2^61; for z up to 2^63 unless signed.
+
+    Written to `quotient` and `remainder`, which may be `z`: new memory costs more than arithmetic.
+    """
+    if n & (n - 1) == 0:
+        torch.bitwise_right_shift(z, n.bit_length() - 1, out=quotient)
+        return quotient, torch.bitwise_and(z, n - 1, out=remainder)
+    # Truncated division of numbers that are not negative takes half as long as division with floor.
+    steps = 2**62 // n if signed else 0
+    shifted = torch.add(z, n * steps, out=remainder) if signed else z
+    torch.div(shifted, n, rounding_mode="trunc", out=quotient)
+    remainder = torch.sub(shifted, quotient, alpha=n, out=shifted)
+    return quotient.sub_(steps) if signed else quotient, remainder
