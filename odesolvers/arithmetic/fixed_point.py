@@ -57,7 +57,7 @@ class FixedPoint(Arithmetic):
     above 1.
 
     Args:
-        fractional_bits: F, from 8 to 53. A state can hold |x| below 2^(61-F), 2 million for the
+        fractional_bits: F, from 8 to 53. A state can hold ``|x|`` below 2^(61-F), 2 million for the
             default of 40; each run checks that this leaves room for its grid, and that no state
             leaves the range.
         check_determinism: evaluate the first step of each run twice and raise where the outputs are
