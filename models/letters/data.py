@@ -57,8 +57,8 @@ class Style:
     weight: float = 0.25
     x: float = 0.0
     y: float = 0.0
-    ink: Colour = (0.0, 0.0, 0.0)
-    paper: Colour = (1.0, 1.0, 1.0)
+    ink: Colour = (1.0, 1.0, 1.0)
+    paper: Colour = (0.0, 0.0, 0.0)
 
     def __post_init__(self) -> None:
         if not 0 <= self.font < len(FONTS):
@@ -91,14 +91,16 @@ class Style:
 def random_colours(
     rng: np.random.Generator, n: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """`n` inks and papers, each ``(n, 3)`` in [0, 1], that can be told apart by their luminance."""
+    """`n` inks and darker papers, each ``(n, 3)`` in [0, 1], that stand apart in luminance."""
     pairs = rng.beta(0.7, 0.7, (n, 2, 3))
     while True:
         luminance = pairs @ np.array([0.299, 0.587, 0.114])
         dull = np.abs(luminance[:, 0] - luminance[:, 1]) < _CONTRAST
         if not dull.any():
-            return pairs[:, 0], pairs[:, 1]
+            break
         pairs[dull] = rng.beta(0.7, 0.7, (int(dull.sum()), 2, 3))
+    brighter = luminance.argmax(1)
+    return pairs[np.arange(n), brighter], pairs[np.arange(n), 1 - brighter]
 
 
 def render_mask(label: int, style: Style) -> NDArray[np.uint8]:

@@ -15,8 +15,8 @@ from .data import LETTERS, SIZE
 WEIGHTS = Path(__file__).parent / "letters.safetensors"
 LOG = Path(__file__).parent / "letters.json"
 
-SIGMA_DATA = 0.68
-"""Standard deviation of the pixels of the training set."""
+SIGMA_DATA = 0.67
+"""Root mean square of the pixels of the training set."""
 
 UNCONDITIONAL = -1
 """The label that stands for no label; one in ten letters was trained under it."""

@@ -25,7 +25,7 @@ from .network import UNCONDITIONAL, LettersDenoiser
 
 # Noise levels are log-normal, wider and higher than for photographs (Karras et al. 2022, table 1): which
 # colours a picture has is decided above σ = 5.
-LOG_SIGMA_MEAN, LOG_SIGMA_STD = -0.4, 1.6
+LOG_SIGMA_MEAN, LOG_SIGMA_STD = -0.2, 1.5
 HELD_OUT_SEED = 1
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/letters"), help="folder to write")
     parser.add_argument("--images", type=int, default=300_000, help="pictures to see in all")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights")
     parser.add_argument("--dropout", type=float, default=0.1, help="pictures without their label")
@@ -53,6 +53,8 @@ def train(args: argparse.Namespace) -> None:
     labels, masks = _masks(args)
     torch.manual_seed(args.seed)
     model = LettersDenoiser()
+    # Labels start as loud as noise levels; by default they start six times as quiet, and unheard.
+    torch.nn.init.normal_(model.denoiser.inner_model.network.mapping_cond.weight)
     averaged = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.95, 0.999))
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume")}
@@ -74,7 +76,7 @@ def train(args: argparse.Namespace) -> None:
     start = time.perf_counter() - seconds
     with tqdm(total=steps * args.batch, initial=step * args.batch, unit="img") as bar:
         while step < steps:
-            rate = args.lr * min(1, (step + 1) / 200) * (1 + math.cos(math.pi * step / steps)) / 2
+            rate = args.lr * min(1, (step + 1) / 400) * (1 + math.cos(math.pi * step / steps)) / 2
             for group in optimizer.param_groups:
                 group["lr"] = rate
             loss = model.loss(*_batch(args, labels, masks, step)).mean()
