@@ -129,6 +129,7 @@ def load_letters(
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating point dtype, got {dtype}")
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as error:
         raise ImportError(
@@ -138,7 +139,7 @@ def load_letters(
     model = LettersDenoiser()
     try:
         model.denoiser.inner_model.network.load_state_dict(load_file(path))
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} does not hold the weights of the letters network") from error
     return model.eval().requires_grad_(False).to(device, dtype)
 

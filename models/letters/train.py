@@ -29,8 +29,8 @@ LOG_SIGMA_MEAN, LOG_SIGMA_STD = -0.2, 1.5
 HELD_OUT_SEED = 1
 
 
-def main() -> None:
-    """The command line."""
+def parser() -> argparse.ArgumentParser:
+    """The settings, with those of the weights in the package as defaults."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/letters"), help="folder to write")
     parser.add_argument("--images", type=int, default=300_000, help="pictures to see in all")
@@ -40,9 +40,10 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.1, help="pictures without their label")
     parser.add_argument("--masks", type=int, default=65_536, help="letters to render")
     parser.add_argument("--every", type=int, default=10_000, help="pictures between evaluations")
+    parser.add_argument("--held-out", type=int, default=128, help="letters to evaluate on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
-    train(parser.parse_args())
+    return parser
 
 
 def train(args: argparse.Namespace) -> None:
@@ -58,7 +59,7 @@ def train(args: argparse.Namespace) -> None:
     averaged = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.95, 0.999))
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume")}
-    log: dict[str, Any] = {"settings": settings, "history": []}
+    log: dict[str, Any] = {"runs": [], "history": []}
     step, seconds = 0, 0.0
     checkpoint = args.out / "checkpoint.pt"
     if args.resume:
@@ -67,10 +68,11 @@ def train(args: argparse.Namespace) -> None:
         averaged.load_state_dict(saved["averaged"])
         optimizer.load_state_dict(saved["optimizer"])
         step = saved["step"]
-        log["history"] = json.loads((args.out / "letters.json").read_text())["history"]
+        log = json.loads((args.out / "letters.json").read_text())
         seconds = log["history"][-1]["seconds"]
+    log["runs"].append({"from_image": step * args.batch, **settings})
 
-    held_out = random_letters(128, HELD_OUT_SEED)
+    held_out = random_letters(args.held_out, HELD_OUT_SEED)
     steps, every = args.images // args.batch, max(1, args.every // args.batch)
     losses: list[float] = []
     start = time.perf_counter() - seconds
@@ -111,7 +113,7 @@ def train(args: argparse.Namespace) -> None:
                     checkpoint,
                 )
                 write(averaged, log, args.out)
-    letters, letter_labels = random_letters(520, HELD_OUT_SEED)
+    letters, letter_labels = random_letters(4 * args.held_out, HELD_OUT_SEED)
     for name, given in (("held_out", letter_labels), ("held_out_without_label", None)):
         sigmas, by_sigma = held_out_loss(averaged, letters, given)
         log["by_sigma"] = log.get("by_sigma", {}) | {"sigma": sigmas, name: by_sigma}
@@ -180,4 +182,4 @@ def _masks(args: argparse.Namespace) -> tuple[NDArray[np.int64], NDArray[np.uint
 
 
 if __name__ == "__main__":
-    main()
+    train(parser().parse_args())
