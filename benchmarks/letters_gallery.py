@@ -144,7 +144,7 @@ def edit_picture(letters: LettersDenoiser, reader: Reader, weight: float, path: 
     """Held-out letters inverted under their label and sampled under others."""
     n, targets = 6, torch.tensor([LETTERS.index(c) for c in "AEHKMORSTX"])
     images, labels = random_letters(n, seed=3)
-    source = {"class_labels": labels}
+    source = {"class_labels": labels.repeat_interleave(len(targets))}
     sources, others = images.repeat_interleave(len(targets), 0), targets.repeat(n)
     paper, ink, _ = paper_and_ink(sources)
     fresh_paper, fresh_ink, _ = paper_and_ink(random_letters(n * len(targets), seed=4)[0])
@@ -152,26 +152,27 @@ def edit_picture(letters: LettersDenoiser, reader: Reader, weight: float, path: 
         "| colour difference between unrelated letters: paper | "
         f"{_difference(paper, fresh_paper):.3f}, ink {_difference(ink, fresh_ink):.3f} |"
     )
-    results = []
+    code = SOLVER.invert(letters, sources, SIGMAS, extra_args=source)
+    back = SOLVER.sample(letters, code.state, SIGMAS, extra_args=source)
+    z = code.x / SIGMAS[0].float()
+    print(
+        f"| latents of held-out letters | mean {z.mean():.3f}, standard deviation {z.std():.3f}; "
+        f"round trip {(back.x - sources).norm() / sources.norm():.1e} |"
+    )
+    edits = []
     for w in (1.0, weight):
-        # Encoded with the label alone, decoded with guidance: the same denoiser both ways would be
-        # exact for the source's own label, but amplifies what guidance adds.
-        code = SOLVER.invert(guide(letters, 1.0), images, SIGMAS, extra_args=source)
-        back = SOLVER.sample(guide(letters, 1.0), code.state, SIGMAS, extra_args=source)
-        z = code.x / SIGMAS[0].float()
-        start = code.x.repeat_interleave(len(targets), 0)
+        # Encoded without guidance, which is no flow of the data; decoded with it.
         edit = SOLVER.sample(
-            guide(letters, w), start, SIGMAS, extra_args={"class_labels": others}
+            guide(letters, w), code.state, SIGMAS, extra_args={"class_labels": others}
         ).x
         new_paper, new_ink, _ = paper_and_ink(edit)
         print(
             f"| edits, guidance {w:g} | read as target {reader.share_read(edit, others):.0%}; colour "
             f"difference: paper {_difference(paper, new_paper):.3f}, "
-            f"ink {_difference(ink, new_ink):.3f}; latent mean {z.mean():.3f}, std {z.std():.3f}; "
-            f"round trip {(back.x - images).norm() / images.norm():.1e} |",
+            f"ink {_difference(ink, new_ink):.3f} |",
             flush=True,
         )
-        results.append((code.x, back.x, edit.unflatten(0, (n, len(targets)))))
+        edits.append(edit.unflatten(0, (n, len(targets))))
 
     columns = 3 + 2 * len(targets)
     figure, grid = plt.subplots(
@@ -179,14 +180,8 @@ def edit_picture(letters: LettersDenoiser, reader: Reader, weight: float, path: 
     )
     titles = ["source", "latent", "back"] + [LETTERS[k] for k in targets] * 2
     for row in range(n):
-        (code_x, back_x, plain), (_, _, guided) = results
-        pictures = [
-            images[row],
-            code_x[row] / SIGMAS[0] / 3,
-            back_x[row],
-            *plain[row],
-            *guided[row],
-        ]
+        first = row * len(targets)
+        pictures = [images[row], z[first] / 3, back.x[first], *edits[0][row], *edits[1][row]]
         for axes, picture, title in zip(grid[row], pictures, titles, strict=True):
             _show(axes, picture)
             if row == 0:
