@@ -28,7 +28,7 @@ from odesolvers.solver import Denoiser
 
 SOLVER = BDIA(Euler(), StepRatio(2))
 # Down to σ = 0.02 and not to 0: the level at which pictures are taken for clean, both ways.
-SIGMAS = karras_sigmas(40, sigma_min=0.02, sigma_max=80.0)[:-1]
+SIGMAS = karras_sigmas(24, sigma_min=0.02, sigma_max=80.0)[:-1]
 
 
 def main() -> None:
@@ -37,14 +37,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/images"), help="folder to write")
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--log", type=Path, default=LOG)
-    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--guidance", type=float, default=3.0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     letters = load_letters(path=args.weights)
     reader = Reader()
 
     plot_losses(json.loads(args.log.read_text()), args.out / "letters_loss.png")
-    samples_picture(letters, reader, args.out / "letters_samples.png")
+    samples_picture(letters, reader, (1.0, args.guidance), args.out / "letters_samples.png")
     edit_picture(letters, reader, args.guidance, args.out / "letters_edit.png")
 
 
@@ -80,7 +80,7 @@ class Reader:
     Shares nothing with the network but the fonts.
     """
 
-    def __init__(self, n: int = 26_000) -> None:
+    def __init__(self, n: int = 13_000) -> None:
         rng = np.random.default_rng(12345)
         self.labels = torch.arange(n) % len(LETTERS)
         masks = [render_mask(int(label), Style.random(rng)) for label in self.labels]
@@ -118,26 +118,31 @@ def plot_losses(log: dict, path: Path) -> None:  # type: ignore[type-arg]
     figure.savefig(path, dpi=110)
 
 
-def samples_picture(letters: LettersDenoiser, reader: Reader, path: Path) -> None:
-    """Every letter from five starting points, the same in each row."""
-    rows = 5
+def samples_picture(
+    letters: LettersDenoiser, reader: Reader, weights: tuple[float, float], path: Path
+) -> None:
+    """Every letter from three starting points, each in a row; then again, with guidance."""
+    rows = 3
     labels = torch.arange(len(LETTERS)).repeat(rows)
     start = noise(rows).repeat_interleave(len(LETTERS), 0)
     real, real_labels = random_letters(520, seed=2)
     print(f"| read as their letter: real held-out | {reader.share_read(real, real_labels):.0%} |")
-    for weight in (1.0, 2.0):
+    images = []
+    for weight in weights:
         solution = SOLVER.sample(
             guide(letters, weight), start, SIGMAS, extra_args={"class_labels": labels}
         )
         share = reader.share_read(solution.x, labels)
         print(f"| samples, guidance {weight:g} | {share:.0%} |", flush=True)
-        if weight == 1:
-            figure, grid = plt.subplots(
-                rows, len(LETTERS), figsize=(13, 2.5), gridspec_kw={"wspace": 0.04, "hspace": 0.04}
-            )
-            for axes, image in zip(grid.flat, solution.x, strict=True):
-                _show(axes, image)
-            figure.savefig(path, dpi=110, bbox_inches="tight")
+        images.append(solution.x)
+    figure, grid = plt.subplots(
+        2 * rows, len(LETTERS), figsize=(13, 3), gridspec_kw={"wspace": 0.04, "hspace": 0.04}
+    )
+    for axes, image in zip(grid.flat, torch.cat(images), strict=True):
+        _show(axes, image)
+    for axes, letter in zip(grid[0], LETTERS, strict=True):
+        axes.set_title(letter, fontsize=9)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def edit_picture(letters: LettersDenoiser, reader: Reader, weight: float, path: Path) -> None:
@@ -151,6 +156,17 @@ def edit_picture(letters: LettersDenoiser, reader: Reader, weight: float, path: 
     print(
         "| colour difference between unrelated letters: paper | "
         f"{_difference(paper, fresh_paper):.3f}, ink {_difference(ink, fresh_ink):.3f} |"
+    )
+    clean = SOLVER.invert(letters, images, SIGMAS, extra_args={"class_labels": labels}).x
+    clean = clean / SIGMAS[0].float()
+    print(
+        "| latents of clean letters | "
+        f"mean {clean.mean():.3f}, standard deviation {clean.std():.3f} |"
+    )
+    # A state at the last level is a picture and noise of that level, too faint to see.
+    sources = (
+        sources
+        + noise(n, seed=5).repeat_interleave(len(targets), 0) * (SIGMAS[-1] / SIGMAS[0]).float()
     )
     code = SOLVER.invert(letters, sources, SIGMAS, extra_args=source)
     back = SOLVER.sample(letters, code.state, SIGMAS, extra_args=source)

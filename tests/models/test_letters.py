@@ -33,8 +33,9 @@ def held_out():
 
 @pytest.fixture(scope="module")
 def principal_axes():
-    data = random_letters(2000, seed=9)[0].flatten(1)
-    return data.mean(0), *torch.linalg.eigh(torch.cov(data.T))
+    data = random_letters(1000, seed=9)[0].flatten(1)
+    _, deviations, axes = torch.linalg.svd(data - data.mean(0), full_matrices=False)
+    return data.mean(0), deviations**2 / len(data), axes.T
 
 
 def noised(images, sigma, seed=0):
