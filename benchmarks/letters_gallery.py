@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/images"), help="folder to write")
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--log", type=Path, default=LOG)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, default=5.0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     letters = load_letters(path=args.weights)
