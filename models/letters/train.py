@@ -2,7 +2,8 @@
 
 ``python -m odesolvers.models.letters.train`` writes ``letters.safetensors`` and ``letters.json``; with
 ``--resume`` it goes on from the last evaluation of an interrupted run, or, with a larger ``--images``,
-of a finished one. The same settings and seed see the same pictures, noise and labels.
+of a finished one; in a folder without any, from the weights and log of the package. The same settings
+and seed see the same pictures, noise and labels.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .data import LETTERS, SIZE, Style, paint, random_colours, random_letters, render_mask
-from .network import UNCONDITIONAL, LettersDenoiser
+from .network import UNCONDITIONAL, LettersDenoiser, load_letters, training_log
 
 # Noise levels are log-normal, wider and higher than for photographs (Karras et al. 2022, table 1): which
 # colours a picture has is decided above σ = 5.
@@ -62,13 +63,20 @@ def train(args: argparse.Namespace) -> None:
     log: dict[str, Any] = {"runs": [], "history": []}
     step, seconds = 0, 0.0
     checkpoint = args.out / "checkpoint.pt"
-    if args.resume:
+    if args.resume and checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(saved["model"])
         averaged.load_state_dict(saved["averaged"])
         optimizer.load_state_dict(saved["optimizer"])
         step = saved["step"]
         log = json.loads((args.out / "letters.json").read_text())
+    elif args.resume:
+        weights = load_letters().state_dict()
+        model.load_state_dict(weights)
+        averaged.load_state_dict(weights)
+        log = training_log()
+        step = log["history"][-1]["images"] // args.batch
+    if args.resume:
         seconds = log["history"][-1]["seconds"]
     log["runs"].append({"from_image": step * args.batch, **settings})
 

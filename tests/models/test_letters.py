@@ -275,3 +275,10 @@ def test_training_resumes_where_it_stopped(tmp_path):
     log = json.loads((tmp_path / "again" / "letters.json").read_text())
     assert [entry["images"] for entry in log["history"]] == [4, 8, 12]
     assert [entry["from_image"] for entry in log["runs"]] == [0, 8]
+
+    done = training_log()["history"]
+    images = done[-1]["images"] + 4
+    run(tmp_path / "package", images, "--resume")
+    log = json.loads((tmp_path / "package" / "letters.json").read_text())
+    assert log["history"][:-1] == done
+    assert log["history"][-1]["images"] == images
