@@ -6,6 +6,7 @@ from .edm import load_edm, save_edm
 from .flow import FLOW_SIGMA_MAX, FlowDenoiser, flow_sigmas, flow_times
 from .guidance import ClassifierFreeGuidance
 from .kdiffusion import import_k_diffusion, wrapper_sigmas
+from .letters import load_letters, random_letters, render_letter
 from .precision import InDtype
 from .stable_diffusion import StableDiffusion, load_stable_diffusion
 from .tiny_stable_diffusion import save_tiny_stable_diffusion
@@ -24,7 +25,10 @@ __all__ = [
     "import_k_diffusion",
     "load_digits",
     "load_edm",
+    "load_letters",
     "load_stable_diffusion",
+    "random_letters",
+    "render_letter",
     "save_edm",
     "save_tiny_stable_diffusion",
     "wrapper_sigmas",

@@ -1,0 +1,6 @@
+"""A small trained network of letters: everything can be tried on it with no download."""
+
+from .data import LETTERS, Style, random_letters, render_letter
+from .network import LettersDenoiser, load_letters
+
+__all__ = ["LETTERS", "LettersDenoiser", "Style", "load_letters", "random_letters", "render_letter"]

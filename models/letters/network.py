@@ -1,0 +1,151 @@
+"""The trained network and its denoiser."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kdiffusion import import_k_diffusion
+from .data import LETTERS, SIZE
+
+WEIGHTS = Path(__file__).parent / "letters.safetensors"
+LOG = Path(__file__).parent / "letters.json"
+
+SIGMA_DATA = 0.67
+"""Root mean square of the pixels of the training set."""
+
+UNCONDITIONAL = -1
+"""The label that stands for no label; one in ten letters was trained under it."""
+
+
+class LettersDenoiser(nn.Module):
+    """``D(x, σ) = c_skip x + c_out F(c_in x, σ, label)`` (Karras et al. 2022, equation 7).
+
+    Preconditioner and network are k-diffusion's (`layers.Denoiser`, `ImageDenoiserModelV1`). The
+    network computes in its own dtype, the preconditioner in that of the state.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        k_diffusion = import_k_diffusion()
+        layers, models = k_diffusion.layers, k_diffusion.models
+        network = models.ImageDenoiserModelV1(
+            c_in=3,
+            feats_in=128,
+            depths=[1, 1, 1],
+            channels=[64, 96, 128],
+            self_attn_depths=[False, True, True],
+            mapping_cond_dim=len(LETTERS) + 1,
+            patch_size=2,
+        )
+        self.denoiser = layers.Denoiser(_InOwnDtype(network), sigma_data=SIGMA_DATA)
+
+    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """``E[x0 | x, label]``.
+
+        Args:
+            x: noisy pictures, floating point ``(B, 3, 32, 32)``.
+            sigma: their noise levels, ``(B,)``, above 0.
+            class_labels: int64 ``(B,)``; k stands for the letter ``LETTERS[k]`` and -1 for any. None
+                is -1 for all.
+
+        Returns:
+            Denoised pictures with the shape and dtype of `x`.
+
+        Raises:
+            TypeError: if `x` is not floating point or `class_labels` are not integers.
+            ValueError: for another shape of `x` or `class_labels`, or a label out of range.
+        """
+        if not x.is_floating_point():
+            raise TypeError(f"x must be a floating point tensor, got {x.dtype}")
+        if x.shape[1:] != (3, SIZE, SIZE):
+            raise ValueError(
+                f"the letters are pictures of shape (B, 3, {SIZE}, {SIZE}), got {tuple(x.shape)}"
+            )
+        condition = self._condition(x, class_labels)
+        denoised: Tensor = self.denoiser(x, sigma, mapping_cond=condition)
+        return denoised.to(x.dtype)
+
+    def loss(self, x: Tensor, noise: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
+        """Mean square error of F for each picture, ``(B,)``: 1 for F that knows nothing."""
+        condition = self._condition(x, class_labels)
+        loss: Tensor = self.denoiser.loss(x, noise, sigma, mapping_cond=condition)
+        return loss
+
+    def _condition(self, x: Tensor, class_labels: Tensor | None) -> Tensor:
+        if class_labels is None:
+            class_labels = torch.full(x.shape[:1], UNCONDITIONAL, device=x.device)
+        if class_labels.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"class_labels must be integers (int64), got {class_labels.dtype}")
+        if class_labels.shape != x.shape[:1]:
+            raise ValueError(
+                f"class_labels must have shape ({x.shape[0]},), one for each picture, got "
+                f"{tuple(class_labels.shape)}"
+            )
+        # As a one-hot row: comparing, where looking up would read out of bounds.
+        known = torch.arange(UNCONDITIONAL, len(LETTERS), device=x.device)
+        rows = class_labels.unsqueeze(1) == known
+        if not rows.any(1).all():
+            raise ValueError(
+                f"class_labels must be 0 to {len(LETTERS) - 1}, or -1 for no label, got "
+                f"{class_labels.tolist()}"
+            )
+        return rows
+
+
+class _InOwnDtype(nn.Module):
+    """A network whose input is cast to the dtype of its weights, and its output back."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, sigma: Tensor, mapping_cond: Tensor) -> Tensor:
+        dtype = next(self.network.parameters()).dtype
+        out: Tensor = self.network(x.to(dtype), sigma.to(dtype), mapping_cond.to(dtype))
+        return out.to(x.dtype)
+
+
+def load_letters(
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    path: str | Path | None = None,
+) -> LettersDenoiser:
+    """The trained network that comes with the package, ready to denoise letters.
+
+    Args:
+        device: where to put it.
+        dtype: that the network computes in; the state of a solver may have any other.
+        path: weights written by ``python -m odesolvers.models.letters.train``; those of the package
+            if None.
+
+    Raises:
+        ImportError: where k-diffusion or safetensors is not installed.
+        ValueError: if the file at `path` does not hold the weights of this network.
+    """
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating point dtype, got {dtype}")
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ImportError(
+            "the weights of the letters need safetensors: pip install 'odesolvers[letters]'"
+        ) from error
+    path = WEIGHTS if path is None else Path(path)
+    model = LettersDenoiser()
+    try:
+        model.denoiser.inner_model.network.load_state_dict(load_file(path))
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{path} does not hold the weights of the letters network") from error
+    return model.eval().requires_grad_(False).to(device, dtype)
+
+
+def training_log() -> dict[str, Any]:
+    """How the weights of the package were trained: settings, losses as they fell, and by σ."""
+    log: dict[str, Any] = json.loads(LOG.read_text())
+    return log
