@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -26,6 +27,9 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(command: str) -> str:
+    """The output of a command on the digits, if it does not say on what."""
+    if "--model" not in command and command.split()[0] != "list":
+        command += " --model digits"
     result = CliRunner().invoke(app, command.split())
     assert result.exit_code == 0, result.output
     return result.output
@@ -33,6 +37,8 @@ def run(command: str) -> str:
 
 def refused(command: str) -> str:
     """The message of a command that has to end with exit code 2 and no traceback."""
+    if "--model" not in command and "--from" not in command and "safetensors" not in command:
+        command += " --model digits"
     result = CliRunner().invoke(app, command.split())
     assert result.exit_code == 2, result.output
     assert isinstance(result.exception, SystemExit)
@@ -112,7 +118,7 @@ def test_a_chosen_solver_that_is_not_in_the_table_is_added() -> None:
 
 def test_sample_then_invert_gives_the_noise_back() -> None:
     output = run("sample --count 3 --seed 7 --save a/state.safetensors")
-    assert "52 evaluations of the denoiser for 3 images" in output
+    assert "52 evaluations of the denoiser for 3 digits" in output
     output = run("invert a/state.safetensors --save code.safetensors")
     assert "50 evaluations" in output
     code = State.load("code.safetensors")
@@ -173,6 +179,41 @@ def test_a_lone_image_is_inverted() -> None:
     assert "evaluations" in run("invert white.png")
 
 
+# edit, and the letters
+
+
+def test_edit_draws_the_same_code_under_other_labels() -> None:
+    output = run("edit --count 3 --labels 3,1,4 --to 0-2 --guidance 1 --steps 10 --dtype float64")
+    assert re.search(r"back under its own label to \de-(0[6-9]|1\d)", output)
+    with Image.open("out/edit.png") as picture:
+        assert picture.width > 400
+
+
+def test_an_edit_of_a_file_needs_its_label() -> None:
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save("dark.png")
+    assert "give --labels for dark.png" in refused("edit dark.png --to 3")
+    run("edit dark.png --labels 1 --to 3 --steps 10")
+
+
+def test_the_letters_are_the_default_where_they_are_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert choices.default_model() == "letters"
+    missing = dataclasses.replace(choices.MODELS["letters"], modules=("no_such_module",))
+    monkeypatch.setitem(choices.MODELS, "letters", missing)  # type: ignore[arg-type]
+    assert choices.default_model() == "digits"
+
+
+@pytest.mark.usefixtures("k_diffusion")
+def test_the_commands_run_on_the_letters() -> None:
+    out = run("sample --model letters --count 2 --labels A,Z --steps 4 --save a.safetensors")
+    assert "6 evaluations" not in out  # Euler: one a step, and none to 0
+    assert "3 evaluations of the denoiser for 2 letters" in out
+    run("invert a.safetensors --model letters --save code.safetensors")
+    out = run("edit --model letters --count 2 --to B --steps 6 --dtype float64")
+    assert re.search(r"back under its own label to \de-(0[5-9]|1\d)", out)
+
+
 # list
 
 
@@ -182,6 +223,7 @@ def test_list_names_everything() -> None:
         for name in table:
             assert f" {name} " in output
     assert "odesolvers[digits]" in output
+    assert "odesolvers[letters]" in output
     assert "yes" in output
 
 
@@ -209,11 +251,13 @@ def test_bad_gammas_are_refused(text: str) -> None:
 
 
 def test_labels_are_read() -> None:
-    assert choices.labels("3") == (3,)
-    assert choices.labels("0-3,7") == (0, 1, 2, 3, 7)
-    for text in ("", "a", "1,", "5-3", "-1"):
-        with pytest.raises(ValueError, match="--labels takes"):
-            choices.labels(text)
+    digits, letters = "0123456789", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    assert choices.labels("3", digits) == (3,)
+    assert choices.labels("0-3,7", digits) == (0, 1, 2, 3, 7)
+    assert choices.labels("A-C, Z", letters) == (0, 1, 2, 25)
+    for text in ("", "a", "1,", "5-3", "-1", "5-", "12"):
+        with pytest.raises(ValueError, match=r"labels are 0 to 9, got .*: give one"):
+            choices.labels(text, digits)
 
 
 def test_every_grid_can_be_asked_for() -> None:
@@ -235,7 +279,7 @@ def test_every_grid_can_be_asked_for() -> None:
         ("sample --steps 1", "needs n >= 2"),
         ("sample --sigma-min 90", "0 < sigma_min < sigma_max"),
         ("sample --count 0", "--count must be 1 or more"),
-        ("sample --labels 12", "labels are 0 to 9, got 12"),
+        ("sample --labels 12", "labels are 0 to 9, got '12'"),
         ("sample --device nowhere", "device 'nowhere' cannot be used here"),
         ("sample --count 1 --save state.pt", "must end in .safetensors"),
         ("sample --count 1 --out picture.xyz", "use .png"),

@@ -1,4 +1,4 @@
-"""The command line: `odesolvers roundtrip`, `sample`, `invert` and `list`.
+"""The command line: `odesolvers roundtrip`, `sample`, `invert`, `edit` and `list`.
 
 The one place in the package that knows both the solvers and `odesolvers.models`.
 """

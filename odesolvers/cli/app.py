@@ -46,7 +46,10 @@ def _state_path(path: Path | None) -> Path | None:
 
 
 ModelName = Annotated[
-    str | None, typer.Option("--model", help="See `odesolvers list`.", show_default="digits")
+    str | None,
+    typer.Option(
+        "--model", help="See `odesolvers list`.", show_default="letters where installed, or digits"
+    ),
 ]
 Approximator = Annotated[
     str | None, typer.Option(help="The one-step method under BDIA.", show_default="heun-edm")
@@ -59,7 +62,9 @@ Gamma = Annotated[
 ]
 Labels = Annotated[
     str | None,
-    typer.Option(help="Classes, taken in turn: 3 or 1,4,7 or 0-9.", show_default="no classes"),
+    typer.Option(
+        help="Classes, taken in turn: 3 or 1,4,7 or 0-9, A or A-E.", show_default="no classes"
+    ),
 ]
 GridName = Annotated[
     str | None, typer.Option("--grid", help="Spacing of the levels.", show_default="karras")
@@ -99,7 +104,17 @@ def roundtrip(
 ) -> None:
     """Sample, invert to the noise, sample again: every solver in a table, one in a picture."""
     options = Options(
-        model, approximator, gamma, labels, grid, steps, sigma_min, sigma_max, rho, dtype, device
+        model or "digits",
+        approximator,
+        gamma,
+        labels,
+        grid,
+        steps,
+        sigma_min,
+        sigma_max,
+        rho,
+        dtype,
+        device,
     )
     setup, settings = Setup.of(options)
     noun = setup.model.noun
@@ -112,7 +127,7 @@ def roundtrip(
     console = Console()
     console.print(report.comparison(rows, settings, noun))
     console.print(report.legend(count, noun), style="dim", highlight=False)
-    for sentence in report.findings(rows, settings, noun):
+    for sentence in report.findings(rows, settings, noun, finite=setup.model.finite):
         console.print(f"\n{sentence}", highlight=False)
     chosen = next(row for row in rows if row.settings.solver() == settings.solver())
     title = (
@@ -145,6 +160,8 @@ def sample(
     save: Save = None,
 ) -> None:
     """Sample images; with --save, keep the state that leads back to their noise."""
+    if start is None:
+        model = model or choices.default_model()
     options = Options(
         model, approximator, gamma, labels, grid, steps, sigma_min, sigma_max, rho, dtype, device
     )
@@ -155,9 +172,11 @@ def sample(
         setup, settings, state = Setup.restore(start, options, relabel=True)
         solution = work.go(setup, settings, state, down=True)
     pictures.save(pictures.contact_sheet(solution.x), out)
-    distance = setup.distances(solution.x).median().item()
-    print(f"{solution.nfe} evaluations of the denoiser for {len(solution.x)} images")
-    print(f"distance to the nearest real {setup.model.noun}, per pixel, median: {distance:.1e}")
+    noun = setup.model.noun
+    print(f"{solution.nfe} evaluations of the denoiser for {len(solution.x)} {noun}s")
+    if setup.model.finite:
+        distance = setup.distances(solution.x).median().item()
+        print(f"distance to the nearest real {noun}, per pixel, median: {distance:.1e}")
     _wrote(out, "contact sheet")
     _save(solution.state, save, settings)
 
@@ -185,11 +204,13 @@ def invert(
 
     A state brings its solver, grid and labels along; options that say otherwise are refused.
     """
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}")
+    if file.suffix != SUFFIX:
+        model = model or choices.default_model()
     options = Options(
         model, approximator, gamma, labels, grid, steps, sigma_min, sigma_max, rho, dtype, device
     )
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no file {file}")
     if file.suffix == SUFFIX:
         setup, settings, state = Setup.restore(file, options)
         images = state.cleaner
@@ -197,7 +218,7 @@ def invert(
     else:
         setup, settings = Setup.of(options)
         images = pictures.read_images(file, setup.model.images.shape[1:])
-        images = images.to(setup.device, setup.dtype)
+        images = setup.at_last_level(images)
         solution = work.go(setup, settings, images, down=False)
     mean, std = work.latent(solution.x, setup.sigmas)
     print(f"{solution.nfe} evaluations of the denoiser")
@@ -207,6 +228,61 @@ def invert(
     pictures.save(pictures.side_by_side(*sheets), out)
     _wrote(out, "images and their noise")
     _save(solution.state, save, settings)
+
+
+@app.command()
+def edit(
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="An image or an array (.npy), with its --labels; or held-out ones."),
+    ] = None,
+    to: Annotated[str, typer.Option(help="Labels to sample under.")] = "",
+    guidance: Annotated[float, typer.Option(help="Away from the image's own label.")] = 3.0,
+    model: ModelName = None,
+    approximator: Approximator = None,
+    gamma: Gamma = None,
+    labels: Labels = None,
+    grid: GridName = None,
+    steps: Steps = None,
+    sigma_min: SigmaMin = None,
+    sigma_max: SigmaMax = None,
+    rho: Rho = None,
+    count: Count = 6,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    out: Annotated[Path, typer.Option(help="The picture.")] = Path("out/edit.png"),
+) -> None:
+    """Invert images under their own label, and sample from their code under another."""
+    model = model or choices.default_model()
+    options = Options(
+        model, approximator, gamma, labels, grid, steps, sigma_min, sigma_max, rho, dtype, device
+    )
+    setup, settings = Setup.of(options)
+    names = choices.MODELS[model].names
+    targets = choices.labels(to or ",".join(names[:: max(1, len(names) // 8)]), names)
+    if file is None:
+        images, settings = setup.held_out(settings, count, seed)
+    elif settings.labels is None:
+        raise ValueError(f"an edit starts from the label of the image: give --labels for {file}")
+    else:
+        images = pictures.read_images(file, setup.model.images.shape[1:])
+    images = setup.at_last_level(images)
+    done = work.edit(setup, settings, images, targets, guidance)
+    mean, std = work.latent(done.code, setup.sigmas)
+    print(f"{done.nfe} evaluations of the denoiser")
+    print(f"latent mean {mean:.4f}, standard deviation {std:.4f} (of noise: 0 and 1)")
+    print(f"back under its own label to {work.relative(done.back, images):.1e}")
+    assert settings.labels is not None
+    pictures.draw_edit(
+        done,
+        setup.sigmas[0].item(),
+        out,
+        own=[names[settings.labels[k % len(settings.labels)]] for k in range(len(images))],
+        targets=[names[target] for target in targets],
+        title=f"The same code under another label, guidance {guidance:g}",
+    )
+    _wrote(out, "edits")
 
 
 @app.command("list")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final, TypeVar
 
 import torch
@@ -31,7 +31,7 @@ from .. import (
     vp_sigmas,
 )
 from ..gamma import ConstantGamma
-from ..models import IdealDenoiser, load_digits
+from ..models import IdealDenoiser, load_digits, load_letters, random_letters
 
 T = TypeVar("T")
 
@@ -86,22 +86,35 @@ class Model:
         images: ``(K, C, H, W)`` in [-1, 1].
         labels: ``(K,)``, or None for a model without classes.
         noun: what one image shows.
+        finite: whether `images` are all that there is to sample.
     """
 
     denoiser: nn.Module
     images: Tensor
     labels: Tensor | None
     noun: str
+    finite: bool = False
 
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """How to get a model, and what has to be installed for it."""
+    """How to get a model, and what has to be installed for it.
+
+    Attributes:
+        load: makes the model.
+        extra: what to install it with.
+        modules: what that brings.
+        summary: a line about it.
+        names: of its classes, in the order of their labels.
+        defaults: options that suit it better than those of the command line.
+    """
 
     load: Callable[[], Model]
     extra: str
     modules: tuple[str, ...]
     summary: str
+    names: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def installed(self) -> bool:
@@ -111,14 +124,41 @@ class ModelChoice:
 
 def _digits() -> Model:
     images, labels = load_digits()
-    return Model(IdealDenoiser(images, labels), images, labels, "digit")
+    return Model(IdealDenoiser(images, labels), images, labels, "digit", finite=True)
 
+
+def _letters() -> Model:
+    model = load_letters()
+    images, labels = random_letters(520, seed=HELD_OUT)
+    return Model(model, images, labels, "letter")
+
+
+HELD_OUT: Final = 7
+"""Seed of the letters that stand for real ones: none was trained on."""
 
 MODELS: Final[Mapping[str, ModelChoice]] = {
+    "letters": ModelChoice(
+        _letters,
+        "letters",
+        ("k_diffusion", "safetensors", "matplotlib", "PIL"),
+        "a small trained network, capitals in many styles, 32x32, A-Z",
+        names="ABCDEFGHIJKLMNOPQRSTUVWXYZ",
+        # Down to 0.02 and not to 0: at that level a picture passes for clean, both ways.
+        defaults={"approximator": "euler", "steps": 24, "sigma_min": 0.02, "append_zero": False},
+    ),
     "digits": ModelChoice(
-        _digits, "digits", ("sklearn",), "the ideal denoiser of 1,797 handwritten digits, 8x8, 0-9"
+        _digits,
+        "digits",
+        ("sklearn",),
+        "the ideal denoiser of 1,797 handwritten digits, 8x8, 0-9",
+        names="0123456789",
     ),
 }
+
+
+def default_model() -> str:
+    """The network where what it needs is installed, else the digits."""
+    return "letters" if MODELS["letters"].installed else "digits"
 
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
@@ -167,7 +207,9 @@ class Options:
 
     def settings(self) -> Settings:
         """What was typed, over the defaults."""
-        return Settings(**self._given())
+        defaults = self._defaults()
+        chosen = {name: defaults[name] for name in ("approximator", "gamma") if name in defaults}
+        return Settings(**chosen | self._given())
 
     def settings_of(self, notes: Mapping[str, Any], *, relabel: bool = False) -> Settings:
         """Those of a saved state, and what was typed where its notes are silent.
@@ -197,12 +239,16 @@ class Options:
         """The grid that was asked for."""
         name = self.grid or "karras"
         choice = pick("grid", name, GRIDS)
+        defaults = self._defaults()
         levels = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max, "rho": self.rho}
         given = {option: value for option, value in levels.items() if value is not None}
         for option in given:
             if option not in choice.takes:
                 raise ValueError(f"the grid {name!r} takes no --{option.replace('_', '-')}")
-        return choice.make(18 if self.steps is None else self.steps, **given)
+        takes = (*choice.takes, "append_zero")
+        suited = {name: defaults[name] for name in takes if name in defaults}
+        steps = defaults.get("steps", 18) if self.steps is None else self.steps
+        return choice.make(steps, **suited | given)
 
     def sigmas_of(self, state: State) -> Tensor:
         """The grid of a state; or, if any was asked for, that one, for the solver to check."""
@@ -228,12 +274,18 @@ class Options:
             raise ValueError(f"the device {self.device!r} cannot be used here: {reason}") from error
         return device
 
+    def _choice(self) -> ModelChoice:
+        return pick("model", self.model or Settings.model, MODELS)
+
+    def _defaults(self) -> Mapping[str, Any]:
+        return self._choice().defaults
+
     def _given(self) -> dict[str, Any]:
         given: dict[str, Any] = {
             "model": self.model,
             "approximator": self.approximator,
             "gamma": self.gamma,
-            "labels": None if self.labels is None else labels(self.labels),
+            "labels": None if self.labels is None else labels(self.labels, self._choice().names),
         }
         return {name: value for name, value in given.items() if value is not None}
 
@@ -262,15 +314,17 @@ def gamma(text: str) -> float | GammaRule:
         raise ValueError(f"--gamma {text} is not usable: give {forms}") from error
 
 
-def labels(text: str) -> tuple[int, ...]:
-    """``"3"``, ``"1,4,7"``, ``"0-9"`` or a mix of them."""
+def labels(text: str, names: str) -> tuple[int, ...]:
+    """The places in `names` of classes such as ``"3"``, ``"A,E,M"``, ``"0-9"`` or a mix of them."""
     found: list[int] = []
-    try:
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            found.extend(range(int(first), int(last or first) + 1))
-    except ValueError:
-        found = []
-    if not found:
-        raise ValueError(f"--labels takes numbers such as 3 or 1,4,7 or 0-9, got {text!r}")
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        ends = [names.find(name) if len(name) == 1 else -1 for name in (first, last or first)]
+        if min(ends) < 0 or ends[0] > ends[1] or (dash and not last):
+            known = f"{names[0]} to {names[-1]}" if names else "none"
+            raise ValueError(
+                f"labels are {known}, got {part!r}: give one, or several as {names[:1]},{names[3:4]} "
+                f"or {names[:1]}-{names[-1:]}"
+            )
+        found.extend(range(ends[0], ends[1] + 1))
     return tuple(found)

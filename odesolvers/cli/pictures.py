@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .work import RoundTrip
+    from .work import Edit, RoundTrip
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -199,6 +199,41 @@ def draw_round_trip(
         _say(above, 0.84, -0.115, f"sample, {there} calls", "right")
     _arrow(figure, (second, 1.05, 0.8), (third, -0.05, 0.2))
     _say(second, 1.15, 0.62, f"invert,\n{back} calls", "center")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def draw_edit(
+    edit: Edit, sigma: float, path: Path, *, own: Sequence[str], targets: Sequence[str], title: str
+) -> None:
+    """The figure of an edit: a row for each image, with its code, itself again, and the edits.
+
+    Args:
+        edit: the tensors.
+        sigma: the noise level of the code.
+        path: the image file to write; its folder is made.
+        own: the label of each image.
+        targets: the labels of the edits.
+        title: over the figure.
+    """
+    code = noise_in_view(edit.code, sigma)
+    columns = [edit.images, code, edit.back, *edit.edits]
+    heads = ["image", "code", "back", *(f"as {name}" for name in targets)]
+    rows = torch.stack([column.cpu() for column in columns], 1).flatten(0, 1)
+    sheet = contact_sheet(rows, columns=len(columns))
+    height, width, _ = sheet.shape
+    figure = _figure(1 + width / 110, 1.1 + height / 110)
+    ax = figure.subplots()
+    figure.subplots_adjust(left=0.06, right=0.98, top=1 - 0.9 / (1.1 + height / 110), bottom=0.02)
+    ax.imshow(sheet, interpolation="nearest")
+    ax.set_xticks([(k + 0.5) * width / len(heads) for k in range(len(heads))], heads)
+    ax.set_yticks([(k + 0.5) * height / len(own) for k in range(len(own))], own)
+    ax.tick_params(
+        length=0, labelsize=12, labelcolor=INK, top=True, labeltop=True, labelbottom=False
+    )
+    for side in ax.spines.values():
+        side.set_visible(False)
+    figure.suptitle(title, x=0.02, ha="left", fontsize=15, weight="bold", color=INK)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 

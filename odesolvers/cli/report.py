@@ -57,9 +57,19 @@ def legend(count: int, noun: str) -> str:
     )
 
 
-def findings(rows: Sequence[Row], chosen: Settings, noun: str) -> list[str]:
-    """What the numbers of `rows` say, good or bad, in plain sentences."""
+def findings(rows: Sequence[Row], chosen: Settings, noun: str, *, finite: bool = True) -> list[str]:
+    """What the numbers of `rows` say, good or bad, in plain sentences.
+
+    `finite` says that a good sample is one of the real images.
+    """
     mine = next(row for row in rows if row.settings.solver() == chosen.solver())
+    if not finite:
+        dtype = str(mine.trip.noise.dtype).removeprefix("torch.")
+        return [
+            f"BDIA over {chosen.approximator} with γ = {chosen.gamma} brings the noise back to "
+            f"{mine.trip.error:.0e} in {dtype}. A real {noun} on its own is encoded to noise of "
+            f"standard deviation {mine.code.std:.3g}; 1 would be right."
+        ]
     near = mine.distances.median().item()
     dtype = str(mine.trip.noise.dtype).removeprefix("torch.")
     found = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import BDIA, Solution, State, storage
+from ..models import ClassifierFreeGuidance
 from . import choices
 from .choices import Model, Options, Settings
 
@@ -88,8 +89,32 @@ class Setup:
         chosen = self.model.images[order[torch.arange(count) % len(order)]]
         return chosen.to(self.device, self.dtype)
 
+    def at_last_level(self, images: Tensor) -> Tensor:
+        """Clean images as states at the last noise level: with its noise, where that is not 0.
+
+        A network knows pictures with the noise of that level, not without, and encodes those to
+        what looks less like noise.
+        """
+        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+        return images.to(self.device, self.dtype) + (noise * self.sigmas[-1]).to(
+            self.device, self.dtype
+        )
+
+    def held_out(self, settings: Settings, count: int, seed: int) -> tuple[Tensor, Settings]:
+        """`count` real images, of the labels of `settings` where there are any, and their labels."""
+        if self.model.labels is None:
+            raise ValueError("this model has no classes: there is nothing to edit")
+        if count < 1:
+            raise ValueError(f"--count must be 1 or more, got {count}")
+        images = self.real_images(settings.labels, count, seed)
+        if settings.labels is None:
+            generator = torch.Generator().manual_seed(seed)
+            order = torch.randperm(len(self.model.images), generator=generator)[:count]
+            settings = replace(settings, labels=tuple(self.model.labels[order].tolist()))
+        return images, settings
+
     def distances(self, samples: Tensor) -> Tensor:
-        """From each sample to the nearest real image: root mean square over its pixels."""
+        """From each sample to the nearest of the real images: root mean square over its pixels."""
         points, images = (x.flatten(1).double().cpu() for x in (samples, self.model.images))
         nearest: Tensor = torch.cdist(points, images).amin(1)
         return nearest / math.sqrt(points.shape[1])
@@ -194,6 +219,41 @@ def go(setup: Setup, settings: Settings, start: Tensor | State, *, down: bool) -
     solver = settings.solver()
     run = solver.sample if down else solver.invert
     return run(setup.model.denoiser, start, setup.sigmas, extra_args=extra, progress=True)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Images encoded under one label, and sampled from their code under others."""
+
+    images: Tensor
+    code: Tensor
+    back: Tensor
+    edits: list[Tensor]
+    """One for each target label, of the shape of `images`."""
+
+    nfe: int
+
+
+def edit(
+    setup: Setup, settings: Settings, images: Tensor, targets: Sequence[int], guidance: float
+) -> Edit:
+    """Invert `images` under ``settings.labels``, and sample under each of `targets`.
+
+    Guidance above 1 leads away from the prediction under the own label of an image.
+    """
+    solver, sigmas, count = settings.solver(), setup.sigmas, len(images)
+    denoiser = setup.model.denoiser
+    own = setup.extra_args(settings.labels, count)
+    code = solver.invert(denoiser, images, sigmas, extra_args=own, progress=True)
+    back = solver.sample(denoiser, code.state, sigmas, extra_args=own, progress=True)
+    nfe, edits = code.nfe + back.nfe, []
+    guided = ClassifierFreeGuidance(denoiser, guidance)
+    for target in targets:
+        branches = {"positive": setup.extra_args((target,), count), "negative": own}
+        edited = solver.sample(guided, code.state, sigmas, extra_args=branches, progress=True)
+        edits.append(edited.x)
+        nfe += edited.nfe
+    return Edit(images, code.x, back.x, edits, nfe)
 
 
 def _now(device: torch.device) -> float:
