@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -16,9 +16,11 @@ from odesolvers.models import (
     GaussianMixture,
     IdealDenoiser,
     load_digits,
+    load_letters,
     load_stable_diffusion,
     save_tiny_stable_diffusion,
 )
+from odesolvers.models.edm import EDMPrecond, SongConfig, SongUNet
 
 Denoiser = Callable[..., Tensor]
 
@@ -112,10 +114,35 @@ def stable_diffusion(device: torch.device) -> Denoiser:
     return lambda x, sigma: guided(x, sigma, **conditions)
 
 
+def letters(device: torch.device) -> Denoiser:
+    """The trained network that ships, under classifier-free guidance."""
+    guided = ClassifierFreeGuidance(load_letters(device=device), 3.0)
+
+    def denoiser(x: Tensor, sigma: Tensor, class_labels: Tensor) -> Tensor:
+        none = torch.full_like(class_labels, -1)
+        positive, negative = {"class_labels": class_labels}, {"class_labels": none}
+        return guided(x, sigma, positive=positive, negative=negative)
+
+    return denoiser
+
+
+def edm(device: torch.device) -> Denoiser:
+    """A DDPM++ of EDM with random weights, a few channels wide."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        config = SongConfig(img_resolution=16, in_channels=3, out_channels=3, label_dim=0)
+        network = SongUNet(replace(config, model_channels=16, num_blocks=1, attn_resolutions=(8,)))
+        for parameter in network.parameters():  # some layers start at 0, and would do nothing
+            torch.nn.init.normal_(parameter, std=0.1)
+    return EDMPrecond(network).eval().to(device)
+
+
 PROBLEMS = (
     Problem("Gaussian", gaussian, (2, 3, 8, 8)),
     Problem("mixture of Gaussians", mixture, (16, 8)),
     Problem("digits", digits, (16, 1, 8, 8), {"class_labels": torch.arange(16) % 10}),
     Problem("random convolutions", convolutions, (2, 3, 16, 16)),
+    Problem("letters, guided", letters, (2, 3, 32, 32), {"class_labels": torch.tensor([0, 25])}),
+    Problem("EDM DDPM++, random", edm, (2, 3, 16, 16)),
     Problem("tiny Stable Diffusion, guided", stable_diffusion, (2, 4, 8, 8), {}, 0.03, 14.6),
 )

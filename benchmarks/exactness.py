@@ -171,6 +171,17 @@ def exact_cases(problem: Problem, device: str, quick: bool) -> tuple[int, int, i
     return exact, tried, refused
 
 
+def problems_table(device: str, quick: bool) -> str:
+    """Round trips that came back to the bit, for each denoiser."""
+    rows = []
+    for problem in PROBLEMS:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exact, tried, refused = exact_cases(problem, device, quick)
+        rows.append([problem.name, str(tried), str(exact), str(refused)])
+    return table(["denoiser", "round trips", "exact", "refused"], rows)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -240,8 +251,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer steps and repeats, no plots")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--images", type=Path, default=ROOT / "docs" / "images")
-    parser.add_argument("--tables", type=Path, default=ROOT / "docs" / "tables" / "exactness.md")
+    parser.add_argument("--tables", type=Path, default=ROOT / "docs" / "tables")
+    parser.add_argument("--problems", action="store_true", help="the last table alone")
     options = parser.parse_args()
+    if options.problems:
+        problems = problems_table(options.device, options.quick)
+        print(problems)
+        (options.tables / "exactness_problems.md").write_text(problems + "\n")
+        return
     quick, device = options.quick, options.device
     repeats = 1 if quick else 7
     text: list[str] = []
@@ -315,20 +332,15 @@ def main() -> None:
     ]
     show(table(["state", "gamma", *header], rows))
 
-    rows = []
-    for problem in PROBLEMS:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            exact, tried, refused = exact_cases(problem, device, quick)
-        rows.append([problem.name, str(tried), str(exact), str(refused)])
-    show(table(["denoiser", "round trips", "exact", "refused"], rows))
-
+    problems = problems_table(device, quick)
+    print(problems)
     if not quick:
         options.images.mkdir(parents=True, exist_ok=True)
-        options.tables.parent.mkdir(parents=True, exist_ok=True)
         plot_bits(trips, options.images / "exact_bits.png")
         plot_errors(trips, options.images / "exact_errors.png")
-        options.tables.write_text("\n\n".join(text) + "\n")
+        options.tables.mkdir(parents=True, exist_ok=True)
+        (options.tables / "exactness.md").write_text("\n\n".join(text) + "\n")
+        (options.tables / "exactness_problems.md").write_text(problems + "\n")
 
 
 if __name__ == "__main__":

@@ -222,6 +222,8 @@ def test_list_names_everything() -> None:
     for table in (choices.APPROXIMATORS, choices.GRIDS, choices.MODELS):
         for name in table:
             assert f" {name} " in output
+    for loader in choices.LOADERS:
+        assert f" {loader.name} " in output
     assert "odesolvers[digits]" in output
     assert "odesolvers[letters]" in output
     assert "yes" in output

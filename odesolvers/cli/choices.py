@@ -156,6 +156,42 @@ MODELS: Final[Mapping[str, ModelChoice]] = {
 }
 
 
+@dataclass(frozen=True)
+class Loader:
+    """A function or class of `odesolvers.models` that makes a denoiser of a model of yours."""
+
+    name: str
+    summary: str
+    extra: str
+    modules: tuple[str, ...] = ()
+
+    @property
+    def installed(self) -> bool:
+        """Whether everything it needs can be imported."""
+        return all(importlib.util.find_spec(module) is not None for module in self.modules)
+
+
+LOADERS: Final = (
+    Loader("load_edm", "NVlabs' EDM checkpoints: DDPM++, NCSN++, ADM", "edm", ("safetensors",)),
+    Loader(
+        "load_stable_diffusion",
+        "Stable Diffusion 1.x, 2.x and XL, through diffusers",
+        "stable-diffusion",
+        ("diffusers", "transformers"),
+    ),
+    Loader("FlowDenoiser", "velocity networks such as SD3 and FLUX", ""),
+    Loader(
+        "k_diffusion.external",
+        "k-diffusion's wrappers, as they are",
+        "k-diffusion",
+        ("k_diffusion",),
+    ),
+    Loader("IdealDenoiser", "the best denoiser of images of yours", ""),
+    Loader("GaussianMixture", "a mixture of Gaussians, in closed form", ""),
+    Loader("Gaussian", "a Gaussian, whose flow is known", ""),
+)
+
+
 def default_model() -> str:
     """The network where what it needs is installed, else the digits."""
     return "letters" if MODELS["letters"].installed else "digits"

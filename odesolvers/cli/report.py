@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .. import BDIA
-from .choices import APPROXIMATORS, GAMMAS, GRIDS, MODELS, Settings
+from .choices import APPROXIMATORS, GAMMAS, GRIDS, LOADERS, MODELS, Settings
 from .work import Row
 
 
@@ -131,7 +131,18 @@ def catalogue() -> list[Table]:
     for name, model in MODELS.items():
         installed = "yes" if model.installed else "no"
         models.add_row(name, model.summary, f"odesolvers\\[{model.extra}]", installed)
-    return [solvers, gammas, grids, models]
+
+    loaders = _table(
+        "from Python",
+        "what it is",
+        "extra",
+        "installed",
+        caption="pip install 'odesolvers\\[extra]'",
+    )
+    for loader in LOADERS:
+        installed = "yes" if loader.installed else "no"
+        loaders.add_row(loader.name, loader.summary, loader.extra or "none", installed)
+    return [solvers, gammas, grids, models, loaders]
 
 
 def _table(*columns: str, caption: str | None = None) -> Table:
