@@ -23,7 +23,7 @@ from odesolvers import (
     StepRatio,
     karras_sigmas,
 )
-from odesolvers.approximators.euler import euler
+from odesolvers.approximators.base import euler
 
 from .problems import gaussian, noise
 

@@ -47,7 +47,11 @@ class IntegrationApproximator(Solver):
     def increment(
         self, x: Combination, sigma: float, target: float, denoise: Denoise
     ) -> Combination:
-        """The increment to add to the state `x` at level `sigma` to arrive at level `target`."""
+        """The increment to add to the state `x` at level `sigma` to arrive at level `target` above 0.
+
+        To the level 0 every method takes the Euler step, which lands on the denoiser's output, as
+        EDM's algorithm 1 does: no slope can be evaluated there.
+        """
 
     def scale(self, sigma: float) -> float:
         """s(σ): the state in which the method is published is ``z = s(σ) x``; 1 by default.
@@ -73,7 +77,10 @@ class IntegrationApproximator(Solver):
                 evaluations.append(call)
             return Combination({evaluations.index(call) + 1: 1.0})
 
-        increments = tuple(self.increment(HERE, sigma, target, denoise) for target in targets)
+        increments = tuple(
+            (self.increment if target > 0.0 else euler)(HERE, sigma, target, denoise)
+            for target in targets
+        )
         for increment in increments:
             if not isinstance(increment, Combination):
                 raise TypeError(
@@ -130,3 +137,8 @@ def slope(x: Combination, sigma: float, denoise: Denoise) -> Combination:
     if sigma == 0.0:
         return Combination({})
     return (x - denoise(x, sigma)) / sigma
+
+
+def euler(x: Combination, sigma: float, target: float, denoise: Denoise) -> Combination:
+    """``(τ - σ) d(x, σ)``: the Euler increment, which lands on D(x, σ) where the target is 0."""
+    return (target - sigma) * slope(x, sigma, denoise)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from ..combination import Combination
-from .base import Denoise, IntegrationApproximator, slope
+from .base import Denoise, IntegrationApproximator, euler
 
 
 @final
@@ -68,11 +68,6 @@ class FlowEuler(IntegrationApproximator):
 
     def scale(self, sigma: float) -> float:
         return 1 / (1 + sigma)
-
-
-def euler(x: Combination, sigma: float, target: float, denoise: Denoise) -> Combination:
-    """The Euler increment, which also leads every method to the level 0: it lands on D(x, σ)."""
-    return (target - sigma) * slope(x, sigma, denoise)
 
 
 def variance_preserving(sigma: float) -> float:

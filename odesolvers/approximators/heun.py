@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from ..combination import Combination
-from .base import Denoise, IntegrationApproximator, slope
-from .euler import euler
+from .base import Denoise, IntegrationApproximator, euler, slope
 
 
 @final
@@ -15,8 +14,8 @@ from .euler import euler
 class HeunEDM(IntegrationApproximator):
     """The average of the slopes at both ends (Karras et al. 2022, arXiv 2206.00364, algorithm 1).
 
-    ``Δ = (τ - σ) (d(x, σ) + d(x + (τ - σ) d(x, σ), τ)) / 2``; plain Euler to the level 0. Order 2,
-    one evaluation shared by every target and one for each target.
+    ``Δ = (τ - σ) (d(x, σ) + d(x + (τ - σ) d(x, σ), τ)) / 2``. Order 2, one evaluation
+    shared by every target and one for each target.
 
     k-diffusion's `sample_heun` without churn. From the level 0, where the slope vanishes, it is the
     trapezoid rule with one evaluation.
@@ -29,6 +28,4 @@ class HeunEDM(IntegrationApproximator):
         self, x: Combination, sigma: float, target: float, denoise: Denoise
     ) -> Combination:
         increment = euler(x, sigma, target, denoise)
-        if target == 0.0:
-            return increment
         return (increment + (target - sigma) * slope(x + increment, target, denoise)) / 2

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from ..combination import Combination
-from .base import Denoise, IntegrationApproximator, slope
-from .euler import euler
+from .base import Denoise, IntegrationApproximator, euler, slope
 
 
 @final
@@ -17,8 +16,8 @@ class Midpoint(IntegrationApproximator):
 
     ``Δ = (τ - σ) d(u, m)`` with ``m = sqrt(σ τ)`` and ``u = x + (m - σ) d(x, σ)``: DPM-Solver-2 (Lu et
     al. 2022, arXiv 2206.00927, algorithm 1) in the unscaled state, and k-diffusion's `sample_dpm_2`
-    without churn; Euler to and the arithmetic middle from the level 0. Order 2, one evaluation
-    shared by every target and one for each target.
+    without churn. From the level 0 the middle is the arithmetic one. Order 2, one evaluation shared
+    by every target and one for each target.
     """
 
     order: ClassVar[int] = 2
@@ -27,8 +26,6 @@ class Midpoint(IntegrationApproximator):
     def increment(
         self, x: Combination, sigma: float, target: float, denoise: Denoise
     ) -> Combination:
-        if target == 0.0:
-            return euler(x, sigma, target, denoise)
         middle = (sigma * target) ** 0.5 if sigma > 0.0 else target / 2
         u = x + euler(x, sigma, middle, denoise)
         return (target - sigma) * slope(u, middle, denoise)
@@ -39,8 +36,8 @@ class Midpoint(IntegrationApproximator):
 class RK3(IntegrationApproximator):
     """Ralston's third-order method (Ralston 1962; the advancing method of Bogacki-Shampine).
 
-    Slopes at 0, 1/2 and 3/4 of the step, weighed 2/9, 3/9 and 4/9; Euler to the level 0. Order 3, one
-    evaluation shared by every target and two for each target.
+    Slopes at 0, 1/2 and 3/4 of the step, weighed 2/9, 3/9 and 4/9. Order 3, one evaluation
+    shared by every target and two for each target.
     """
 
     order: ClassVar[int] = 3
@@ -49,8 +46,6 @@ class RK3(IntegrationApproximator):
     def increment(
         self, x: Combination, sigma: float, target: float, denoise: Denoise
     ) -> Combination:
-        if target == 0.0:
-            return euler(x, sigma, target, denoise)
         h = target - sigma
         k1 = slope(x, sigma, denoise)
         k2 = slope(x + (h / 2) * k1, sigma + h / 2, denoise)
@@ -63,8 +58,8 @@ class RK3(IntegrationApproximator):
 class RK4(IntegrationApproximator):
     """The classical fourth-order method (Kutta 1901).
 
-    Slopes at 0, 1/2, 1/2 and 1 of the step, weighed 1/6, 2/6, 2/6 and 1/6; Euler to the level 0.
-    Order 4, one evaluation shared by every target and three for each target.
+    Slopes at 0, 1/2, 1/2 and 1 of the step, weighed 1/6, 2/6, 2/6 and 1/6. Order 4, one evaluation
+    shared by every target and three for each target.
     """
 
     order: ClassVar[int] = 4
@@ -73,8 +68,6 @@ class RK4(IntegrationApproximator):
     def increment(
         self, x: Combination, sigma: float, target: float, denoise: Denoise
     ) -> Combination:
-        if target == 0.0:
-            return euler(x, sigma, target, denoise)
         h = target - sigma
         k1 = slope(x, sigma, denoise)
         k2 = slope(x + (h / 2) * k1, sigma + h / 2, denoise)
