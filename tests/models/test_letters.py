@@ -250,7 +250,7 @@ class TestLoading:
     @pytest.mark.parametrize("missing", ["k_diffusion", "safetensors"])
     def test_a_missing_library_is_named(self, monkeypatch, missing):
         monkeypatch.setitem(sys.modules, missing, None)
-        with pytest.raises(ImportError, match=r"pip install 'odesolvers\[letters\]'"):
+        with pytest.raises(ImportError, match=r"pip install 'odesolvers\[(letters|k-diffusion)\]'"):
             load_letters()
 
 
