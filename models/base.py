@@ -14,3 +14,17 @@ DenoiserFunction: TypeAlias = Callable[..., Tensor]
 def append_dims(v: Tensor, like: Tensor) -> Tensor:
     """`v` of shape (B,) as (B, 1, ..., 1), to multiply tensors of the form of `like`."""
     return v.reshape(v.shape[0], *([1] * (like.ndim - 1)))
+
+
+def check_device(x: Tensor, of_model: Tensor, **others: Tensor | None) -> None:
+    """Refuse a state, or conditions, on another device than the model's.
+
+    Raises:
+        ValueError: naming both devices.
+    """
+    for name, tensor in {"x": x, **others}.items():
+        if tensor is not None and tensor.device != of_model.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, the model on {of_model.device}: move one of them with "
+                ".to(device)"
+            )

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .base import append_dims
+from .base import append_dims, check_device
 
 
 class Gaussian(nn.Module):
@@ -33,6 +33,7 @@ class Gaussian(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         """``E[x0 | x]`` for `x` of shape ``(B, ...)`` and `sigma` of shape ``(B,)``."""
+        check_device(x, self.mean, sigma=sigma)
         noise = append_dims(sigma.double(), x) ** 2
         denoised = (self.std**2 * x + noise * self.mean) / (self.std**2 + noise)
         return denoised.to(x.dtype)
@@ -100,6 +101,7 @@ class GaussianMixture(nn.Module):
         return self.means[k] + append_dims(self.stds[k], noise) * noise
 
     def _denoise(self, x: Tensor, sigma: Tensor, log_prior: Tensor) -> Tensor:
+        check_device(x, self.means, sigma=sigma)
         if x.shape[1:] != self.means.shape[1:]:
             raise ValueError(
                 f"this denoiser is for states of shape (B, {_sizes(self.means)}), got "
@@ -164,6 +166,7 @@ class IdealDenoiser(GaussianMixture):
                 f"class_labels must be {x.shape[0]} integers, one for each state, got "
                 f"{class_labels.dtype} {tuple(class_labels.shape)}"
             )
+        check_device(x, self.means, class_labels=class_labels)
         match = class_labels.unsqueeze(1) == self.labels
         if not bool(match.any(1).all()):
             known = sorted(set(self.labels.tolist()))

@@ -168,7 +168,8 @@ class Run:
         values = self._outputs(step, x, k)
         if self._twice:
             self._twice = False
-            _check_same(values, self._outputs(step, x, k), k, self.grid.levels[k])
+            first = [value.clone() for value in values]  # the outputs may be one buffer, used again
+            _check_same(first, self._outputs(step, x, k), k, self.grid.levels[k])
         if self._callback is not None:
             sigma = self._sigmas[step.evaluations[0].sigma][0]
             self._callback(

@@ -48,6 +48,16 @@ class State:
             side=None if self.side is None else self.side.map(lambda tensor: tensor.to(device)),
         )
 
+    def fork(self) -> State:
+        """The same pair as the beginning of a run of its own, to go on with other ``extra_args``.
+
+        In floating point that is the state itself. In fixed point a state remembers the run that led to
+        it, and refuses to be undone by another; its fork has no history.
+        """
+        if self.side is None or self.noisier is None:
+            return self
+        return replace(self, side=self.side.fresh(self.cleaner, self.noisier, self.index))
+
     def check(self, grid: Grid, solver: str) -> None:
         """Refuse to go on with another grid or another solver than the state comes from.
 

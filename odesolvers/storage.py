@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import SideInformation
+from .arithmetic.stack import Done
 from .grids import Grid
 from .state import State, check_pair
 
@@ -39,6 +40,7 @@ def write(
         "sigmas": [sigma.hex() for sigma in state.sigmas],
         "solver": state.solver,
         "side": side,
+        "channels_last": _in_channels_last(state.cleaner),
         "notes": dict(notes or {}),
     }
     metadata = {"format": FORMAT, "version": VERSION, "state": json.dumps(header)}
@@ -73,9 +75,15 @@ def read(
     if metadata.get("sha256") != _digest(metadata.get("state", ""), tensors):
         raise ValueError(f"{path} is damaged: its contents do not match its checksum")
     header = json.loads(metadata["state"])
+    pair = {name: tensors[name].to(device) for name in ("cleaner", "noisier") if name in tensors}
+    if header["channels_last"]:  # a denoiser may round otherwise in another memory format
+        pair = {
+            name: tensor.contiguous(memory_format=torch.channels_last)
+            for name, tensor in pair.items()
+        }
     state = State(
-        cleaner=tensors["cleaner"].to(device),
-        noisier=tensors["noisier"].to(device) if "noisier" in tensors else None,
+        cleaner=pair["cleaner"],
+        noisier=pair.get("noisier"),
         index=header["index"],
         sigmas=tuple(float.fromhex(sigma) for sigma in header["sigmas"]),
         solver=header["solver"],
@@ -84,6 +92,11 @@ def read(
     check_pair(state)
     state.check(Grid.of(state.sigmas), state.solver)
     return state, header["notes"]
+
+
+def _in_channels_last(x: Tensor) -> bool:
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return last and not x.is_contiguous()
 
 
 def _describe_side(side: SideInformation | None) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
@@ -95,8 +108,7 @@ def _describe_side(side: SideInformation | None) -> tuple[dict[str, Any] | None,
     described = {
         "dtype": str(side.dtype).removeprefix("torch."),
         "words": len(side.words),
-        "spills": side.spills,
-        "depth": side.depth,
+        "done": side.done,
         "origin": side.origin,
     }
     return described, tensors
@@ -112,8 +124,7 @@ def _read_side(
         dtype=getattr(torch, described["dtype"]),
         words=tuple(tensors[f"side.word.{i}"] for i in range(described["words"])),
         packed=tensors["side.packed"],
-        spills=tuple((depth, bound) for depth, bound in described["spills"]),
-        depth=described["depth"],
+        done=tuple(Done(*done) for done in described["done"]),
         origin=described["origin"],
         checksum=tensors["side.checksum"],
     ).map(lambda tensor: tensor.to(device))

@@ -207,8 +207,10 @@ def test_the_letters_are_the_default_where_they_are_installed(
 @pytest.mark.usefixtures("k_diffusion")
 def test_the_commands_run_on_the_letters() -> None:
     out = run("sample --model letters --count 2 --labels A,Z --steps 4 --save a.safetensors")
-    assert "6 evaluations" not in out  # Euler: one a step, and none to 0
-    assert "3 evaluations of the denoiser for 2 letters" in out
+    assert "4 evaluations of the denoiser for 2 letters" in out
+    run("invert a.safetensors --save n.safetensors --model letters")
+    run("sample --from n.safetensors --labels Z --model letters")
+    assert "labels are A to Z, got '5'" in refused("sample --from n.safetensors --labels 5")
     run("invert a.safetensors --model letters --save code.safetensors")
     out = run("edit --model letters --count 2 --to B --steps 6 --dtype float64")
     assert re.search(r"back under its own label to \d\.\de-(0[5-9]|[12]\d)", out)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base import check_device
 from ..kdiffusion import import_k_diffusion
 from .data import LETTERS, SIZE
 
@@ -66,6 +67,14 @@ class LettersDenoiser(nn.Module):
             raise ValueError(
                 f"the letters are pictures of shape (B, 3, {SIZE}, {SIZE}), got {tuple(x.shape)}"
             )
+        check_device(x, next(self.parameters()), sigma=sigma, class_labels=class_labels)
+        if sigma.shape != x.shape[:1]:
+            raise ValueError(
+                f"sigma must have shape ({x.shape[0]},), one for each picture, got "
+                f"{tuple(sigma.shape)}"
+            )
+        if x.device.type == "cpu" and not bool((sigma > 0).all()):  # elsewhere it would be a wait
+            raise ValueError(f"sigma must be above 0, got {sigma.min().item()}")
         condition = self._condition(x, class_labels)
         denoised: Tensor = self.denoiser(x, sigma, mapping_cond=condition)
         return denoised.to(x.dtype)

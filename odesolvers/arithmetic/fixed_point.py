@@ -33,7 +33,8 @@ _FLOAT: Final = FloatingPoint()
 
 _NOT_UNDONE: Final = (
     "the denoiser did not return the same bits for the same input, other extra_args were given, or "
-    "the state was changed; FixedPoint(check_determinism=True) tests the denoiser"
+    "the state was changed. FixedPoint(check_determinism=True) tests the denoiser; to go on from a "
+    "state with other arguments, as an edit does, begin a run of its own with state.fork()"
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,19 @@ from torch import Tensor
 _LARGEST: Final = 2**63 - 1
 _LOW_WORD: Final = 2**32 - 1
 _GROUP: Final = 32
+
+
+class Done(NamedTuple):
+    """A multiplication or division of a run, as whoever undoes it must know it."""
+
+    move: int
+    """1 for a multiplication, -1 for a division."""
+    a: int
+    b: int
+    bound: int
+    """What no element of W exceeded before it."""
+    words: int
+    """How many words of W were put aside for it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,9 +39,8 @@ class SideInformation:
         dtype: of the states that the denoiser sees.
         words: int32 tensors of shape ``(n,)`` for a state of n elements.
         packed: int32 ``(m, ceil(n / 32))``, m bits for each element.
-        spills: for each of the first of `words`, where the run put it aside: the number of
-            multiplications done so far, and a bound of the integers it was the low end of.
-        depth: multiplications done less multiplications undone.
+        done: the multiplications that are not undone, in order: see `Done`. The first of `words` are
+            those that they put aside.
         origin: the index of the first pair of the run.
         checksum: of that first pair, an int64 tensor without dimensions.
     """
@@ -36,8 +48,7 @@ class SideInformation:
     dtype: torch.dtype
     words: tuple[Tensor, ...]
     packed: Tensor
-    spills: tuple[tuple[int, int], ...]
-    depth: int
+    done: tuple[Done, ...]
     origin: int
     checksum: Tensor
 
@@ -50,6 +61,11 @@ class SideInformation:
     def nbytes(self) -> int:
         """Bytes that the words take up."""
         return sum(word.nbytes for word in self.words) + self.packed.nbytes
+
+    def fresh(self, cleaner: Tensor, noisier: Tensor, index: int) -> SideInformation:
+        """What a run that begins at this pair starts with: nothing, and the checksum of the pair."""
+        total = checksum(cleaner) + checksum(noisier)
+        return Stack(cleaner.shape, index, total).pack(self.dtype)
 
     def map(self, move: Callable[[Tensor], Tensor]) -> SideInformation:
         """The same with every tensor replaced by `move` of it."""
@@ -70,13 +86,14 @@ class Stack:
         z = q b + r      W' = W b + r      W' = W'' a + t      result = q a + t
 
     The remainder of the division by b is pushed onto W, and the result takes the free place of a
-    remainder from it. Read from right to left with a and b exchanged it undoes itself. The result
+    remainder from it. Done again with a and b exchanged it undoes itself. The result
     is z a/b up to less than a; W'' is larger than W by b/a. Both z and the result must be below 2^61
     in absolute value.
 
     W is an int64 tensor. Where a bound known on the host says that it might not hold the next
-    remainder, the low 32 bits of all elements are put aside ("spilled") together with the place,
-    and taken back when that multiplication is undone. Nothing here waits for a device.
+    remainder, the low 32 bits of all elements are put aside ("spilled"), and taken back when that
+    multiplication is undone: a run that turns round undoes its multiplications in reverse order.
+    Nothing here waits for a device.
 
     The working memory of one run, and changed by it.
     """
@@ -84,7 +101,6 @@ class Stack:
     def __init__(self, shape: torch.Size, origin: int, checksum: Tensor) -> None:
         self.origin = origin
         self.checksum = checksum
-        self.depth = 0
         self.overflows: list[Tensor] = []
         """Tensors that are True where side information overflowed: never in an exact run."""
         self.extents: list[tuple[float, Tensor, Tensor, float]] = []
@@ -93,18 +109,24 @@ class Stack:
         self._top: Tensor | None = None  # W; None while the bound says that it is 0
         self._scratch: Tensor | None = None  # for remainders
         self._bound = 0  # no element of W is larger
-        self._spills: list[tuple[Tensor, int, int]] = []  # word, depth, bound before
+        self._done: list[Done] = []
+        self._aside: list[Tensor] = []
 
     def multiply(self, z: Tensor, a: int, b: int) -> Tensor:
         """About ``z a / b``, in new storage; `divide` undoes it."""
-        return self._scale(z, a, b, +1)
+        return self._scale(z, a, b, 1)
 
     def divide(self, z: Tensor, a: int, b: int) -> Tensor:
         """About ``z b / a``, in new storage: the z that `multiply` was given."""
         return self._scale(z, b, a, -1)
 
     def _scale(self, z: Tensor, a: int, b: int, move: int) -> Tensor:
-        self._make_room(b)
+        turned = bool(self._done) and self._done[-1][:3] == (-move, b, a)
+        undone = self._done.pop() if turned else None
+        if undone is None:
+            bound = self._bound
+            self._done.append(Done(move, a, b, bound, self._make_room(b)))
+        # Undoing needs no room: it meets the numbers that were met on the way, and they had it.
         quotient, remainder = _divmod(z, b, torch.empty_like(z), self._scratch)
         top = self._top
         if top is None:
@@ -112,33 +134,39 @@ class Stack:
         else:
             remainder.add_(top, alpha=b)
         top, remainder = _divmod(remainder, a, top, remainder, signed=False)
-        self._bound = (self._bound * b + b - 1) // a
-        self._top, self._scratch = top if self._bound else None, remainder
-        self.depth += move
-        self._take_back()
+        self._top, self._scratch = top, remainder
+        if undone is None:
+            self._bound = (self._bound * b + b - 1) // a
+        else:
+            for _ in range(undone.words):
+                self._take_back()
+            self._bound = undone.bound
+        if not self._bound:
+            if undone is not None:
+                self.overflows.append(top.any())  # it was 0 before, unless this is no exact undoing
+            self._top = None
         return quotient.mul_(a).add_(remainder)
 
-    def _make_room(self, b: int) -> None:
-        """Put words aside until W b + b - 1 cannot overflow."""
+    def _make_room(self, b: int) -> int:
+        """Put words aside until W b + b - 1 cannot overflow; how many."""
+        words = 0
         while self._top is not None and self._bound * b + b - 1 > _LARGEST:
-            self._spills.append((low_word(self._top), self.depth, self._bound))
+            self._aside.append(low_word(self._top))
             self._bound >>= 32
             self._top = self._top >> 32 if self._bound else None
+            words += 1
+        return words
 
     def _take_back(self) -> None:
-        """Take back the words that were put aside just before the multiplication now undone."""
-        while self._spills and self._spills[-1][1] == self.depth:
-            word, _, bound = self._spills.pop()
-            low = from_word(word)
-            if self._top is not None:
-                # What was put aside fits here again, unless the run was not undone exactly.
-                self.overflows.append((self._top >> 31).any())
-                low |= self._top << 32
-            self._top, self._bound = low, bound
+        """Take back the word that was put aside last."""
+        assert self._top is not None
+        # What was put aside fits here again, unless the run was not undone exactly.
+        self.overflows.append((self._top >> 31).any())
+        self._top = from_word(self._aside.pop()) | self._top << 32
 
     def pack(self, dtype: torch.dtype) -> SideInformation:
         """What must be stored to go on. Waits for the device, to learn how high the stacks are."""
-        words = [word.flatten() for word, _, _ in self._spills]
+        words = [word.flatten() for word in self._aside]
         top = self._top
         if top is None:
             top = torch.zeros(self._shape, dtype=torch.int64, device=self.checksum.device)
@@ -150,8 +178,7 @@ class Stack:
             dtype=dtype,
             words=tuple(words),
             packed=pack_bits(top.flatten(), width),
-            spills=tuple((depth, bound) for _, depth, bound in self._spills),
-            depth=self.depth,
+            done=tuple(self._done),
             origin=self.origin,
             checksum=self.checksum,
         )
@@ -160,7 +187,8 @@ class Stack:
     def unpack(cls, side: SideInformation, shape: torch.Size) -> Stack:
         """The stack that `pack` was called on, for a state of that shape."""
         n = shape.numel()
-        widths_fit = len(side.spills) <= len(side.words) <= len(side.spills) + 1
+        aside = sum(done.words for done in side.done)
+        widths_fit = aside <= len(side.words) <= aside + 1
         sizes_fit = side.packed.shape[1:] == (-(-n // _GROUP),) and all(
             word.shape == (n,) for word in side.words
         )
@@ -168,16 +196,14 @@ class Stack:
             raise ValueError(
                 f"the side information does not belong to a state of shape {tuple(shape)}: it has "
                 f"words of shape {[tuple(word.shape) for word in side.words]}, "
-                f"{len(side.spills)} of them put aside, and {tuple(side.packed.shape)} packed"
+                f"{aside} of them put aside, and {tuple(side.packed.shape)} packed"
             )
         stack = cls(shape, side.origin, side.checksum)
-        stack.depth = side.depth
         words = [word.reshape(shape) for word in side.words]
-        spilled = zip(words, side.spills, strict=False)
-        stack._spills = [(word, depth, bound) for word, (depth, bound) in spilled]
+        stack._done, stack._aside = list(side.done), words[:aside]
         width = side.packed.shape[0]
         top = unpack_bits(side.packed, n).reshape(shape) if width else None
-        if len(words) > len(side.spills):
+        if len(words) > aside:
             low = from_word(words[-1])
             top, width = low if top is None else top << 32 | low, width + 32
         stack._top, stack._bound = top, 2**width - 1

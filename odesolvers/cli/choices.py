@@ -119,7 +119,7 @@ class ModelChoice:
     @property
     def installed(self) -> bool:
         """Whether everything it needs can be imported."""
-        return all(importlib.util.find_spec(module) is not None for module in self.modules)
+        return _importable(self.modules)
 
 
 def _digits() -> Model:
@@ -168,7 +168,7 @@ class Loader:
     @property
     def installed(self) -> bool:
         """Whether everything it needs can be imported."""
-        return all(importlib.util.find_spec(module) is not None for module in self.modules)
+        return _importable(self.modules)
 
 
 LOADERS: Final = (
@@ -190,6 +190,10 @@ LOADERS: Final = (
     Loader("GaussianMixture", "a mixture of Gaussians, in closed form", ""),
     Loader("Gaussian", "a Gaussian, whose flow is known", ""),
 )
+
+
+def _importable(modules: tuple[str, ...]) -> bool:
+    return all(importlib.util.find_spec(module) is not None for module in modules)
 
 
 def default_model() -> str:
@@ -256,7 +260,7 @@ class Options:
         stored = {name: notes[name] for name in Settings.__dataclass_fields__ if name in notes}
         if stored.get("labels") is not None:
             stored["labels"] = tuple(stored["labels"])
-        given = self._given()
+        given = self._given(stored.get("model"))
         for name in ("model",) if relabel else ("model", "labels"):
             if name in given and name in stored and given[name] != stored[name]:
                 raise ValueError(
@@ -284,7 +288,8 @@ class Options:
         takes = (*choice.takes, "append_zero")
         suited = {name: defaults[name] for name in takes if name in defaults}
         steps = defaults.get("steps", 18) if self.steps is None else self.steps
-        return choice.make(steps, **suited | given)
+        levels_above_zero = steps if suited.get("append_zero", True) else steps + 1
+        return choice.make(levels_above_zero, **suited | given)
 
     def sigmas_of(self, state: State) -> Tensor:
         """The grid of a state; or, if any was asked for, that one, for the solver to check."""
@@ -310,18 +315,17 @@ class Options:
             raise ValueError(f"the device {self.device!r} cannot be used here: {reason}") from error
         return device
 
-    def _choice(self) -> ModelChoice:
-        return pick("model", self.model or Settings.model, MODELS)
-
     def _defaults(self) -> Mapping[str, Any]:
-        return self._choice().defaults
+        return pick("model", self.model or Settings.model, MODELS).defaults
 
-    def _given(self) -> dict[str, Any]:
+    def _given(self, model: str | None = None) -> dict[str, Any]:
+        """What was typed, its labels read with the names of `model`."""
+        names = pick("model", self.model or model or Settings.model, MODELS).names
         given: dict[str, Any] = {
             "model": self.model,
             "approximator": self.approximator,
             "gamma": self.gamma,
-            "labels": None if self.labels is None else labels(self.labels, self._choice().names),
+            "labels": None if self.labels is None else labels(self.labels, names),
         }
         return {name: value for name, value in given.items() if value is not None}
 

@@ -147,6 +147,18 @@ def test_bad_class_labels(labels: torch.Tensor, message: str) -> None:
         IdealDenoiser(load_digits()[0])(noise(2, 1, 8, 8), levels(1.0, 2), torch.tensor([0, 1]))
 
 
+def test_another_device_is_named() -> None:
+    x, sigma = noise(2, 3).to("meta"), levels(1.0, 2).to("meta")
+    for model in (Gaussian(), mixture()):
+        with pytest.raises(ValueError, match="x is on meta, the model on cpu"):
+            model(x, sigma)
+        with pytest.raises(ValueError, match="sigma is on meta"):
+            model(noise(2, 3), sigma)
+    digits = IdealDenoiser(*load_digits())
+    with pytest.raises(ValueError, match="class_labels is on meta"):
+        digits(noise(2, 1, 8, 8), levels(1.0, 2), torch.tensor([1, 2], device="meta"))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_in_dtype(dtype: torch.dtype) -> None:
     seen = []
