@@ -208,7 +208,11 @@ def test_the_letters_are_the_default_where_they_are_installed(
 def test_the_commands_run_on_the_letters() -> None:
     out = run("sample --model letters --count 2 --labels A,Z --steps 4 --save a.safetensors")
     assert "4 evaluations of the denoiser for 2 letters" in out
+    assert storage.read("a.safetensors")[1]["guidance"] == 3.0
+    assert "guidance = 3.0, not 1.0" in refused("invert a.safetensors --guidance 1")
     run("invert a.safetensors --save n.safetensors --model letters")
+    noise = work.Setup.of(choices.Options(model="letters", steps=4))[0].noise(2, 0)
+    assert relative(State.load("n.safetensors").noisier, noise) < 1e-3
     run("sample --from n.safetensors --labels Z --model letters")
     assert "labels are A to Z, got '5'" in refused("sample --from n.safetensors --labels 5")
     run("invert a.safetensors --model letters --save code.safetensors")
@@ -283,6 +287,7 @@ def test_every_grid_can_be_asked_for() -> None:
         ("sample --steps 1", "needs n >= 2"),
         ("sample --sigma-min 90", "0 < sigma_min < sigma_max"),
         ("sample --count 0", "--count must be 1 or more"),
+        ("sample --labels 1 --guidance 2", "needs labels, and a model that was trained without"),
         ("sample --labels 12", "labels are 0 to 9, got '12'"),
         ("sample --device nowhere", "device 'nowhere' cannot be used here"),
         ("sample --count 1 --save state.pt", "must end in .safetensors"),

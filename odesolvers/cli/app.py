@@ -78,6 +78,13 @@ Seed = Annotated[int, typer.Option(help="Of the noise.")]
 Dtype = Annotated[
     str | None, typer.Option(help=f"{', '.join(choices.DTYPES)}.", show_default="float32")
 ]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        help="Classifier-free, from no label to the labels.",
+        show_default="1, or 3 to sample letters",
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 Save = Annotated[
     Path | None,
@@ -152,6 +159,7 @@ def sample(
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = "cpu",
+    guidance: Guidance = None,
     start: Annotated[
         Path | None,
         typer.Option("--from", help="Go on from the state that `invert --save` wrote, not noise."),
@@ -163,10 +171,21 @@ def sample(
     if start is None:
         model = model or choices.default_model()
     options = Options(
-        model, approximator, gamma, labels, grid, steps, sigma_min, sigma_max, rho, dtype, device
+        model,
+        approximator,
+        gamma,
+        labels,
+        grid,
+        steps,
+        sigma_min,
+        sigma_max,
+        rho,
+        dtype,
+        device,
+        guidance,
     )
     if start is None:
-        setup, settings = Setup.of(options)
+        setup, settings = Setup.of(options.for_sampling())
         solution = work.go(setup, settings, setup.noise(count, seed), down=True)
     else:
         setup, settings, state = Setup.restore(start, options, relabel=True)
@@ -197,6 +216,7 @@ def invert(
     rho: Rho = None,
     dtype: Dtype = None,
     device: Device = "cpu",
+    guidance: Guidance = None,
     out: Annotated[Path, typer.Option(help="Images and noise.")] = Path("out/inverted.png"),
     save: Save = None,
 ) -> None:
@@ -209,7 +229,18 @@ def invert(
     if file.suffix != SUFFIX:
         model = model or choices.default_model()
     options = Options(
-        model, approximator, gamma, labels, grid, steps, sigma_min, sigma_max, rho, dtype, device
+        model,
+        approximator,
+        gamma,
+        labels,
+        grid,
+        steps,
+        sigma_min,
+        sigma_max,
+        rho,
+        dtype,
+        device,
+        guidance,
     )
     if file.suffix == SUFFIX:
         setup, settings, state = Setup.restore(file, options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, TypeVar
 
 import torch
@@ -87,6 +87,7 @@ class Model:
         labels: ``(K,)``, or None for a model without classes.
         noun: what one image shows.
         finite: whether `images` are all that there is to sample.
+        unconditional: the label that stands for no label, where there is one.
     """
 
     denoiser: nn.Module
@@ -94,6 +95,7 @@ class Model:
     labels: Tensor | None
     noun: str
     finite: bool = False
+    unconditional: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class ModelChoice:
         summary: a line about it.
         names: of its classes, in the order of their labels.
         defaults: options that suit it better than those of the command line.
+        sampling: options to sample from noise with, where nothing else was asked for.
     """
 
     load: Callable[[], Model]
@@ -115,6 +118,7 @@ class ModelChoice:
     summary: str
     names: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def installed(self) -> bool:
@@ -130,7 +134,7 @@ def _digits() -> Model:
 def _letters() -> Model:
     model = load_letters()
     images, labels = random_letters(520, seed=HELD_OUT)
-    return Model(model, images, labels, "letter")
+    return Model(model, images, labels, "letter", unconditional=-1)
 
 
 HELD_OUT: Final = 7
@@ -145,6 +149,7 @@ MODELS: Final[Mapping[str, ModelChoice]] = {
         names="ABCDEFGHIJKLMNOPQRSTUVWXYZ",
         # Down to 0.02 and not to 0: at that level a picture passes for clean, both ways.
         defaults={"approximator": "euler", "steps": 24, "sigma_min": 0.02, "append_zero": False},
+        sampling={"labels": "A-Z", "guidance": 3.0},
     ),
     "digits": ModelChoice(
         _digits,
@@ -219,6 +224,7 @@ class Settings:
     approximator: str = "heun-edm"
     gamma: str = "step-ratio-2"
     labels: tuple[int, ...] | None = None
+    guidance: float = 1.0
 
     def solver(self) -> BDIA:
         """BDIA as the options say."""
@@ -244,6 +250,12 @@ class Options:
     rho: float | None = None
     dtype: str | None = None
     device: str = "cpu"
+    guidance: float | None = None
+
+    def for_sampling(self) -> Options:
+        """With the labels and the guidance that the model is best sampled with, if none were typed."""
+        sampling = pick("model", self.model or Settings.model, MODELS).sampling
+        return replace(self, **{k: v for k, v in sampling.items() if getattr(self, k) is None})
 
     def settings(self) -> Settings:
         """What was typed, over the defaults."""
@@ -261,7 +273,7 @@ class Options:
         if stored.get("labels") is not None:
             stored["labels"] = tuple(stored["labels"])
         given = self._given(stored.get("model"))
-        for name in ("model",) if relabel else ("model", "labels"):
+        for name in ("model",) if relabel else ("model", "labels", "guidance"):
             if name in given and name in stored and given[name] != stored[name]:
                 raise ValueError(
                     f"the state was made with {name} = {stored[name]}, not {given[name]}: it comes "
@@ -326,6 +338,7 @@ class Options:
             "approximator": self.approximator,
             "gamma": self.gamma,
             "labels": None if self.labels is None else labels(self.labels, names),
+            "guidance": self.guidance,
         }
         return {name: value for name, value in given.items() if value is not None}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import BDIA, Solution, State, storage
 from ..models import ClassifierFreeGuidance
@@ -88,6 +88,20 @@ class Setup:
             order = torch.stack([of_label[label][k % len(of_label[label])] for label, k in turns])
         chosen = self.model.images[order[torch.arange(count) % len(order)]]
         return chosen.to(self.device, self.dtype)
+
+    def conditioned(self, settings: Settings, count: int) -> tuple[nn.Module, dict[str, Any]]:
+        """The denoiser under the labels and the guidance of `settings`, and its arguments."""
+        extra = self.extra_args(settings.labels, count)
+        if settings.guidance == 1.0:
+            return self.model.denoiser, extra
+        if self.model.unconditional is None or not extra:
+            raise ValueError(
+                "--guidance leads from no label to --labels: it needs labels, and a model that was "
+                "trained without them as well"
+            )
+        none = torch.full_like(extra["class_labels"], self.model.unconditional)
+        guided = ClassifierFreeGuidance(self.model.denoiser, settings.guidance)
+        return guided, {"positive": extra, "negative": {"class_labels": none}}
 
     def at_last_level(self, images: Tensor) -> Tensor:
         """Clean images as states at the last noise level: with its noise, where that is not 0.
@@ -215,10 +229,10 @@ def relative(x: Tensor, reference: Tensor) -> float:
 def go(setup: Setup, settings: Settings, start: Tensor | State, *, down: bool) -> Solution:
     """Sample from `start`, or invert it, with a progress bar."""
     tensor = start.cleaner if isinstance(start, State) else start
-    extra = setup.extra_args(settings.labels, tensor.shape[0])
+    denoiser, extra = setup.conditioned(settings, tensor.shape[0])
     solver = settings.solver()
     run = solver.sample if down else solver.invert
-    return run(setup.model.denoiser, start, setup.sigmas, extra_args=extra, progress=True)
+    return run(denoiser, start, setup.sigmas, extra_args=extra, progress=True)
 
 
 @dataclass(frozen=True)
