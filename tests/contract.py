@@ -34,20 +34,21 @@ class SolverContract:
     def start(self, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         return noise(*shape, sigma=float(GRID[0]), dtype=dtype)
 
-    def test_solution_has_the_form_of_the_input(self) -> None:
+    def test_solution_has_the_form_of_the_input(self, device: torch.device) -> None:
         for shape in ((1, 5), (3, 5), (2, 1, 7, 5), (4, 3, 5)):
             for dtype in (torch.float32, torch.float64):
-                x = self.start(*shape, dtype=dtype)
-                solution = self.solver.sample(gaussian(), x, GRID)
+                x = self.start(*shape, dtype=dtype).to(device)
+                solution = self.solver.sample(gaussian().to(device), x, GRID)
                 assert solution.x.shape == x.shape
                 assert solution.x.dtype == x.dtype
+                assert solution.x.device == x.device
                 assert bool(solution.x.isfinite().all())
 
-    def test_solves_the_ode(self) -> None:
+    def test_solves_the_ode(self, device: torch.device) -> None:
         grid = karras_sigmas(200, sigma_min=0.1, sigma_max=10.0, append_zero=False)
-        x = self.start(4, 5)
-        exact = gaussian().flow(x, 10.0, 0.1)
-        assert relative_error(self.solver.sample(gaussian(), x, grid).x, exact) < 0.02
+        x, denoiser = self.start(4, 5).to(device), gaussian().to(device)
+        exact = denoiser.flow(x, 10.0, 0.1)
+        assert relative_error(self.solver.sample(denoiser, x, grid).x, exact) < 0.02
 
     def test_input_is_not_modified_and_second_run_equals_first(self) -> None:
         x = self.start(2, 5)
@@ -182,11 +183,12 @@ class InvertibleContract(SolverContract):
             distances = [relative_error(point, p) for p, s in levels if s == sigma]
             assert min(distances) < 1e-12
 
-    def test_a_lone_image_is_reached_again(self) -> None:
+    def test_a_lone_image_is_reached_again(self, device: torch.device) -> None:
+        denoiser = gaussian().to(device)
         for grid in (GRID, GRID[:-1]):
-            image = noise(3, 5, seed=1)
-            code = self.solver.invert(gaussian(), image, grid)
-            again = self.solver.sample(gaussian(), code.state, grid)
+            image = noise(3, 5, seed=1).to(device)
+            code = self.solver.invert(denoiser, image, grid)
+            again = self.solver.sample(denoiser, code.state, grid)
             assert relative_error(again.x, image) < 1e-12
             assert relative_error(code.x, image) > 0.5
 
@@ -197,14 +199,14 @@ class InvertibleContract(SolverContract):
         code = self.solver.invert(gaussian(), image, grid)
         assert relative_error(code.x, exact) < 0.1
 
-    def test_any_part_of_the_grid_can_be_undone_and_done_again(self) -> None:
-        x = self.start(2, 3)
-        middle = self.solver.sample(mixture(), x, GRID, stop=4)
-        end = self.solver.sample(mixture(), middle.state, GRID)
-        up = self.solver.invert(mixture(), end.state, GRID, stop=3)
-        down = self.solver.sample(mixture(), up.state, GRID)
+    def test_any_part_of_the_grid_can_be_undone_and_done_again(self, device: torch.device) -> None:
+        x, denoiser = self.start(2, 3).to(device), mixture().to(device)
+        middle = self.solver.sample(denoiser, x, GRID, stop=4)
+        end = self.solver.sample(denoiser, middle.state, GRID)
+        up = self.solver.invert(denoiser, end.state, GRID, stop=3)
+        down = self.solver.sample(denoiser, up.state, GRID)
         assert relative_error(down.x, end.x) < 1e-12
-        top = self.solver.invert(mixture(), up.state, GRID)
+        top = self.solver.invert(denoiser, up.state, GRID)
         assert relative_error(top.x, x) < 1e-12
         assert top.state.index == 1
 
