@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from odesolvers.grids import level_dtype
+
 from .base import DenoiserFunction
 
 
@@ -36,5 +38,5 @@ class InDtype(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         """The output of the denoiser at ``x.to(dtype)``, in the dtype of `x`."""
-        sigma = sigma.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
+        sigma = sigma.to(level_dtype(self.dtype))
         return self.denoiser(x.to(self.dtype), sigma, **extra_args).to(x.dtype)

@@ -75,7 +75,7 @@ def read(
     if metadata.get("sha256") != _digest(metadata.get("state", ""), tensors):
         raise ValueError(f"{path} is damaged: its contents do not match its checksum")
     header = json.loads(metadata["state"])
-    pair = {name: tensors[name].to(device) for name in ("cleaner", "noisier") if name in tensors}
+    pair = {name: tensors[name] for name in ("cleaner", "noisier") if name in tensors}
     if header["channels_last"]:  # a denoiser may round otherwise in another memory format
         pair = {
             name: tensor.contiguous(memory_format=torch.channels_last)
@@ -87,11 +87,11 @@ def read(
         index=header["index"],
         sigmas=tuple(float.fromhex(sigma) for sigma in header["sigmas"]),
         solver=header["solver"],
-        side=_read_side(header["side"], tensors, device),
+        side=_read_side(header["side"], tensors),
     )
     check_pair(state)
     state.check(Grid.of(state.sigmas), state.solver)
-    return state, header["notes"]
+    return state.to(device), header["notes"]
 
 
 def _in_channels_last(x: Tensor) -> bool:
@@ -115,7 +115,7 @@ def _describe_side(side: SideInformation | None) -> tuple[dict[str, Any] | None,
 
 
 def _read_side(
-    described: dict[str, Any] | None, tensors: Mapping[str, Tensor], device: torch.device | str
+    described: dict[str, Any] | None, tensors: Mapping[str, Tensor]
 ) -> SideInformation | None:
     """What `_describe_side` was given."""
     if described is None:
@@ -127,7 +127,7 @@ def _read_side(
         done=tuple(Done(*done) for done in described["done"]),
         origin=described["origin"],
         checksum=tensors["side.checksum"],
-    ).map(lambda tensor: tensor.to(device))
+    )
 
 
 def _check_kind(path: Path, metadata: Mapping[str, str]) -> None:

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-import torch
+from amplification import amplification, stable_diffusion
 
 from odesolvers import (
     BDIA,
@@ -19,8 +19,6 @@ from odesolvers import (
     PerStep,
     SmoothedOutput,
     StepRatio,
-    ddim_timesteps,
-    sigmas_from_alphas_cumprod,
 )
 
 from .problems import gaussian, noise
@@ -104,26 +102,12 @@ def test_step_ratio_refuses_a_power_that_is_not_finite() -> None:
         StepRatio(math.inf)
 
 
-def largest_amplification(rule: GammaRule, grid: Grid) -> float:
-    """Of the alternating mode over an inversion, in variance-preserving units."""
-    s = [DDIM().scale(sigma) for sigma in grid.levels]
-    g = rule.checked_weights(grid, DDIM().scale)
-    worst = product = 1.0
-    for k in range(grid.steps - 1, 0, -1):
-        product *= s[k - 1] / s[k] / g[k - 1]
-        worst = max(worst, product)
-    return worst
-
-
 @pytest.mark.parametrize("n", [10, 20, 50, 100])
 def test_neutral_rule_hardly_amplifies_on_the_schedule_of_stable_diffusion(n: int) -> None:
     """With trailing timesteps. Leading ones end with a short step, which costs a factor of its own."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    alphas = torch.cumprod(1 - betas, 0)
-    trailing = ddim_timesteps(n, spacing="trailing")
-    grid = Grid.of(sigmas_from_alphas_cumprod(alphas, trailing))
-    assert largest_amplification(StepRatio(1), grid) < 1.4
-    assert largest_amplification(ConstantGamma(1.0), grid) > 8
-    assert largest_amplification(StepRatio(2), grid) > 5
-    leading = Grid.of(sigmas_from_alphas_cumprod(alphas, ddim_timesteps(n, offset=1)))
-    assert largest_amplification(StepRatio(1), leading) < 10
+    grid = Grid.of(stable_diffusion(n, "trailing", 0))
+    assert amplification(StepRatio(1), grid) < 1.4
+    assert amplification(ConstantGamma(1.0), grid) > 8
+    assert amplification(StepRatio(2), grid) > 5
+    leading = Grid.of(stable_diffusion(n, "leading", 1))
+    assert amplification(StepRatio(1), leading) < 10
