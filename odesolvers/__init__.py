@@ -21,8 +21,16 @@ from .arithmetic import (
     side_information_bound,
 )
 from .bdia import BDIA
+from .calibration import Calibrated, CalibrationReport, Objective, calibrate
 from .combination import Combination
-from .gamma import ConstantGamma, GammaRule, PerStep, SmoothedOutput, StepRatio
+from .gamma import (
+    ConstantGamma,
+    DampedStepRatio,
+    GammaRule,
+    PerStep,
+    SmoothedOutput,
+    StepRatio,
+)
 from .grids import (
     Grid,
     ddim_timesteps,
@@ -43,9 +51,12 @@ __all__ = [
     "RK3",
     "RK4",
     "Arithmetic",
+    "Calibrated",
+    "CalibrationReport",
     "Combination",
     "ConstantGamma",
     "DPMSolverPP2S",
+    "DampedStepRatio",
     "Denoise",
     "Denoiser",
     "Euler",
@@ -58,6 +69,7 @@ __all__ = [
     "IntegrationApproximator",
     "InvertibleSolver",
     "Midpoint",
+    "Objective",
     "PerStep",
     "SideInformation",
     "SmoothedOutput",
@@ -65,6 +77,7 @@ __all__ = [
     "Solver",
     "State",
     "StepRatio",
+    "calibrate",
     "ddim_timesteps",
     "exponential_sigmas",
     "karras_sigmas",

@@ -55,7 +55,9 @@ class BDIA(InvertibleSolver):
                 f"arithmetic must be an instance such as FloatingPoint(), got {self.arithmetic!r}"
             )
         # One solver has one description, by which its states know it.
-        object.__setattr__(self, "gamma", as_rule(self.gamma))
+        rule = as_rule(self.gamma)
+        rule.check_approximator(self.approximator)
+        object.__setattr__(self, "gamma", rule)
 
     def step(self, behind: float, sigma: float, ahead: float, g: float) -> Step:
         """From x_{i+1} and x_i, at levels `behind` and `sigma`, to x_{i-1} at level `ahead`.

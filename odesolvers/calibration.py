@@ -1,0 +1,502 @@
+"""Weights g_i learnt for a model: least squares over whole runs, sampling and encoding together."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, Final, final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .approximators import RK4, Euler, IntegrationApproximator
+from .bdia import BDIA
+from .gamma import DampedStepRatio, GammaRule, PerStep, StepRatio
+from .grids import Grid, Sigmas
+from .solver import Denoiser, Solver
+
+Vector = npt.NDArray[np.float64]
+
+FORMAT: Final = "odesolvers calibration"
+VERSION: Final = 1
+
+LOWEST, HIGHEST = 0.01, 2.0
+"""The range of a learnt weight."""
+_STARTS: Final[tuple[GammaRule, ...]] = (
+    StepRatio(1),
+    StepRatio(1.5),
+    StepRatio(2),
+    *(DampedStepRatio(cutoff, power) for cutoff in (0.1, 0.3) for power in (1, 2, 3)),
+    DampedStepRatio(1.0, 1),
+    DampedStepRatio(1.0, 2),
+)
+_SKETCH: Final = 4096
+
+
+@final
+@dataclass(frozen=True)
+class Objective:
+    """What `calibrate` makes small: ``sampling · log e_s + encoding · log e_c``, on average.
+
+    e_s is the distance of a sample to the fine solution, e_c that of the code of a lone image to the
+    noise it came from, each relative to the root mean square of what it should be. Logarithms, so
+    that neither the scale of the two errors nor a few hard states decide.
+
+    Attributes:
+        sampling: weight of the sampling error, 0 or more.
+        encoding: weight of the encoding error, 0 or more; not both 0.
+    """
+
+    sampling: float = 1.0
+    encoding: float = 1.0
+
+    def __post_init__(self) -> None:
+        weights = (self.sampling, self.encoding)
+        if not all(math.isfinite(w) and w >= 0 for w in weights) or sum(weights) == 0:
+            raise ValueError(
+                "an objective weighs sampling and encoding by numbers of 0 or more, not both 0, got "
+                f"sampling = {self.sampling}, encoding = {self.encoding}"
+            )
+
+
+@final
+@dataclass(frozen=True)
+class CalibrationReport:
+    """How a calibration went. Errors are geometric means over its batch; NaN where not asked for.
+
+    Attributes:
+        sampling: (before, after): sampling error under `StepRatio(1)`, and as calibrated.
+        encoding: (before, after): likewise for the encoding error.
+        base: sampling error of the approximator alone on the same grid.
+        runs: how often the batch was sampled and encoded.
+        evaluations: denoiser calls spent, the fine solution among them.
+    """
+
+    sampling: tuple[float, float]
+    encoding: tuple[float, float]
+    base: float
+    runs: int
+    evaluations: int
+
+    def __str__(self) -> str:
+        lines = [f"calibrated in {self.runs} runs, {self.evaluations} denoiser calls of the batch"]
+        for name, (before, after) in (("sampling", self.sampling), ("encoding", self.encoding)):
+            if math.isfinite(after):
+                lines.append(f"  {name} error {after:.2e}, {before:.2e} with StepRatio(1)")
+        if math.isfinite(self.base):
+            lines.append(f"  the approximator alone samples with {self.base:.2e}")
+        return "\n".join(lines)
+
+
+@final
+@dataclass(frozen=True)
+class Calibrated(GammaRule):
+    """Weights that `calibrate` learnt for one model, base and range of noise levels.
+
+    On the grid they were learnt on they are taken as they are. A grid with another number of steps
+    in the same range takes what they have to say beyond the step ratio,
+
+        ψ_k = (g_1 ... g_k) / (h_k / h_0),        g_i = (h_i / h_{i+1}) (ψ_i / ψ_{i+1})
+
+    as a function of the level: ``log ψ`` is smoothed by (1/4, 1/2, 1/4), which removes what alternates
+    from step to step and has no meaning on another grid, and interpolated linearly in log σ at the
+    middle of each step. As steps shrink, g_i goes to 1, and a base of odd order gains its order.
+
+    Attributes:
+        base: the `repr` of the approximator that they are for.
+        levels: the grid they were learnt on.
+        values: g_i in x, one for every step but the first, in sampling order.
+        report: how the calibration went; no part of the rule.
+    """
+
+    base: str
+    levels: tuple[float, ...]
+    values: tuple[float, ...]
+    report: CalibrationReport | None = field(default=None, repr=False, compare=False)
+
+    def check_approximator(self, approximator: object) -> None:
+        if repr(approximator) != self.base:
+            raise ValueError(
+                f"these weights were calibrated for {self.base}, this is {approximator!r}: calibrate "
+                "again with base=..."
+            )
+
+    def weights(self, grid: Grid, scale: Callable[[float], float]) -> list[float]:
+        del scale
+        if grid.levels == self.levels:
+            return list(self.values)
+        own, levels = Grid(self.levels), grid.levels
+        if levels[0] > 2 * self.levels[0] or levels[0] < self.levels[0] / 2:
+            raise ValueError(
+                f"these weights were calibrated on levels from {self.levels[0]:.6g} to "
+                f"{self.levels[-1]:.6g}, this grid begins at {levels[0]:.6g}: calibrate on a grid of "
+                "this range"
+            )
+        ratios = StepRatio(1).weights(own, lambda sigma: 1.0)
+        excess = [math.log(g / ratio) for g, ratio in zip(self.values, ratios, strict=True)]
+        log_psi = np.array([0.0, *accumulate(excess)])
+        padded = np.concatenate([log_psi[:1], log_psi, log_psi[-1:]])
+        smooth = (padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4
+        # np.interp wants rising abscissae; levels fall.
+        at = np.interp(-_log_middles(grid), -_log_middles(own), smooth)
+        ratios = StepRatio(1).weights(grid, lambda sigma: 1.0)
+        return [float(r * math.exp(b - a)) for r, (a, b) in zip(ratios, pairwise(at), strict=True)]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the rule and its report to a JSON file, from which `load` reads it back to the bit."""
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "base": self.base,
+            "levels": [sigma.hex() for sigma in self.levels],
+            "values": [g.hex() for g in self.values],
+            "report": None if self.report is None else asdict(self.report),
+        }
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        try:
+            partial.write_text(json.dumps(content, indent=1) + "\n")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibrated:
+        """Read a rule that `save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is not a calibration, or in another version of the format.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+            kind = content["format"], content["version"]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a calibration saved by Calibrated.save") from error
+        if kind != (FORMAT, VERSION):
+            raise ValueError(
+                f"{path} holds {kind[0]!r} in version {kind[1]}, this odesolvers reads {FORMAT!r} in "
+                f"version {VERSION}"
+            )
+        report = content["report"]
+        if report is not None:
+            pairs = {name: tuple(report[name]) for name in ("sampling", "encoding")}
+            report = CalibrationReport(**{**report, **pairs})
+        levels, values = (
+            tuple(float.fromhex(number) for number in content[name])
+            for name in ("levels", "values")
+        )
+        return cls(content["base"], levels, values, report)
+
+
+def calibrate(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Sigmas,
+    *,
+    base: IntegrationApproximator | None = None,
+    objective: Objective | None = None,
+    extra_args: Mapping[str, Any] | None = None,
+    reference_steps: int = 128,
+    max_amplification: float = 1e4,
+    max_runs: int = 80,
+    progress: bool = False,
+) -> Calibrated:
+    """Learn the weights g_i of `BDIA` for a model from a small batch of noise.
+
+    In one line, ``solver = BDIA(Euler(), calibrate(denoiser, x, sigmas))``.
+
+    A fine solution (`RK4`) of the batch says where sampling should end and where encoding should lead
+    back to. The weights are then fitted over whole runs, both ways at once: a Levenberg-Marquardt
+    iteration on log g_i over the relative errors of all elements, reweighted for `objective`, with a
+    Jacobian of differences that is kept up to date by Broyden's formula. It starts from the best of
+    a list of rules and ends no worse than it. No gradient of the denoiser is taken.
+
+    Args:
+        denoiser: see `Denoiser`; deterministic.
+        x: noise at level ``sigmas[0]``, ``(B, ...)``. 8 to 32 states do; others than those that will
+            be measured or used.
+        sigmas: the grid to learn on; see `Calibrated` for others.
+        base: the approximator that `BDIA` will wrap; `Euler` by default.
+        objective: what to make small; sampling and encoding alike by default.
+        extra_args: keyword arguments for every call of the denoiser, of the batch.
+        reference_steps: steps of the fine solution, at least; four evaluations each.
+        max_amplification: the most that an inversion may amplify an error by, in the
+            variance-preserving state; or what `StepRatio(1)` amplifies by, if that is more.
+        max_runs: when to stop at the latest; a run samples and encodes the batch once.
+        progress: show a progress bar (needs tqdm).
+
+    Returns:
+        A rule for `BDIA`, with a `CalibrationReport`.
+
+    Raises:
+        ValueError: if the grid has fewer than two steps, or an argument is out of range.
+        TypeError, FloatingPointError: as for `Solver.sample`, from the fine solution.
+    """
+    grid = Grid.of(sigmas)
+    if grid.steps < 2:
+        raise ValueError("calibration needs a grid of two steps or more: the first has no weight")
+    if max_runs < 1 or reference_steps < 1 or not max_amplification >= 1:
+        raise ValueError(
+            "needs max_runs >= 1, reference_steps >= 1 and max_amplification >= 1, got "
+            f"{max_runs}, {reference_steps} and {max_amplification}"
+        )
+    base = Euler() if base is None else base
+    fit = _Fit(denoiser, x, grid, base, objective or Objective(), extra_args, max_amplification)
+    with fit.bar(max_runs if progress else None):
+        fit.solve_finely(reference_steps)
+        before = fit.run(fit.admissible(_log_weights(StepRatio(1), grid)))
+        best = fit.best_of(_STARTS, max_runs)
+        best = fit.improve(best, max_runs)
+    alone = math.nan
+    if fit.objective.sampling:
+        alone = float(fit.sampling_error(base).log().mean().exp())
+    report = CalibrationReport(
+        sampling=(before.sampling, best.sampling),
+        encoding=(before.encoding, best.encoding),
+        base=alone,
+        runs=fit.runs,
+        evaluations=fit.evaluations,
+    )
+    values = tuple(float(g) for g in np.exp(best.log_g))
+    return Calibrated(repr(base), grid.levels, values, report)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What one vector of weights gives: the objective, and what it is made of."""
+
+    log_g: Vector
+    value: float
+    sampling: float
+    encoding: float
+    residual: Tensor
+    """All relative errors, sketched, one row for each state and error: ``(rows, columns)``."""
+    importance: Tensor
+    """Of each row: its weight in the objective over its squared error."""
+
+
+class _Fit:
+    """The least squares of one calibration, and what they have cost so far."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        grid: Grid,
+        base: IntegrationApproximator,
+        objective: Objective,
+        extra_args: Mapping[str, Any] | None,
+        max_amplification: float,
+    ) -> None:
+        self.denoiser, self.x, self.grid, self.base = denoiser, x, grid, base
+        self.objective, self.extra_args = objective, extra_args
+        self.runs = self.evaluations = 0
+        self.neutral = np.clip(_log_weights(StepRatio(1), grid), *np.log([LOWEST, HIGHEST]))
+        s = np.sqrt(1 + np.array(grid.levels) ** 2)
+        # An error of x_{i-1} over g_i is one of x_{i+1}; both over sqrt(1 + σ²).
+        self._log_scale = np.log(s[2:] / s[:-2])
+        self.bound = max(math.log(max_amplification), self.log_amplification(self.neutral))
+        self._progress: Any = None
+
+    def bar(self, total: int | None) -> Any:
+        """A context with a progress bar over the runs."""
+        from contextlib import nullcontext
+
+        if total is None:
+            return nullcontext()
+        try:
+            from tqdm.auto import tqdm
+        except ImportError as error:
+            raise ImportError("progress=True needs tqdm: pip install tqdm") from error
+        self._progress = tqdm(total=total, desc="calibrate", unit="run")
+        return self._progress
+
+    def solve_finely(self, steps: int) -> None:
+        """Where the batch should end: `RK4` on a refinement of the grid."""
+        each = max(1, math.ceil(steps / self.grid.steps))
+        fine = [self.grid.levels[0]]
+        for sigma, target in self.grid.intervals():
+            roots = np.linspace(sigma ** (1 / 7), target ** (1 / 7), each + 1)[1:]
+            fine += [*(roots[:-1] ** 7).tolist(), target]
+        solution = RK4().sample(self.denoiser, self.x, fine, extra_args=self.extra_args)
+        self.evaluations += solution.nfe
+        self.target = solution.x
+
+    def log_amplification(self, log_g: Vector) -> float:
+        """The largest sum of consecutive log 1/g_i going up, in variance-preserving units."""
+        up = np.cumsum((-log_g + self._log_scale)[::-1])
+        return float(max(0.0, np.max(up - np.minimum.accumulate(np.concatenate([[0.0], up[:-1]])))))
+
+    def admissible(self, log_g: Vector) -> Vector:
+        """`log_g` within its range, drawn towards `StepRatio(1)` as far as the bound asks for."""
+        log_g = np.clip(log_g, *np.log([LOWEST, HIGHEST]))
+        low, high = 0.0, 1.0
+        if self.log_amplification(log_g) <= self.bound:
+            return log_g
+        for _ in range(30):  # bisection: the amplification is convex along the way
+            middle = (low + high) / 2
+            inside = self.log_amplification(self._between(log_g, middle)) <= self.bound
+            low, high = (middle, high) if inside else (low, middle)
+        return self._between(log_g, low)
+
+    def _between(self, log_g: Vector, share: float) -> Vector:
+        between: Vector = self.neutral + share * (log_g - self.neutral)
+        return between
+
+    def sampling_error(self, solver: Solver) -> Tensor:
+        """Relative distance of each sample to where it should end, ``(B,)``."""
+        there = solver.sample(self.denoiser, self.x, self.grid, extra_args=self.extra_args)
+        self.evaluations += there.nfe
+        return _lengths(_rows(there.x - self.target, self.target))
+
+    def run(self, log_g: Vector) -> _Run:
+        """Sample the batch and encode where it should have ended."""
+        solver = BDIA(self.base, PerStep(np.exp(log_g).tolist()))
+        arguments = (self.denoiser, self.grid, self.extra_args)
+        parts: list[tuple[float, Tensor]] = []
+        self.runs += 1
+        if self._progress is not None:
+            self._progress.update()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of weights that amplify: that is measured here
+                if self.objective.sampling:
+                    end = _end(solver.sample, self.x, *arguments)
+                    self.evaluations += end.nfe
+                    error = _rows(end.x - self.target, self.target)
+                    parts.append((self.objective.sampling, error))
+                if self.objective.encoding:
+                    code = _end(solver.invert, self.target, *arguments)
+                    self.evaluations += code.nfe
+                    parts.append((self.objective.encoding, _rows(code.x - self.x, self.x)))
+        except FloatingPointError:
+            nothing = torch.zeros(0, 0, dtype=torch.float64)
+            return _Run(log_g, math.inf, math.inf, math.inf, nothing, nothing)
+        sizes = [_lengths(rows) for _, rows in parts]
+        means = [float(size.log().mean()) for size in sizes]
+        total = sum(weight for weight, _ in parts)
+        named = dict(zip(self._names(), np.exp(means), strict=True))
+        return _Run(
+            log_g=log_g,
+            value=sum(w * m for (w, _), m in zip(parts, means, strict=True)) / total,
+            sampling=float(named.get("sampling", math.nan)),
+            encoding=float(named.get("encoding", math.nan)),
+            residual=torch.cat([_sketch(rows) for _, rows in parts]),
+            importance=torch.cat(
+                [w / total / len(z) / z.square() for (w, _), z in zip(parts, sizes, strict=True)]
+            ),
+        )
+
+    def _names(self) -> list[str]:
+        return [name for name in ("sampling", "encoding") if getattr(self.objective, name)]
+
+    def best_of(self, rules: tuple[GammaRule, ...], max_runs: int) -> _Run:
+        """The best of the rules to start from, the first at least."""
+        affordable = rules[: max(1, max_runs - self.runs)]
+        starts = [self.admissible(_log_weights(rule, self.grid)) for rule in affordable]
+        return min(map(self.run, starts), key=lambda run: run.value)
+
+    def improve(self, best: _Run, max_runs: int) -> _Run:
+        """Levenberg-Marquardt from `best`, until it stands still or the runs are spent."""
+        jacobian: Tensor | None = None
+        damping, fresh = 1e-2, False
+        while self.runs < max_runs and math.isfinite(best.value):
+            if jacobian is None:
+                if self.runs + len(best.log_g) >= max_runs:
+                    break
+                jacobian, fresh = self._differences(best), True
+            trial = self.run(self.admissible(best.log_g - self._move(best, jacobian, damping)))
+            moved = torch.from_numpy(trial.log_g - best.log_g)
+            gain = best.value - trial.value
+            if gain > 0:
+                change = trial.residual - best.residual
+                miss = change - jacobian @ moved
+                jacobian = jacobian + miss.unsqueeze(-1) * moved / moved.dot(moved)
+                best, damping = trial, max(damping / 4, 1e-5)
+                if gain > 0.02:
+                    fresh = False
+                    continue
+            if not fresh:
+                jacobian = None  # Broyden's has worn out
+            elif 0 < gain <= 0.02 or damping > 1e3:
+                break
+            else:
+                damping *= 6
+        return best
+
+    def _differences(self, best: _Run) -> Tensor:
+        """``∂ residual / ∂ log g``, ``(rows, columns, parameters)``, one run for each parameter."""
+        h, columns = 1e-3, []
+        for k in range(len(best.log_g)):
+            nudged = best.log_g.copy()
+            nudged[k] += h
+            run = self.run(nudged)
+            finite = math.isfinite(run.value)
+            columns.append((run.residual - best.residual) / h if finite else best.residual * 0)
+        return torch.stack(columns, dim=-1)
+
+    @staticmethod
+    def _move(best: _Run, jacobian: Tensor, damping: float) -> Vector:
+        weighted = jacobian * best.importance.reshape(-1, 1, 1)
+        hessian = torch.einsum("rcp,rcq->pq", jacobian, weighted)
+        gradient = torch.einsum("rc,rcp->p", best.residual, weighted)
+        diagonal = hessian.diagonal()
+        ridge = damping * torch.diag(diagonal + 1e-6 * diagonal.max() + 1e-30)
+        move: Vector = torch.linalg.solve(hessian + ridge, gradient).clamp(-1, 1).numpy()
+        return move
+
+
+def _end(
+    way: Callable[..., Any],
+    x: Tensor,
+    denoiser: Denoiser,
+    grid: Grid,
+    extra_args: Mapping[str, Any] | None,
+) -> Any:
+    return way(denoiser, x, grid, extra_args=extra_args)
+
+
+def _rows(error: Tensor, like: Tensor) -> Tensor:
+    """Errors over the root mean square of what they are errors of: norm 1 is an error of 100 %."""
+    size = like.double().flatten(1).norm(dim=1).square().mean().sqrt()
+    return (error.double().flatten(1) / size).cpu()
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    """Of each row, with a floor: one state that is met exactly must not outweigh all others."""
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1).clamp_min(1e-7)
+    return lengths
+
+
+def _sketch(rows: Tensor) -> Tensor:
+    """Rows of at most `_SKETCH` columns that keep lengths and angles nearly: a count sketch.
+
+    Charikar, Chen, Farach-Colton 2002: every column is added, with a random sign, to a random one of
+    the columns of the sketch.
+    """
+    n = rows.shape[1]
+    if n <= _SKETCH:
+        return rows
+    generator = torch.Generator().manual_seed(0)
+    sign = torch.randint(0, 2, (n,), generator=generator).to(rows.dtype) * 2 - 1
+    column = torch.randint(0, _SKETCH, (n,), generator=generator)
+    return rows.new_zeros(len(rows), _SKETCH).index_add_(1, column, rows * sign)
+
+
+def _log_weights(rule: GammaRule, grid: Grid) -> Vector:
+    weights: Vector = np.log(np.array(rule.weights(grid, lambda sigma: 1.0)))
+    return weights
+
+
+def _log_middles(grid: Grid) -> Vector:
+    middles: Vector = np.log([(sigma + target) / 2 for sigma, target in grid.intervals()])
+    return middles
