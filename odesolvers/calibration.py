@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -39,6 +39,9 @@ _STARTS: Final[tuple[GammaRule, ...]] = (
     DampedStepRatio(1.0, 2),
 )
 _SKETCH: Final = 4096
+_BEYOND: Final = 4.0
+_ENOUGH: Final = 0.02
+"""A gain in the objective, a logarithm, that is worth another run."""
 
 
 @final
@@ -107,8 +110,9 @@ class Calibrated(GammaRule):
         ψ_k = (g_1 ... g_k) / (h_k / h_0),        g_i = (h_i / h_{i+1}) (ψ_i / ψ_{i+1})
 
     as a function of the level: ``log ψ`` is smoothed by (1/4, 1/2, 1/4), which removes what alternates
-    from step to step and has no meaning on another grid, and interpolated linearly in log σ at the
-    middle of each step. As steps shrink, g_i goes to 1, and a base of odd order gains its order.
+    from step to step and has no meaning on another grid; its ends are kept. It is interpolated linearly
+    in log σ at the middle of each step, and its trend goes on below the lowest of them, to a quarter of
+    that level. As steps shrink, g_i goes to 1, and a base of odd order gains its order.
 
     Attributes:
         base: the `repr` of the approximator that they are for.
@@ -134,21 +138,22 @@ class Calibrated(GammaRule):
         if grid.levels == self.levels:
             return list(self.values)
         own, levels = Grid(self.levels), grid.levels
-        if levels[0] > 2 * self.levels[0] or levels[0] < self.levels[0] / 2:
+        if not self.levels[0] / 2 <= levels[0] <= 2 * self.levels[0]:
             raise ValueError(
                 f"these weights were calibrated on levels from {self.levels[0]:.6g} to "
                 f"{self.levels[-1]:.6g}, this grid begins at {levels[0]:.6g}: calibrate on a grid of "
                 "this range"
             )
-        ratios = StepRatio(1).weights(own, lambda sigma: 1.0)
-        excess = [math.log(g / ratio) for g, ratio in zip(self.values, ratios, strict=True)]
-        log_psi = np.array([0.0, *accumulate(excess)])
-        padded = np.concatenate([log_psi[:1], log_psi, log_psi[-1:]])
-        smooth = (padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4
-        # np.interp wants rising abscissae; levels fall.
-        at = np.interp(-_log_middles(grid), -_log_middles(own), smooth)
-        ratios = StepRatio(1).weights(grid, lambda sigma: 1.0)
-        return [float(r * math.exp(b - a)) for r, (a, b) in zip(ratios, pairwise(at), strict=True)]
+        log_psi = np.cumsum([0.0, *np.log(self.values) - np.log(_step_ratios(own))])
+        inner = (log_psi[:-2] + 2 * log_psi[1:-1] + log_psi[2:]) / 4
+        log_psi = np.concatenate([log_psi[:1], inner, log_psi[-1:]])
+        known, wanted = -_log_middles(own), -_log_middles(grid)  # np.interp wants rising numbers
+        beyond = np.clip(wanted - known[-1], 0.0, math.log(_BEYOND))
+        trend = (log_psi[-1] - log_psi[-2]) / (known[-1] - known[-2])
+        at = np.interp(wanted, known, log_psi) + trend * beyond
+        return [
+            r * math.exp(b - a) for r, (a, b) in zip(_step_ratios(grid), pairwise(at), strict=True)
+        ]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the rule and its report to a JSON file, from which `load` reads it back to the bit."""
@@ -300,7 +305,7 @@ class _Fit:
         self.denoiser, self.x, self.grid, self.base = denoiser, x, grid, base
         self.objective, self.extra_args = objective, extra_args
         self.runs = self.evaluations = 0
-        self.neutral = np.clip(_log_weights(StepRatio(1), grid), *np.log([LOWEST, HIGHEST]))
+        self.neutral = np.clip(np.log(_step_ratios(grid)), *np.log([LOWEST, HIGHEST]))
         s = np.sqrt(1 + np.array(grid.levels) ** 2)
         # An error of x_{i-1} over g_i is one of x_{i+1}; both over sqrt(1 + σ²).
         self._log_scale = np.log(s[2:] / s[:-2])
@@ -361,7 +366,6 @@ class _Fit:
     def run(self, log_g: Vector) -> _Run:
         """Sample the batch and encode where it should have ended."""
         solver = BDIA(self.base, PerStep(np.exp(log_g).tolist()))
-        arguments = (self.denoiser, self.grid, self.extra_args)
         parts: list[tuple[float, Tensor]] = []
         self.runs += 1
         if self._progress is not None:
@@ -370,12 +374,16 @@ class _Fit:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of weights that amplify: that is measured here
                 if self.objective.sampling:
-                    end = _end(solver.sample, self.x, *arguments)
+                    end = solver.sample(
+                        self.denoiser, self.x, self.grid, extra_args=self.extra_args
+                    )
                     self.evaluations += end.nfe
                     error = _rows(end.x - self.target, self.target)
                     parts.append((self.objective.sampling, error))
                 if self.objective.encoding:
-                    code = _end(solver.invert, self.target, *arguments)
+                    code = solver.invert(
+                        self.denoiser, self.target, self.grid, extra_args=self.extra_args
+                    )
                     self.evaluations += code.nfe
                     parts.append((self.objective.encoding, _rows(code.x - self.x, self.x)))
         except FloatingPointError:
@@ -408,27 +416,25 @@ class _Fit:
     def improve(self, best: _Run, max_runs: int) -> _Run:
         """Levenberg-Marquardt from `best`, until it stands still or the runs are spent."""
         jacobian: Tensor | None = None
-        damping, fresh = 1e-2, False
-        while self.runs < max_runs and math.isfinite(best.value):
+        damping, fresh, stalls = 1e-2, False, 0
+        while self.runs < max_runs and stalls < 2 and damping < 1e3 and math.isfinite(best.value):
             if jacobian is None:
                 if self.runs + len(best.log_g) >= max_runs:
                     break
                 jacobian, fresh = self._differences(best), True
             trial = self.run(self.admissible(best.log_g - self._move(best, jacobian, damping)))
-            moved = torch.from_numpy(trial.log_g - best.log_g)
             gain = best.value - trial.value
             if gain > 0:
-                change = trial.residual - best.residual
-                miss = change - jacobian @ moved
+                moved = torch.from_numpy(trial.log_g - best.log_g)
+                miss = trial.residual - best.residual - jacobian @ moved
                 jacobian = jacobian + miss.unsqueeze(-1) * moved / moved.dot(moved)
                 best, damping = trial, max(damping / 4, 1e-5)
-                if gain > 0.02:
-                    fresh = False
-                    continue
-            if not fresh:
+            if gain > _ENOUGH:
+                fresh, stalls = False, 0
+            elif not fresh:
                 jacobian = None  # Broyden's has worn out
-            elif 0 < gain <= 0.02 or damping > 1e3:
-                break
+            elif gain > 0:
+                fresh, stalls = False, stalls + 1
             else:
                 damping *= 6
         return best
@@ -455,20 +461,11 @@ class _Fit:
         return move
 
 
-def _end(
-    way: Callable[..., Any],
-    x: Tensor,
-    denoiser: Denoiser,
-    grid: Grid,
-    extra_args: Mapping[str, Any] | None,
-) -> Any:
-    return way(denoiser, x, grid, extra_args=extra_args)
-
-
 def _rows(error: Tensor, like: Tensor) -> Tensor:
     """Errors over the root mean square of what they are errors of: norm 1 is an error of 100 %."""
     size = like.double().flatten(1).norm(dim=1).square().mean().sqrt()
-    return (error.double().flatten(1) / size).cpu()
+    rows: Tensor = (error.double().flatten(1) / size).cpu()
+    return rows
 
 
 def _lengths(rows: Tensor) -> Tensor:
@@ -490,6 +487,10 @@ def _sketch(rows: Tensor) -> Tensor:
     sign = torch.randint(0, 2, (n,), generator=generator).to(rows.dtype) * 2 - 1
     column = torch.randint(0, _SKETCH, (n,), generator=generator)
     return rows.new_zeros(len(rows), _SKETCH).index_add_(1, column, rows * sign)
+
+
+def _step_ratios(grid: Grid) -> list[float]:
+    return StepRatio(1).weights(grid, lambda sigma: 1.0)
 
 
 def _log_weights(rule: GammaRule, grid: Grid) -> Vector:

@@ -1,0 +1,309 @@
+"""Learnt weights: what they are worth on noise they have not seen, and where they may be used."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from odesolvers import (
+    BDIA,
+    RK4,
+    Calibrated,
+    DampedStepRatio,
+    Euler,
+    GammaRule,
+    Grid,
+    HeunEDM,
+    InvertibleSolver,
+    Objective,
+    SmoothedOutput,
+    StepRatio,
+    calibrate,
+    karras_sigmas,
+)
+from odesolvers.calibration import _Fit, _sketch
+from odesolvers.models import IdealDenoiser, load_digits
+
+from .problems import Recorder, mixture, noise, relative_error
+from .test_order import BOTTOM, TOP, fitted_order
+
+GRID = karras_sigmas(9, 0.05, 20.0, append_zero=False)  # 8 steps
+SMALL = {"reference_steps": 32, "max_runs": 40}
+
+
+def errors(
+    solver: InvertibleSolver, denoiser: torch.nn.Module, x: torch.Tensor, sigmas: torch.Tensor
+) -> tuple[float, float]:
+    """Geometric mean over states of the sampling and the encoding error, from scratch."""
+    fine = karras_sigmas(401, float(sigmas[-1]), float(sigmas[0]), append_zero=False)
+    end = RK4().sample(denoiser, x, fine).x
+
+    def mean(found: torch.Tensor, right: torch.Tensor) -> float:
+        distances = (found - right).flatten(1).norm(dim=1)
+        return float((distances / right.flatten(1).norm(dim=1).square().mean().sqrt()).log().mean())
+
+    sampled = solver.sample(denoiser, x, sigmas).x
+    code = solver.invert(denoiser, end, sigmas).x
+    return math.exp(mean(sampled, end)), math.exp(mean(code, x))
+
+
+@pytest.fixture(scope="module")
+def learnt() -> Calibrated:
+    return calibrate(mixture(), noise(16, 3, sigma=20.0), GRID, **SMALL)
+
+
+def test_beats_the_fixed_rules_on_noise_it_has_not_seen(learnt: Calibrated) -> None:
+    x = noise(64, 3, sigma=20.0, seed=1)
+    sampling, encoding = errors(BDIA(Euler(), learnt), mixture(), x, GRID)
+    for rule in (1.0, StepRatio(1), StepRatio(2), DampedStepRatio()):
+        other = errors(BDIA(Euler(), rule), mixture(), x, GRID)
+        assert sampling * encoding < 0.8 * other[0] * other[1]
+
+
+def test_finds_the_damping_that_digits_need() -> None:
+    """Without it samples are as far off as pictures are apart, see the docs on choosing."""
+    denoiser = IdealDenoiser(load_digits()[0][:300])
+    sigmas = karras_sigmas(9, 0.02, 80.0, append_zero=False)
+    x = noise(16, 1, 8, 8, sigma=80.0)
+    solver = BDIA(Euler(), calibrate(denoiser, x, sigmas, reference_steps=64, max_runs=50))
+    unseen = noise(32, 1, 8, 8, sigma=80.0, seed=1)
+    sampling, encoding = errors(solver, denoiser, unseen, sigmas)
+    neutral = errors(BDIA(Euler(), StepRatio(1)), denoiser, unseen, sigmas)
+    assert sampling < 0.1 * neutral[0]
+    assert encoding < neutral[1]
+
+
+def test_the_report_holds_what_was_measured(learnt: Calibrated) -> None:
+    report = learnt.report
+    assert report is not None
+    x = noise(16, 3, sigma=20.0)
+    after = errors(BDIA(Euler(), learnt), mixture(), x, GRID)
+    before = errors(BDIA(Euler(), StepRatio(1)), mixture(), x, GRID)
+    assert (report.sampling[1], report.encoding[1]) == pytest.approx(after, rel=0.02)
+    assert (report.sampling[0], report.encoding[0]) == pytest.approx(before, rel=0.02)
+    fine = karras_sigmas(401, 0.05, 20.0, append_zero=False)
+    alone = Euler().sample(mixture(), x, GRID).x - RK4().sample(mixture(), x, fine).x
+    assert report.base == pytest.approx(
+        float((alone.norm(dim=1)).log().mean().exp())
+        / float(RK4().sample(mixture(), x, fine).x.norm(dim=1).square().mean().sqrt()),
+        rel=0.02,
+    )
+    assert "StepRatio(1)" in str(report)
+    assert f"{report.evaluations} denoiser calls" in str(report)
+
+
+@pytest.mark.parametrize("max_runs", [1, 5, 13, 25])
+def test_spends_no_more_runs_than_allowed_and_counts_the_calls(max_runs: int) -> None:
+    recorder = Recorder(mixture())
+    rule = calibrate(recorder, noise(4, 3, sigma=20.0), GRID, reference_steps=16, max_runs=max_runs)
+    assert rule.report is not None
+    assert rule.report.runs <= max_runs + 1  # the rule to compare with is run in any case
+    assert rule.report.evaluations == len(recorder.points)
+
+
+def test_more_runs_are_no_worse() -> None:
+    x = noise(8, 3, sigma=20.0)
+    values = []
+    for max_runs in (1, 12, 30, 60):
+        report = calibrate(mixture(), x, GRID, reference_steps=32, max_runs=max_runs).report
+        assert report is not None
+        values.append(report.sampling[1] * report.encoding[1])
+    assert all(later <= earlier for earlier, later in pairwise(values))
+    assert values[-1] < 0.7 * values[0]
+
+
+@pytest.mark.parametrize("only", ["sampling", "encoding"])
+def test_an_objective_of_one_part_asks_for_that_part_alone(only: str) -> None:
+    x = noise(8, 3, sigma=20.0)
+    other = {"sampling": "encoding", "encoding": "sampling"}[only]
+    objective = Objective(**{other: 0.0})
+    alone = calibrate(
+        mixture(), x, GRID, objective=objective, reference_steps=32, max_runs=120
+    ).report
+    assert alone is not None
+    before, after = getattr(alone, only)
+    assert after < 0.5 * before
+    assert all(math.isnan(value) for value in getattr(alone, other))
+    assert f"{other} error" not in str(alone)
+
+
+def test_extra_args_reach_every_call() -> None:
+    recorder = Recorder(lambda x, sigma, shift: mixture()(x, sigma) + shift)
+    calibrate(
+        recorder,
+        noise(2, 3, sigma=20.0),
+        GRID,
+        extra_args={"shift": 0.0},
+        reference_steps=8,
+        max_runs=13,
+    )
+    assert all(args == {"shift": 0.0} for args in recorder.extra_args)
+
+
+@pytest.mark.parametrize("bound", [1.0, 30.0, 1e3])
+def test_amplification_stays_below_the_bound_or_that_of_the_neutral_rule(bound: float) -> None:
+    x, grid = noise(4, 3, sigma=20.0), Grid.of(GRID)
+    fit = _Fit(mixture(), x, grid, Euler(), Objective(), None, bound)
+
+    def brute_force(log_g: np.ndarray) -> float:
+        s = [1 / math.sqrt(1 + sigma**2) for sigma in grid.levels]
+        factors = [s[k] / s[k + 2] / math.exp(g) for k, g in enumerate(log_g)]
+        runs = (factors[i:j] for i in range(7) for j in range(i + 1, 8))
+        return max(1.0, *(math.prod(run) for run in runs))
+
+    generator = np.random.default_rng(0)
+    neutral = np.log(StepRatio(1).weights(grid, Euler().scale))
+    for _ in range(20):
+        log_g = generator.normal(-2.0, 1.5, 7)
+        kept = fit.admissible(log_g)
+        clipped = np.clip(log_g, math.log(0.01), math.log(2.0))
+        assert fit.log_amplification(log_g) == pytest.approx(math.log(brute_force(log_g)))
+        assert brute_force(kept) <= max(bound, brute_force(neutral)) * (1 + 1e-6)
+        if brute_force(clipped) <= bound:
+            assert np.array_equal(kept, clipped)
+
+
+def test_a_trial_that_diverges_is_no_end() -> None:
+    """Some of the rules that are tried overflow here; they lose, and that is all."""
+
+    def brittle(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        denoised = mixture()(x, sigma)
+        return torch.where(x.abs().amax(dim=1, keepdim=True) > 90, denoised / 0.0, denoised)
+
+    rule = calibrate(brittle, noise(4, 3, sigma=20.0), GRID, **SMALL)
+    assert rule.report is not None
+    assert math.isfinite(rule.report.encoding[1])
+
+
+def test_another_base() -> None:
+    x = noise(8, 3, sigma=20.0)
+    rule = calibrate(mixture(), x, GRID, base=HeunEDM(), **SMALL)
+    unseen = noise(32, 3, sigma=20.0, seed=1)
+    found = errors(BDIA(HeunEDM(), rule), mixture(), unseen, GRID)
+    fixed = errors(BDIA(HeunEDM(), StepRatio(1)), mixture(), unseen, GRID)
+    assert found[0] * found[1] < fixed[0] * fixed[1]
+    with pytest.raises(ValueError, match=r"calibrated for HeunEDM\(\), this is Euler\(\)"):
+        BDIA(Euler(), rule)
+    with pytest.raises(ValueError, match=r"calibrated for HeunEDM\(\), this is Euler\(\)"):
+        BDIA(Euler(), SmoothedOutput(rule))
+
+
+def as_calibrated(rule: GammaRule, sigmas: torch.Tensor) -> Calibrated:
+    grid = Grid.of(sigmas)
+    return Calibrated("Euler()", grid.levels, tuple(rule.weights(grid, Euler().scale)))
+
+
+@pytest.mark.parametrize("append_zero", [False, True])
+@pytest.mark.parametrize("n", [5, 13, 40])
+def test_on_other_grids_it_says_what_it_has_to_say_beyond_the_step_ratio(
+    n: int, append_zero: bool
+) -> None:
+    """In closed form: nothing for the step ratio itself, and the damping of a damped one."""
+    other = Grid.of(karras_sigmas(n, 0.05, 20.0, append_zero=append_zero))
+    scale = Euler().scale
+    neutral = as_calibrated(StepRatio(1), GRID).weights(other, scale)
+    assert neutral == pytest.approx(StepRatio(1).weights(other, scale), rel=1e-12)
+    damped = DampedStepRatio(cutoff=0.5, power=2)
+    fine = karras_sigmas(33, 0.05, 20.0, append_zero=False)
+    transferred = as_calibrated(damped, fine).weights(other, scale)
+    inside = len(transferred) - append_zero
+    assert transferred[:inside] == pytest.approx(damped.weights(other, scale)[:inside], rel=0.15)
+
+
+def test_what_alternates_does_not_reach_other_grids() -> None:
+    grid = Grid.of(karras_sigmas(21, 0.05, 20.0, append_zero=False))
+    ratios = StepRatio(1).weights(grid, Euler().scale)
+    values = tuple(g * (2.0 if k % 2 else 0.5) for k, g in enumerate(ratios))
+    rule = Calibrated("Euler()", grid.levels, values)
+    other = Grid.of(karras_sigmas(31, 0.05, 20.0, append_zero=False))
+    ratio = np.array(rule.weights(other, Euler().scale)) / StepRatio(1).weights(
+        other, Euler().scale
+    )
+    assert ratio[3:-3] == pytest.approx(1.0, rel=1e-9)
+
+
+def test_it_gains_the_order_of_its_base_on_finer_grids() -> None:
+    grid = karras_sigmas(9, BOTTOM, TOP, rho=5.0, append_zero=False)
+    rule = calibrate(mixture(), noise(8, 3, sigma=TOP, seed=3), grid, **SMALL)
+    assert fitted_order(BDIA(Euler(), rule), (100, 200, 400, 800)) == pytest.approx(2, abs=0.2)
+
+
+def test_grids_of_another_range_are_refused(learnt: Calibrated) -> None:
+    for top in (80.0, 5.0):
+        with pytest.raises(ValueError, match="calibrate on a grid of this range"):
+            BDIA(Euler(), learnt).sample(mixture(), noise(1, 3), karras_sigmas(8, 0.05, top))
+
+
+def test_files_hold_the_rule_to_the_bit(learnt: Calibrated, tmp_path: Path) -> None:
+    path = tmp_path / "rule.json"
+    learnt.save(path)
+    again = Calibrated.load(path)
+    assert again == learnt
+    assert again.report == learnt.report
+    assert repr(BDIA(Euler(), again)) == repr(BDIA(Euler(), learnt))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_state_made_with_a_learnt_rule_goes_back_with_the_rule_from_its_file(
+    learnt: Calibrated, tmp_path: Path
+) -> None:
+    x = noise(4, 3, sigma=20.0, seed=5)
+    state = BDIA(Euler(), learnt).sample(mixture(), x, GRID).state
+    learnt.save(tmp_path / "rule.json")
+    solver = BDIA(Euler(), Calibrated.load(tmp_path / "rule.json"))
+    assert relative_error(solver.invert(mixture(), state, GRID).x, x) < 1e-12
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", '{"a": 1}', "\x00"])
+def test_files_that_are_no_calibration_are_refused(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="is not a calibration saved by"):
+        Calibrated.load(path)
+
+
+def test_files_of_another_version_are_refused(learnt: Calibrated, tmp_path: Path) -> None:
+    path = tmp_path / "rule.json"
+    learnt.save(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 2}))
+    with pytest.raises(ValueError, match="in version 2, this odesolvers reads"):
+        Calibrated.load(path)
+
+
+def test_sketches_keep_lengths_and_angles() -> None:
+    rows = torch.randn(6, 50_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rows[1] += rows[0]
+    whole, sketched = rows @ rows.T / 50_000, _sketch(rows) @ _sketch(rows).T / 50_000
+    assert float((whole - sketched).abs().max()) < 0.1
+    assert torch.equal(_sketch(rows[:, :4096]), rows[:, :4096])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_runs": 0}, "max_runs >= 1"),
+        ({"reference_steps": 0}, "reference_steps >= 1"),
+        ({"max_amplification": 0.5}, "max_amplification >= 1"),
+        ({"max_amplification": math.nan}, "max_amplification >= 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        calibrate(mixture(), noise(2, 3, sigma=20.0), GRID, **settings)  # type: ignore[arg-type]
+
+
+def test_a_grid_of_one_step_has_no_weight_to_learn() -> None:
+    with pytest.raises(ValueError, match="two steps or more"):
+        calibrate(mixture(), noise(2, 3, sigma=20.0), [20.0, 0.0])
+
+
+@pytest.mark.parametrize("weights", [(0, 0), (-1, 1), (1, math.nan), (math.inf, 1)])
+def test_objectives_out_of_range_are_refused(weights: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="not both 0"):
+        Objective(*weights)
