@@ -79,8 +79,9 @@ class BDIA(InvertibleSolver):
         method = self.approximator if sigma > 0.0 else HeunEDM()
         return method.start(sigma, target)
 
-    def steps(self, grid: Grid) -> list[Step]:
+    def steps(self, grid: Grid) -> list[tuple[Step, ...]]:
         weights = as_rule(self.gamma).checked_weights(grid, self.approximator.scale)
         s = grid.levels
         later = zip(s, s[1:], s[2:], weights, strict=False)
-        return [self.start(s[0], s[1]), *(self.step(*levels_and_g) for levels_and_g in later)]
+        first = self.start(s[0], s[1])
+        return [(first,), *((self.step(*levels_and_g),) for levels_and_g in later)]
