@@ -7,6 +7,7 @@ from .approximators import (
     Denoise,
     DPMSolverPP2S,
     Euler,
+    Exponential,
     FlowEuler,
     HeunEDM,
     IntegrationApproximator,
@@ -21,7 +22,9 @@ from .arithmetic import (
     side_information_bound,
 )
 from .bdia import BDIA
+from .belm import BELM, BELMRule, Coefficients, GivenBELM, OptimalBELM
 from .combination import Combination
+from .coupled import EDICT, McCallumFoster, ReversibleHeun, Rex
 from .gamma import ConstantGamma, GammaRule, PerStep, SmoothedOutput, StepRatio
 from .grids import (
     Grid,
@@ -32,33 +35,51 @@ from .grids import (
     sigmas_from_alphas_cumprod,
     vp_sigmas,
 )
-from .solver import Denoiser, InvertibleSolver, Solver
-from .state import Solution, State
+from .iterative import DDIMInversion, FixedPointInversion, IterativeSolver
+from .solver import CoupledSolver, Denoiser, InvertibleSolver, Solver
+from .state import Convergence, Solution, State
+from .trust import InversionWarning
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BDIA",
+    "BELM",
     "DDIM",
+    "EDICT",
     "RK3",
     "RK4",
     "Arithmetic",
+    "BELMRule",
+    "Coefficients",
     "Combination",
     "ConstantGamma",
+    "Convergence",
+    "CoupledSolver",
+    "DDIMInversion",
     "DPMSolverPP2S",
     "Denoise",
     "Denoiser",
     "Euler",
+    "Exponential",
     "FixedPoint",
+    "FixedPointInversion",
     "FloatingPoint",
     "FlowEuler",
     "GammaRule",
+    "GivenBELM",
     "Grid",
     "HeunEDM",
     "IntegrationApproximator",
+    "InversionWarning",
     "InvertibleSolver",
+    "IterativeSolver",
+    "McCallumFoster",
     "Midpoint",
+    "OptimalBELM",
     "PerStep",
+    "ReversibleHeun",
+    "Rex",
     "SideInformation",
     "SmoothedOutput",
     "Solution",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .combination import HERE
 from .grids import Grid, level_dtype
-from .state import Solution, State, check_pair, describe
+from .state import Convergence, Solution, State, check_pair, describe
 from .step import Evaluation, Step
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ class Run:
         self.arithmetic = solver.arithmetic
         self.grid = grid
         self.nfe = 0
+        self.convergence: list[Convergence] = []
         self._denoiser = denoiser
         self._extra_args = dict(extra_args or {})
         self._callback = callback
@@ -209,7 +210,9 @@ class Run:
         values = self._outputs(stage, x, k, known)
         if self._twice:
             self._twice = False
-            before = [value.clone() for value in values]  # the outputs may be one buffer, used again
+            before = [
+                value.clone() for value in values
+            ]  # the outputs may be one buffer, used again
             _check_same(before, self._outputs(stage, x, k), k, self.grid.levels[k])
         if first.point == HERE:
             self._last = stored, first.sigma, values[1]
@@ -237,11 +240,9 @@ class Run:
         x = x.clone() if x is stored else x  # the caller may write to it, not to the state
         levels, name = self.grid.levels, repr(solver)
         state = State(current, partner, index, levels, name, side, solver.coupled)
-        return Solution(x, state, self.nfe)
+        return Solution(x, state, self.nfe, tuple(self.convergence))
 
-    def _outputs(
-        self, stage: Step, x: Tensor, k: int, known: Tensor | None = None
-    ) -> list[Tensor]:
+    def _outputs(self, stage: Step, x: Tensor, k: int, known: Tensor | None = None) -> list[Tensor]:
         values = [x] if known is None else [x, known]
         for call in stage.evaluations[len(values) - 1 :]:
             at_x = call.point == HERE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol, TypeAlias, final
@@ -11,8 +12,9 @@ from torch import Tensor
 from .arithmetic import Arithmetic, FloatingPoint
 from .grids import Grid, Sigmas
 from .integrate import Pair, Run, ascend, descend
-from .state import Solution, State
+from .state import Convergence, Solution, State
 from .step import Step
+from .trust import InversionWarning
 
 
 class Denoiser(Protocol):
@@ -173,7 +175,11 @@ class InvertibleSolver(Solver):
         """
         grid = Grid.of(sigmas)
         run = Run(self, denoiser, grid, extra_args, callback, progress)
-        return ascend(run, self, run.state(x, index=grid.steps), 0 if stop is None else stop)
+        start = run.state(x, index=grid.steps)
+        solution = ascend(run, self, start, 0 if stop is None else stop)
+        levels = [grid.levels[start.index - 1 - i] for i in range(len(solution.convergence))]
+        _warn_unless_converged(levels, solution.convergence)
+        return solution
 
 
 class CoupledSolver(InvertibleSolver):
@@ -188,4 +194,23 @@ class CoupledSolver(InvertibleSolver):
     @final
     def start(self, sigma: float, target: float) -> Step:
         """Not used: a lone state is its own companion, and every step is one of `steps`."""
-        raise TypeError(f"{self} begins with two copies of a lone state, not with a step of its own")
+        raise TypeError(
+            f"{self} begins with two copies of a lone state, not with a step of its own"
+        )
+
+
+def _warn_unless_converged(levels: list[float], outcomes: tuple[Convergence, ...]) -> None:
+    failed = [
+        (float(outcome.residual.max()), sigma)
+        for sigma, outcome in zip(levels, outcomes, strict=True)
+        if not bool(outcome.converged.all())
+    ]
+    if failed:
+        worst, sigma = max(failed)
+        warnings.warn(
+            f"{len(failed)} of {len(outcomes)} steps were not undone to the tolerance; the worst is "
+            f"that from sigma = {sigma:.6g}, with a relative residual of {worst:.3g}: take shorter "
+            "steps, more iterations, or a solver that is exact; see solution.convergence",
+            InversionWarning,
+            stacklevel=3,
+        )

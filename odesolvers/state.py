@@ -121,6 +121,21 @@ class State:
 
 
 @dataclass(frozen=True, eq=False)
+class Convergence:
+    """How an iteration that undid one step ended.
+
+    Attributes:
+        iterations: evaluations of the step.
+        residual: what the smallest residual was, for each element of the batch, shape ``(B,)``.
+        converged: whether that is within the tolerance, shape ``(B,)``.
+    """
+
+    iterations: int
+    residual: Tensor
+    converged: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Solution:
     """What `sample` and `invert` return.
 
@@ -128,11 +143,14 @@ class Solution:
         x: the state at the level where the run stopped, shape and dtype of the input.
         state: everything needed to continue, or to go back.
         nfe: denoiser evaluations spent.
+        convergence: of each step that was undone by iteration, in the order of the run; see
+            `FixedPointInversion`.
     """
 
     x: Tensor
     state: State
     nfe: int
+    convergence: tuple[Convergence, ...] = ()
 
 
 def check_pair(state: State) -> None:
