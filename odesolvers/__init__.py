@@ -7,6 +7,7 @@ from .approximators import (
     Denoise,
     DPMSolverPP2S,
     Euler,
+    Exponential,
     FlowEuler,
     HeunEDM,
     IntegrationApproximator,
@@ -21,8 +22,10 @@ from .arithmetic import (
     side_information_bound,
 )
 from .bdia import BDIA
+from .belm import BELM, BELMRule, Coefficients, GivenBELM, OptimalBELM
 from .calibration import Calibrated, CalibrationReport, Objective, calibrate
 from .combination import Combination
+from .coupled import EDICT, McCallumFoster, ReversibleHeun, Rex
 from .gamma import (
     ConstantGamma,
     DampedStepRatio,
@@ -40,37 +43,55 @@ from .grids import (
     sigmas_from_alphas_cumprod,
     vp_sigmas,
 )
-from .solver import Denoiser, InvertibleSolver, Solver
-from .state import Solution, State
+from .iterative import DDIMInversion, FixedPointInversion, IterativeSolver
+from .solver import CoupledSolver, Denoiser, InvertibleSolver, Solver
+from .state import Convergence, Solution, State
+from .trust import InversionWarning
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BDIA",
+    "BELM",
     "DDIM",
+    "EDICT",
     "RK3",
     "RK4",
     "Arithmetic",
+    "BELMRule",
     "Calibrated",
     "CalibrationReport",
+    "Coefficients",
     "Combination",
     "ConstantGamma",
+    "Convergence",
+    "CoupledSolver",
+    "DDIMInversion",
     "DPMSolverPP2S",
     "DampedStepRatio",
     "Denoise",
     "Denoiser",
     "Euler",
+    "Exponential",
     "FixedPoint",
+    "FixedPointInversion",
     "FloatingPoint",
     "FlowEuler",
     "GammaRule",
+    "GivenBELM",
     "Grid",
     "HeunEDM",
     "IntegrationApproximator",
+    "InversionWarning",
     "InvertibleSolver",
+    "IterativeSolver",
+    "McCallumFoster",
     "Midpoint",
     "Objective",
+    "OptimalBELM",
     "PerStep",
+    "ReversibleHeun",
+    "Rex",
     "SideInformation",
     "SmoothedOutput",
     "Solution",

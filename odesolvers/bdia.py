@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from .approximators import HeunEDM, IntegrationApproximator
+from .approximators import IntegrationApproximator, leaving
 from .arithmetic import Arithmetic, FloatingPoint
+from .checks import check_approximator, check_arithmetic
 from .combination import HERE
 from .gamma import GammaRule, as_rule
 from .grids import Grid
@@ -45,15 +46,8 @@ class BDIA(InvertibleSolver):
     arithmetic: Arithmetic = FloatingPoint()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.approximator, IntegrationApproximator):
-            raise TypeError(
-                "BDIA wraps an IntegrationApproximator instance such as HeunEDM(), got "
-                f"{self.approximator!r}"
-            )
-        if not isinstance(self.arithmetic, Arithmetic):
-            raise TypeError(
-                f"arithmetic must be an instance such as FloatingPoint(), got {self.arithmetic!r}"
-            )
+        check_approximator(self, self.approximator)
+        check_arithmetic(self.arithmetic)
         # One solver has one description, by which its states know it.
         rule = as_rule(self.gamma)
         rule.check_approximator(self.approximator)
@@ -75,14 +69,13 @@ class BDIA(InvertibleSolver):
     def start(self, sigma: float, target: float) -> Step:
         """The step of a run that has one state only: the approximator's own.
 
-        Where a lone image stands at the level 0 it is `HeunEDM`'s, which needs the slope at the
-        other end only; most others would learn nothing about the image.
+        Where a lone image stands at the level 0 it is `HeunEDM`'s, see `leaving`.
         """
-        method = self.approximator if sigma > 0.0 else HeunEDM()
-        return method.start(sigma, target)
+        return leaving(sigma, self.approximator).start(sigma, target)
 
-    def steps(self, grid: Grid) -> list[Step]:
+    def steps(self, grid: Grid) -> list[tuple[Step, ...]]:
         weights = as_rule(self.gamma).checked_weights(grid, self.approximator.scale)
         s = grid.levels
         later = zip(s, s[1:], s[2:], weights, strict=False)
-        return [self.start(s[0], s[1]), *(self.step(*levels_and_g) for levels_and_g in later)]
+        first = self.start(s[0], s[1])
+        return [(first,), *((self.step(*levels_and_g),) for levels_and_g in later)]

@@ -81,3 +81,6 @@ class Combination:
 
 HERE: Final = Combination({STATE: 1.0})
 """The current state itself."""
+
+NOTHING: Final = Combination({})
+"""The empty combination."""

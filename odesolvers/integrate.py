@@ -5,26 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .combination import HERE
 from .grids import Grid, level_dtype
-from .state import Solution, State, check_pair, describe
+from .state import Convergence, Solution, State, check_pair, describe
 from .step import Evaluation, Step
 
 if TYPE_CHECKING:
     from .arithmetic.stack import Stack
-    from .solver import Denoiser, Solver
+    from .solver import Denoiser, InvertibleSolver, Solver
+
+
+Pair: TypeAlias = "tuple[Tensor | None, Tensor]"
+"""Two stored states as a stage takes them, ``(a, b)`` of ``(a, b) -> (b, gain · a + rest(b))``."""
 
 
 @torch.no_grad()
 def descend(run: Run, state: State, stop: int) -> Solution:
     """Sample: from where `state` stands, step by step down to level `stop`."""
     _check_stop(stop)
-    first, s = state.index, run.grid.levels
+    solver, first, s = run.solver, state.index, run.grid.levels
     if not first < stop <= run.grid.steps:
         raise ValueError(
             f"sampling goes down the grid: from level {first} it can stop at {first + 1} to "
@@ -32,22 +36,20 @@ def descend(run: Run, state: State, stop: int) -> Solution:
             if first < run.grid.steps
             else f"the state stands at the last level already (index {first}): nothing to sample"
         )
-    steps = dict(enumerate(run.solver.steps(run.grid)))
-    if state.noisier is None:
-        steps[first] = run.solver.start(s[first], s[first + 1])
+    steps = dict(enumerate(solver.steps(run.grid)))
+    alone = solver.two_step and state.partner is None
+    if alone:
+        steps[first] = (solver.start(s[first], s[first + 1]),)
     path = [(k, steps[k]) for k in range(first, stop)]
-    stack = run.prepare(path, state, origin=first + 1 if state.noisier is None else first)
-
-    older, current = state.noisier, state.cleaner
-    for k, step in run.track(path):
-        values = run.evaluate(step, current, k)
-        newer = run.arithmetic.forward(step, older, values, stack)
-        older, current = current, newer
-    return run.finish(current, State(current, older, stop, s, repr(run.solver)), stack)
+    pair = run.prepare(path, state, origin=first + 1 if alone else first)
+    for k, stages in run.track(path):
+        for stage in stages:
+            pair = run.forward(stage, pair, k)
+    return run.finish(pair, stop, stop)
 
 
 @torch.no_grad()
-def ascend(run: Run, state: State, stop: int) -> Solution:
+def ascend(run: Run, solver: InvertibleSolver, state: State, stop: int) -> Solution:
     """Invert: undo the steps from where `state` stands, one by one up to level `stop`."""
     _check_stop(stop)
     last, s = state.index, run.grid.levels
@@ -58,30 +60,22 @@ def ascend(run: Run, state: State, stop: int) -> Solution:
             if last > 0
             else "the state stands at the first level already (index 0): nothing to invert"
         )
-    steps = dict(enumerate(run.solver.steps(run.grid)))
-    undo = [(k, steps[k]) for k in range(last - 1, stop, -1)]
-    for k, step in undo:
-        if step.gain == 0.0:
-            raise ValueError(
-                f"{run.solver} cannot be inverted: its step from sigmas[{k}] = {s[k]:.6g} to "
-                f"sigmas[{k + 1}] = {s[k + 1]:.6g} has the weight g = 0 and keeps nothing of the "
-                "state before; inversion needs gamma in (0, 1] and a state scale that is finite "
-                "at every level"
-            )
-    begin = [(last, run.solver.start(s[last], s[last - 1]))] if state.noisier is None else []
-    stack = run.prepare(begin + undo, state, origin=last)
-
-    newer, current = state.cleaner, state.noisier
-    for k, step in run.track(begin + undo):
-        if current is None:
-            values = run.evaluate(step, newer, k)
-            current = run.arithmetic.forward(step, None, values, stack)
+    steps = solver.steps(run.grid)
+    # The pair of a two-step solver reaches one level up.
+    end = stop + 1 if solver.two_step else stop
+    path = [(k, steps[k]) for k in range(last - 1, end - 1, -1)]
+    if solver.exact:
+        _check_gains(solver, path, s)
+    alone = solver.two_step and state.partner is None
+    begin = [(last, (solver.start(s[last], s[last - 1]),))] if alone else []
+    pair = run.prepare(begin + path, state, origin=last)
+    for k, stages in run.track(begin + path):
+        if k == last:  # the step of a lone state to its neighbour
+            (_, current), (_, neighbour) = pair, run.forward(stages[0], pair, k)
+            pair = neighbour, current
         else:
-            values = run.evaluate(step, current, k)
-            older = run.arithmetic.inverse(step, newer, values, stack)
-            newer, current = current, older
-    assert current is not None
-    return run.finish(current, State(newer, current, stop + 1, s, repr(run.solver)), stack)
+            pair = solver.undo(run, k, stages, pair)
+    return run.finish(pair, end, stop)
 
 
 class Run:
@@ -109,6 +103,7 @@ class Run:
         self.arithmetic = solver.arithmetic
         self.grid = grid
         self.nfe = 0
+        self.convergence: list[Convergence] = []
         self._denoiser = denoiser
         self._extra_args = dict(extra_args or {})
         self._callback = callback
@@ -116,42 +111,60 @@ class Run:
         self._dtype = torch.float32
         self._sigmas: dict[float, Tensor] = {}
         self._twice = self.arithmetic.check_determinism
+        self._stack: Stack | None = None
+        self._last: tuple[Tensor, float, Tensor] | None = None
+        self._reported: int | None = None
         self._probes: list[tuple[str, Tensor]] = []
 
     def state(self, x: Tensor | State, index: int) -> State:
         """`x` as a checked state, stored as the arithmetic has it; a lone tensor stands at `index`."""
         self.arithmetic.check(self.grid)
+        solver = self.solver
         if not isinstance(x, State):
             _check_tensor(x)
             # A copy, for the states to come hold on to it, and the caller may write to x.
-            state = State(x.detach().clone(), None, index, self.grid.levels, repr(self.solver))
+            state = State(x.detach().clone(), None, index, self.grid.levels, repr(solver))
         else:
-            x.check(self.grid, repr(self.solver))
+            x.check(self.grid, repr(solver))
             check_pair(x)
+            if x.partner is not None and x.coupled != solver.coupled:
+                raise ValueError(
+                    f"the partner of a state of {solver} stands "
+                    f"{'at the same level' if solver.coupled else 'one level up'}, got a State with "
+                    f"coupled={x.coupled}"
+                )
             if x.side is not None:
                 self._dtype = x.side.dtype
                 return x
-            for tensor in (x.cleaner, x.noisier):
+            for tensor in (x.current, x.partner):
                 if tensor is not None:
                     _check_tensor(tensor)
             state = x
-        self._dtype = state.cleaner.dtype
-        store, noisier = self.arithmetic.store, state.noisier
-        return replace(
-            state,
-            cleaner=store(state.cleaner),
-            noisier=None if noisier is None else store(noisier),
-        )
+        self._dtype = state.current.dtype
+        current, partner = self.arithmetic.store(state.current), None
+        if solver.states == 2 and state.partner is not None:
+            partner = self.arithmetic.store(state.partner)
+        elif solver.coupled:  # a lone state is its own companion
+            partner = current
+        return replace(state, current=current, partner=partner, coupled=solver.coupled)
 
-    def prepare(self, path: list[tuple[int, Step]], state: State, origin: int) -> Stack | None:
-        """The noise levels of all calls on `path`, in one transfer, and the working memory."""
-        levels = sorted({call.sigma for _, step in path for call in step.evaluations})
+    def prepare(self, path: list[tuple[int, tuple[Step, ...]]], state: State, origin: int) -> Pair:
+        """The noise levels of all calls on `path`, in one transfer, the working memory, the pair."""
+        stages = [stage for _, stages in path for stage in stages]
+        levels = sorted({call.sigma for stage in stages for call in stage.evaluations})
         table = torch.tensor(levels, dtype=level_dtype(self._dtype))
-        rows = table.unsqueeze(1).repeat(1, state.cleaner.shape[0]).to(state.cleaner.device)
+        rows = table.unsqueeze(1).repeat(1, state.current.shape[0]).to(state.current.device)
         self._sigmas = dict(zip(levels, rows.unbind(), strict=True))
-        return self.arithmetic.open(state.cleaner, state.noisier, state.side, origin)
+        current, partner = state.current, state.partner
+        self._stack = self.arithmetic.open(current, partner, state.side, origin)
+        if self.solver.coupled:
+            assert partner is not None
+            return current, partner
+        return partner, current
 
-    def track(self, path: list[tuple[int, Step]]) -> Iterable[tuple[int, Step]]:
+    def track(
+        self, path: list[tuple[int, tuple[Step, ...]]]
+    ) -> Iterable[tuple[int, tuple[Step, ...]]]:
         """`path`, with a progress bar where one was asked for."""
         if not self._progress:
             return path
@@ -159,37 +172,79 @@ class Run:
             from tqdm.auto import tqdm
         except ImportError as error:
             raise ImportError("progress=True needs tqdm: pip install tqdm") from error
-        bar: Iterable[tuple[int, Step]] = tqdm(path, desc=type(self.solver).__name__)
+        bar: Iterable[tuple[int, tuple[Step, ...]]] = tqdm(path, desc=type(self.solver).__name__)
         return bar
 
-    def evaluate(self, step: Step, stored: Tensor, k: int) -> list[Tensor]:
-        """The state at level `k` and the outputs of the denoiser calls of `step`, in order."""
+    def forward(self, stage: Step, pair: Pair, k: int) -> Pair:
+        """``(a, b) -> (b, gain · a + rest(b))``, a stage of the step from level `k`."""
+        a, b = pair
+        if stage.exchanges and a is not None:
+            return b, a
+        values = self.evaluate(stage, b, k)
+        return b, self.arithmetic.forward(stage, a, values, self._stack)
+
+    def inverse(self, stage: Step, pair: Pair, k: int) -> Pair:
+        """``(b, c) -> ((c - rest(b)) / gain, b)``: the pair that `forward` was given."""
+        b, c = pair
+        assert b is not None
+        if stage.exchanges:
+            return c, b
+        values = self.evaluate(stage, b, k)
+        return self.arithmetic.inverse(stage, c, values, self._stack), b
+
+    def evaluate(self, stage: Step, stored: Tensor, k: int) -> list[Tensor]:
+        """A state and the outputs of the denoiser calls of `stage`, in order.
+
+        What the last stage learnt at the same state and level is not asked for again.
+        """
         x = self.arithmetic.load(stored, self._dtype)
-        values = self._outputs(step, x, k)
+        if self._stack is not None:
+            self._stack.sigma = self.grid.levels[k]
+        if not stage.evaluations:
+            return [x]
+        first, known = stage.evaluations[0], None
+        if self._last is not None and first.point == HERE:
+            state, sigma, output = self._last
+            known = output if state is stored and sigma == first.sigma else None
+        self._last = None
+        values = self._outputs(stage, x, k, known)
         if self._twice:
             self._twice = False
-            first = [value.clone() for value in values]  # the outputs may be one buffer, used again
-            _check_same(first, self._outputs(step, x, k), k, self.grid.levels[k])
-        if self._callback is not None:
-            sigma = self._sigmas[step.evaluations[0].sigma][0]
+            before = [
+                value.clone() for value in values
+            ]  # the outputs may be one buffer, used again
+            _check_same(before, self._outputs(stage, x, k), k, self.grid.levels[k])
+        if first.point == HERE:
+            self._last = stored, first.sigma, values[1]
+        if self._callback is not None and self._reported != k:
+            self._reported = k
+            level = self._sigmas[first.sigma][0]
             self._callback(
-                {"x": x, "i": k, "sigma": sigma, "sigma_hat": sigma, "denoised": values[1]}
+                {"x": x, "i": k, "sigma": level, "sigma_hat": level, "denoised": values[1]}
             )
         return values
 
-    def finish(self, stored: Tensor, state: State, stack: Stack | None) -> Solution:
-        """The solution, once every value that was met is known to be finite."""
+    def finish(self, pair: Pair, index: int, stop: int) -> Solution:
+        """The solution at level `stop`, once every value that was met is known to be finite."""
+        solver = self.solver
+        current, partner = pair if solver.coupled else pair[::-1]
+        assert current is not None
+        stored = current if index == stop else partner
+        assert stored is not None
         x = self.arithmetic.load(stored, self._dtype)
         self._probe(x, f"the final state is not finite; {_OVERFLOW}")
         for message, probe in self._probes:
             _check_probe(probe, message)
-        side = self.arithmetic.close(stack, state.cleaner, state.noisier, state.index, self._dtype)
+        partner = partner if solver.states == 2 else None
+        side = self.arithmetic.close(self._stack, current, partner, index, self._dtype)
         x = x.clone() if x is stored else x  # the caller may write to it, not to the state
-        return Solution(x, replace(state, side=side), self.nfe)
+        levels, name = self.grid.levels, repr(solver)
+        state = State(current, partner, index, levels, name, side, solver.coupled)
+        return Solution(x, state, self.nfe, tuple(self.convergence))
 
-    def _outputs(self, step: Step, x: Tensor, k: int) -> list[Tensor]:
-        values = [x]
-        for call in step.evaluations:
+    def _outputs(self, stage: Step, x: Tensor, k: int, known: Tensor | None = None) -> list[Tensor]:
+        values = [x] if known is None else [x, known]
+        for call in stage.evaluations[len(values) - 1 :]:
             at_x = call.point == HERE
             point = x if at_x else self.arithmetic.combine(call.point, values)
             denoised = self._denoise(point, call, k)
@@ -252,6 +307,19 @@ def _check_probe(probe: Tensor, message: str) -> None:
 
 def _share_storage(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _check_gains(
+    solver: InvertibleSolver, path: list[tuple[int, tuple[Step, ...]]], s: tuple[float, ...]
+) -> None:
+    for k, stages in path:
+        if any(stage.gain == 0.0 for stage in stages):
+            raise ValueError(
+                f"{solver} cannot be inverted: its step from sigmas[{k}] = {s[k]:.6g} to "
+                f"sigmas[{k + 1}] = {s[k + 1]:.6g} has the weight g = 0 and keeps nothing of the "
+                "state before; inversion needs gamma in (0, 1] and a state scale that is finite "
+                "at every level"
+            )
 
 
 def _check_stop(stop: object) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeAlias, final
+from typing import Any, ClassVar, Protocol, TypeAlias, final
 
 from torch import Tensor
 
 from .arithmetic import Arithmetic, FloatingPoint
 from .grids import Grid, Sigmas
-from .integrate import Run, ascend, descend
-from .state import Solution, State
+from .integrate import Pair, Run, ascend, descend
+from .state import Convergence, Solution, State
 from .step import Step
+from .trust import InversionWarning
 
 
 class Denoiser(Protocol):
@@ -34,7 +36,15 @@ class Solver(ABC):
 
     A solver holds settings only and is never changed by a run: the same object serves any number of
     runs, grids and threads.
+
+    Attributes:
+        states: how many states a run carries from step to step, 1 or 2.
+        coupled: of two, whether both stand at the same level, see `CoupledSolver`; else they are
+            neighbours on the grid.
     """
+
+    states: ClassVar[int] = 2
+    coupled: ClassVar[bool] = False
 
     def __repr__(self) -> str:
         """By which a state knows its solver: the class and its settings, of dataclasses or not."""
@@ -46,13 +56,23 @@ class Solver(ABC):
         """How states are stored and combined."""
         return FloatingPoint()
 
+    @property
+    def two_step(self) -> bool:
+        """Whether a run carries the states at two neighbouring levels."""
+        return self.states == 2 and not self.coupled
+
     @abstractmethod
     def start(self, sigma: float, target: float) -> Step:
         """The step, in either direction, of a run that has one state only."""
 
     @abstractmethod
-    def steps(self, grid: Grid) -> list[Step]:
-        """All steps down `grid`; step k leads from level k to level k + 1."""
+    def steps(self, grid: Grid) -> list[tuple[Step, ...]]:
+        """All steps down `grid`, as their stages; step k leads from level k to level k + 1.
+
+        A stage maps a pair of states ``(a, b) -> (b, gain · a + rest(b))``. A two-step solver has one
+        stage a step, on the states at the levels k - 1 and k. A coupled solver has several, on
+        (state, companion), and returns them in that order.
+        """
 
     @final
     def sample(
@@ -74,9 +94,10 @@ class Solver(ABC):
                 of an earlier run, which is continued from where it stands.
             sigmas: strictly decreasing noise levels, see `odesolvers.grids`.
             extra_args: keyword arguments for every call of the denoiser.
-            callback: called once a step with k-diffusion's dictionary: ``x``, the state the step
-                starts from; ``i``, where it stands on the grid; ``sigma`` and ``sigma_hat``, the level
-                ``sigmas[i]``; ``denoised``, the denoiser's output there. Not to be written to.
+            callback: called once a step with k-diffusion's dictionary: ``i``, the number of the step;
+                ``x``, the state that the step first evaluates the denoiser at; ``sigma`` and
+                ``sigma_hat``, the level of that, ``sigmas[i]``; ``denoised``, the output. Not to be
+                written to.
             progress: show a progress bar (needs tqdm).
             stop: the level to stop at, an index into `sigmas`; the last by default.
 
@@ -96,7 +117,19 @@ class Solver(ABC):
 
 
 class InvertibleSolver(Solver):
-    """A solver whose steps can be undone, wherever their gain is not 0."""
+    """A solver whose steps can be undone, wherever their gains are not 0.
+
+    Attributes:
+        exact: whether that is by algebra, by the same evaluations at the same states.
+    """
+
+    exact: ClassVar[bool] = True
+
+    def undo(self, run: Run, k: int, stages: tuple[Step, ...], pair: Pair) -> Pair:
+        """The pair that the step from level `k` was given, from the pair it led to."""
+        for stage in reversed(stages):
+            pair = run.inverse(stage, pair, k)
+        return pair
 
     @final
     def invert(
@@ -110,12 +143,13 @@ class InvertibleSolver(Solver):
         progress: bool = False,
         stop: int | None = None,
     ) -> Solution:
-        """Go up the grid, from data to noise: the exact inverse of `sample`.
+        """Go up the grid, from data to noise: the exact inverse of `sample`, if `exact`.
 
         From a state of `sample` every step is undone, by the same evaluations at the same states. A
         lone tensor has no neighbour to go back with; one step up by the underlying method supplies it,
         for its evaluations, and the run is exact from there on: `sample` from the returned state ends
-        at that tensor, if it went up by more than one step.
+        at that tensor, if it went up by more than one step. In a coupled solver a lone tensor is its
+        own companion, for no evaluation.
 
         Args:
             denoiser: as for `sample`.
@@ -123,8 +157,11 @@ class InvertibleSolver(Solver):
                 level ``sigmas[-1]``, not modified.
             sigmas: the grid the state comes from, in the same decreasing order.
             extra_args: as for `sample`; the same values, if the run is to be undone.
-            callback: as for `sample`; ``i`` falls. A lone tensor's own step comes first; where it
-                stands at level 0, ``sigma`` and ``denoised`` are those of the level above.
+            callback: as for `sample`; ``i`` falls. In a two-step solver ``i`` and ``sigma`` are
+                those of the step that was evaluated at ``x``. A lone tensor's own step comes first;
+                where it stands at level 0, ``sigma`` and ``denoised`` are those of the level above. In a
+                coupled solver ``i`` is the step that is undone, and ``sigma`` may be ``sigmas[i + 1]``,
+                for the last stage is undone first.
             progress: show a progress bar (needs tqdm).
             stop: the level to stop at, an index into `sigmas`; 0 by default.
 
@@ -138,4 +175,42 @@ class InvertibleSolver(Solver):
         """
         grid = Grid.of(sigmas)
         run = Run(self, denoiser, grid, extra_args, callback, progress)
-        return ascend(run, run.state(x, index=grid.steps), 0 if stop is None else stop)
+        start = run.state(x, index=grid.steps)
+        solution = ascend(run, self, start, 0 if stop is None else stop)
+        levels = [grid.levels[start.index - 1 - i] for i in range(len(solution.convergence))]
+        _warn_unless_converged(levels, solution.convergence)
+        return solution
+
+
+class CoupledSolver(InvertibleSolver):
+    """A solver that takes two states down the grid together, each updated with the help of the other.
+
+    The pair is (state, companion), both at one level, and begins as the same tensor twice: a run from
+    a lone tensor, at either end, costs no evaluation to start. What is sampled is the first of them.
+    """
+
+    coupled: ClassVar[bool] = True
+
+    @final
+    def start(self, sigma: float, target: float) -> Step:
+        """Not used: a lone state is its own companion, and every step is one of `steps`."""
+        raise TypeError(
+            f"{self} begins with two copies of a lone state, not with a step of its own"
+        )
+
+
+def _warn_unless_converged(levels: list[float], outcomes: tuple[Convergence, ...]) -> None:
+    failed = [
+        (float(outcome.residual.max()), sigma)
+        for sigma, outcome in zip(levels, outcomes, strict=True)
+        if not bool(outcome.converged.all())
+    ]
+    if failed:
+        worst, sigma = max(failed)
+        warnings.warn(
+            f"{len(failed)} of {len(outcomes)} steps were not undone to the tolerance; the worst is "
+            f"that from sigma = {sigma:.6g}, with a relative residual of {worst:.3g}: take shorter "
+            "steps, more iterations, or a solver that is exact; see solution.convergence",
+            InversionWarning,
+            stacklevel=3,
+        )

@@ -16,35 +16,40 @@ from .grids import Grid
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """Two neighbouring states of one run: all that is needed to go on in either direction.
+    """The pair of states of one run: all that is needed to go on in either direction.
 
-    Sampling continues from `cleaner` and corrects with `noisier`; inversion continues from
-    `noisier` and recovers what came before from `cleaner`. States are never modified.
+    Of a two-step solver such as `BDIA` the two are neighbours on the grid: sampling continues from
+    `current` and corrects with `partner`; inversion continues from `partner` and recovers what came
+    before from `current`. Of a coupled solver such as `EDICT` both stand at the same level, and each
+    step updates one with the help of the other. States are never modified.
 
     Attributes:
-        cleaner: the state at ``sigmas[index]``, shape ``(B, ...)``.
-        noisier: the state at ``sigmas[index - 1]``, same shape and dtype; None where the run has
-            one state only, its first.
-        index: where on the grid `cleaner` stands.
+        current: the state at ``sigmas[index]``, shape ``(B, ...)``.
+        partner: the state at ``sigmas[index - 1]``, or the companion of a coupled solver at
+            ``sigmas[index]``; same shape and dtype. None where the run has one state only: the first
+            of a two-step solver, and every state of a one-step method.
+        index: where on the grid `current` stands.
         sigmas: all levels of the grid the run belongs to.
         solver: the `repr` of the solver that made it.
         side: what an exact arithmetic keeps beside the pair, which is then int64, see `FixedPoint`;
             None in floating point.
+        coupled: whether `partner` stands at the level of `current`.
     """
 
-    cleaner: Tensor
-    noisier: Tensor | None
+    current: Tensor
+    partner: Tensor | None
     index: int
     sigmas: tuple[float, ...]
     solver: str
     side: SideInformation | None = None
+    coupled: bool = False
 
     def to(self, device: torch.device | str) -> State:
         """The same state with its tensors on `device`."""
         return replace(
             self,
-            cleaner=self.cleaner.to(device),
-            noisier=None if self.noisier is None else self.noisier.to(device),
+            current=self.current.to(device),
+            partner=None if self.partner is None else self.partner.to(device),
             side=None if self.side is None else self.side.map(lambda tensor: tensor.to(device)),
         )
 
@@ -54,9 +59,9 @@ class State:
         In floating point that is the state itself. In fixed point a state remembers the run that led to
         it, and refuses to be undone by another; its fork has no history.
         """
-        if self.side is None or self.noisier is None:
+        if self.side is None or self.partner is None:
             return self
-        return replace(self, side=self.side.fresh(self.cleaner, self.noisier, self.index))
+        return replace(self, side=self.side.fresh(self.current, self.partner, self.index))
 
     def check(self, grid: Grid, solver: str) -> None:
         """Refuse to go on with another grid or another solver than the state comes from.
@@ -81,7 +86,7 @@ class State:
                 f"the state comes from another solver: it was made by {self.solver}, this is "
                 f"{solver}; a step is undone only by the solver that took it"
             )
-        first = 0 if self.noisier is None else 1
+        first = 0 if self.partner is None or self.coupled else 1
         if not first <= self.index <= grid.steps:
             raise ValueError(f"index must be between {first} and {grid.steps}, got {self.index}")
 
@@ -116,6 +121,21 @@ class State:
 
 
 @dataclass(frozen=True, eq=False)
+class Convergence:
+    """How an iteration that undid one step ended.
+
+    Attributes:
+        iterations: evaluations of the step.
+        residual: what the smallest residual was, for each element of the batch, shape ``(B,)``.
+        converged: whether that is within the tolerance, shape ``(B,)``.
+    """
+
+    iterations: int
+    residual: Tensor
+    converged: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Solution:
     """What `sample` and `invert` return.
 
@@ -123,19 +143,22 @@ class Solution:
         x: the state at the level where the run stopped, shape and dtype of the input.
         state: everything needed to continue, or to go back.
         nfe: denoiser evaluations spent.
+        convergence: of each step that was undone by iteration, in the order of the run; see
+            `FixedPointInversion`.
     """
 
     x: Tensor
     state: State
     nfe: int
+    convergence: tuple[Convergence, ...] = ()
 
 
 def check_pair(state: State) -> None:
     """Refuse a pair of tensors that cannot stand beside each other."""
-    clean, noisy = state.cleaner, state.noisier
-    if noisy is not None and describe(noisy) != describe(clean):
+    current, partner = state.current, state.partner
+    if partner is not None and describe(partner) != describe(current):
         raise ValueError(
-            f"the two states of a pair must agree, got {describe(noisy)} and {describe(clean)}"
+            f"the two states of a pair must agree, got {describe(partner)} and {describe(current)}"
         )
 
 

@@ -27,7 +27,7 @@ def write(
 ) -> None:
     """Save `state`; see `State.save`. The file appears whole or not at all."""
     safetensors = _safetensors()
-    tensors = {"cleaner": state.cleaner, "noisier": state.noisier}
+    tensors = {"cleaner": state.current, "noisier": state.partner}
     side, side_tensors = _describe_side(state.side)
     stored = {
         name: tensor.detach().to("cpu", copy=True).contiguous()
@@ -40,7 +40,8 @@ def write(
         "sigmas": [sigma.hex() for sigma in state.sigmas],
         "solver": state.solver,
         "side": side,
-        "channels_last": _in_channels_last(state.cleaner),
+        "coupled": state.coupled,
+        "channels_last": _in_channels_last(state.current),
         "notes": dict(notes or {}),
     }
     metadata = {"format": FORMAT, "version": VERSION, "state": json.dumps(header)}
@@ -82,12 +83,13 @@ def read(
             for name, tensor in pair.items()
         }
     state = State(
-        cleaner=pair["cleaner"],
-        noisier=pair.get("noisier"),
+        current=pair["cleaner"],
+        partner=pair.get("noisier"),
         index=header["index"],
         sigmas=tuple(float.fromhex(sigma) for sigma in header["sigmas"]),
         solver=header["solver"],
         side=_read_side(header["side"], tensors),
+        coupled=header.get("coupled", False),  # files of before there were coupled solvers
     )
     check_pair(state)
     state.check(Grid.of(state.sigmas), state.solver)

@@ -223,7 +223,7 @@ class InvertibleContract(SolverContract):
         seen: list[dict[str, object]] = []
         self.solver.invert(gaussian(), there.state, GRID, callback=seen.append)
         assert [info["i"] for info in seen] == [6, 5, 4, 3, 2, 1]
-        assert torch.equal(seen[0]["x"], there.state.noisier)
+        assert torch.equal(seen[0]["x"], there.state.partner)
         for info in seen:
             assert float(info["sigma"]) == float(info["sigma_hat"]) == float(GRID[info["i"]])
             expected = gaussian()(info["x"], info["sigma"].expand(2))
@@ -240,14 +240,14 @@ class InvertibleContract(SolverContract):
     def test_states_are_not_modified(self) -> None:
         there = self.solver.sample(gaussian(), self.start(2, 5), GRID)
         state = there.state
-        assert state.noisier is not None
+        assert state.partner is not None
         copy = State(
-            state.cleaner.clone(), state.noisier.clone(), state.index, state.sigmas, state.solver
+            state.current.clone(), state.partner.clone(), state.index, state.sigmas, state.solver
         )
         first = self.solver.invert(gaussian(), state, GRID)
-        assert copy.noisier is not None
-        assert torch.equal(state.cleaner, copy.cleaner)
-        assert torch.equal(state.noisier, copy.noisier)
+        assert copy.partner is not None
+        assert torch.equal(state.current, copy.current)
+        assert torch.equal(state.partner, copy.partner)
         assert torch.equal(first.x, self.solver.invert(gaussian(), copy, GRID).x)
 
     @pytest.mark.parametrize("network", [torch.float32, torch.float64, torch.bfloat16])

@@ -119,7 +119,7 @@ def test_smoothing_cancels_the_alternating_part_of_the_sample() -> None:
         for solver in (BDIA(Euler(), gamma), BDIA(Euler(), SmoothedOutput(gamma))):
             state = solver.sample(still, torch.zeros(1, 2, dtype=torch.float64), grid, stop=1).state
             kick = type(state)(
-                state.cleaner + 1, state.noisier, state.index, state.sigmas, state.solver
+                state.current + 1, state.partner, state.index, state.sigmas, state.solver
             )
             kicked[solver] = solver.sample(still, kick, grid).x[0, 0].item()
         plain, smoothed = kicked.values()

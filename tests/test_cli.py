@@ -123,8 +123,8 @@ def test_sample_then_invert_gives_the_noise_back() -> None:
     assert "50 evaluations" in output
     code = State.load("code.safetensors")
     noise = work.Setup.of(choices.Options())[0].noise(3, seed=7)
-    assert code.noisier is not None
-    assert relative(code.noisier, noise) < 1e-4
+    assert code.partner is not None
+    assert relative(code.partner, noise) < 1e-4
     std = float(output.split("standard deviation ")[1].split()[0])
     assert std == pytest.approx(noise.div(80).std().item(), abs=1e-3)
     for name in ("out/samples.png", "out/inverted.png"):
@@ -137,10 +137,10 @@ def test_sampling_from_a_code_ends_where_it_came_from() -> None:
     run("invert state.safetensors --save code.safetensors")
     run("sample --from code.safetensors --save again.safetensors")
     first, again = State.load("state.safetensors"), State.load("again.safetensors")
-    assert relative(again.cleaner, first.cleaner) < 1e-10
+    assert relative(again.current, first.current) < 1e-10
     assert storage.read("again.safetensors")[1]["labels"] == [3, 8]
     images, labels = load_digits()
-    nearest = torch.cdist(first.cleaner.flatten(1), images.double().flatten(1)).argmin(1)
+    nearest = torch.cdist(first.current.flatten(1), images.double().flatten(1)).argmin(1)
     assert labels[nearest].tolist() == [3, 8]
 
 
@@ -174,7 +174,7 @@ def test_a_lone_image_is_inverted() -> None:
     output = run("invert digit.npy --save code.safetensors --dtype float64")
     assert "standard deviation 0." in output
     run("sample --from code.safetensors --save again.safetensors")
-    assert relative(State.load("again.safetensors").cleaner[0], digit) < 1e-10
+    assert relative(State.load("again.safetensors").current[0], digit) < 1e-10
     Image.fromarray(np.full((40, 30, 3), 255, np.uint8)).save("white.png")
     assert "evaluations" in run("invert white.png")
 
@@ -212,7 +212,7 @@ def test_the_commands_run_on_the_letters() -> None:
     assert "guidance = 3.0, not 1.0" in refused("invert a.safetensors --guidance 1")
     run("invert a.safetensors --save n.safetensors --model letters")
     noise = work.Setup.of(choices.Options(model="letters", steps=4))[0].noise(2, 0)
-    assert relative(State.load("n.safetensors").noisier, noise) < 1e-3
+    assert relative(State.load("n.safetensors").partner, noise) < 1e-3
     run("sample --from n.safetensors --labels Z --model letters")
     assert "labels are A to Z, got '5'" in refused("sample --from n.safetensors --labels 5")
     run("invert a.safetensors --model letters --save code.safetensors")

@@ -186,16 +186,16 @@ def test_a_state_from_another_solver(state: State) -> None:
 
 
 def test_a_pair_that_does_not_fit(state: State) -> None:
-    assert state.noisier is not None
-    for noisier in (state.noisier[:1], state.noisier.double()):
+    assert state.partner is not None
+    for partner in (state.partner[:1], state.partner.double()):
         with pytest.raises(ValueError, match="two states of a pair must agree"):
-            SOLVER.invert(gaussian(), replace(state, noisier=noisier), GRID)
+            SOLVER.invert(gaussian(), replace(state, partner=partner), GRID)
     for index in (0, 7):
         with pytest.raises(ValueError, match=f"between 1 and 6, got {index}"):
             SOLVER.invert(gaussian(), replace(state, index=index), GRID)
-    nan = torch.full_like(state.noisier, math.nan)
+    nan = torch.full_like(state.partner, math.nan)
     with pytest.raises(FloatingPointError, match="state to start from is not finite"):
-        SOLVER.invert(gaussian(), replace(state, noisier=nan), GRID)
+        SOLVER.invert(gaussian(), replace(state, partner=nan), GRID)
 
 
 def test_stops_outside_the_grid(state: State) -> None:

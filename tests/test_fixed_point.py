@@ -140,15 +140,15 @@ def check_walk(walk) -> None:
             solution = go(denoiser, here, sigmas, stop=stop)
             here = solution.state
             before = seen.setdefault(here.index, here)
-            assert torch.equal(here.cleaner, before.cleaner)
-            assert torch.equal(here.noisier, before.noisier)
+            assert torch.equal(here.current, before.current)
+            assert torch.equal(here.partner, before.partner)
             if stop == start:
                 assert torch.equal(solution.x, snapped)
                 assert solution.x.dtype == dtype
     except (OverflowError, FloatingPointError):
         reject()  # refused aloud: an unstable run that left the range
     assert here.index == max(1, start)
-    origin = here.cleaner if start == last else here.noisier
+    origin = here.current if start == last else here.partner
     assert torch.equal(solver.arithmetic.load(origin, dtype), snapped)
 
 
@@ -308,7 +308,7 @@ def test_spills_are_crossed_in_one_run_and_in_pieces() -> None:
     state: Tensor | State = x
     for stop in (60, 90, 150):
         state = solver.sample(smooth, state, sigmas, stop=stop).state
-    assert torch.equal(state.cleaner, whole.cleaner)
+    assert torch.equal(state.current, whole.current)
     assert aside(state) >= 2
     for stop in (120, 61, 20):
         state = solver.invert(smooth, state, sigmas, stop=stop).state
@@ -426,9 +426,9 @@ def test_every_bit_of_the_state_counts() -> None:
     assert side.words
     assert side.packed.numel()
     generator = random.Random(0)
-    for part in ("cleaner", "noisier", "words", "packed", "checksum"):
+    for part in ("current", "partner", "words", "packed", "checksum"):
         for _ in range(12):
-            if part in ("cleaner", "noisier"):
+            if part in ("current", "partner"):
                 tensor = getattr(state, part)
                 bit = generator.randrange(tensor.nbytes * 8)
                 broken = dataclasses.replace(state, **{part: flipped(tensor, bit)})
@@ -447,7 +447,7 @@ def test_every_bit_of_the_state_counts() -> None:
 def test_a_bit_that_no_state_ever_uses_counts_too() -> None:
     solver, sigmas, _, state = a_run()
     width = state.side.packed.shape[0]
-    high = unpack_bits(state.side.packed, state.cleaner.numel())
+    high = unpack_bits(state.side.packed, state.current.numel())
     packed = pack_bits(high | 1 << width, width + 1)
     side = dataclasses.replace(state.side, packed=packed)
     with pytest.raises(RuntimeError, match=r"not what it was|does not fit the run"):
@@ -461,7 +461,7 @@ def test_a_state_survives_a_file(tmp_path) -> None:
     solver, sigmas, x, state = a_run()
     state.save(tmp_path / "state.safetensors")
     loaded = State.load(tmp_path / "state.safetensors")
-    assert torch.equal(loaded.cleaner, state.cleaner)
+    assert torch.equal(loaded.current, state.current)
     assert loaded.sigmas == state.sigmas
     assert torch.equal(solver.invert(smooth, loaded, sigmas).x, solver.arithmetic.snap(x))
 
@@ -472,8 +472,8 @@ def test_a_floating_point_state_survives_a_file(tmp_path) -> None:
     state.save(tmp_path / "state.safetensors")
     loaded = State.load(tmp_path / "state.safetensors")
     assert loaded.side is None
-    assert torch.equal(loaded.cleaner, state.cleaner)
-    assert torch.equal(loaded.noisier, state.noisier)
+    assert torch.equal(loaded.current, state.current)
+    assert torch.equal(loaded.partner, state.partner)
     assert (loaded.index, loaded.solver) == (state.index, state.solver)
 
 
@@ -540,17 +540,17 @@ def test_a_state_in_channels_last_survives_a_file(tmp_path) -> None:
         state = BDIA(DDIM(), arithmetic=arithmetic).sample(smooth, x, karras_sigmas(4)).state
         state.save(tmp_path / "state.safetensors")
         loaded = State.load(tmp_path / "state.safetensors")
-        assert torch.equal(loaded.cleaner, state.cleaner)
-        assert loaded.cleaner.stride() == state.cleaner.stride()
+        assert torch.equal(loaded.current, state.current)
+        assert loaded.current.stride() == state.current.stride()
 
 
 def test_side_information_of_another_state_is_refused() -> None:
     solver, sigmas, _, state = a_run()
-    smaller = dataclasses.replace(state, cleaner=state.cleaner[:1], noisier=state.noisier[:1])
+    smaller = dataclasses.replace(state, current=state.current[:1], partner=state.partner[:1])
     with pytest.raises(ValueError, match="does not belong to a state of shape"):
         solver.invert(smooth, smaller, sigmas)
     floats = dataclasses.replace(
-        state, cleaner=state.cleaner.double(), noisier=state.noisier.double()
+        state, current=state.current.double(), partner=state.partner.double()
     )
     with pytest.raises(ValueError, match="pair in int64"):
         solver.invert(smooth, floats, sigmas)
@@ -561,7 +561,7 @@ def test_side_information_of_another_state_is_refused() -> None:
 def test_a_state_moves_as_a_whole() -> None:
     state = a_run()[-1].to("meta")
     side = state.side
-    tensors = [state.cleaner, state.noisier, side.packed, side.checksum, *side.words]
+    tensors = [state.current, state.partner, side.packed, side.checksum, *side.words]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 

@@ -58,7 +58,7 @@ def rounding_bound(solver: BDIA, grid: Grid, sizes: Sequence[float], unit: float
     where η_k collects the addition and multiplication there, the subtraction and division back, and
     the rest computed at a neighbouring point.
     """
-    steps = solver.steps(grid)
+    steps = [step for (step,) in solver.steps(grid)]
     total = 0.0
     for made_at in range(1, grid.steps):
         ahead, here = 0.0, 0.0
@@ -77,7 +77,7 @@ def rounding_bound(solver: BDIA, grid: Grid, sizes: Sequence[float], unit: float
 def largest_weight_product(solver: BDIA, grid: Grid) -> float:
     """The largest product of consecutive 1/g_i: what the inversion can amplify an error by."""
     worst = product = 1.0
-    for step in reversed(solver.steps(grid)[1:]):
+    for (step,) in reversed(solver.steps(grid)[1:]):
         product = max(1.0, product / step.gain)
         worst = max(worst, product)
     return worst
@@ -95,7 +95,7 @@ def round_trip(
     there = solver.sample(denoiser, x, sigmas, callback=measure)  # type: ignore[arg-type]
     sizes.append(float(there.x.double().norm()))
     back = solver.invert(denoiser, there.state, sigmas)  # type: ignore[arg-type]
-    assert there.state.noisier is not None
+    assert there.state.partner is not None
     unit = torch.finfo(x.dtype).eps / 2
     return back.x.double() - x.double(), rounding_bound(solver, Grid.of(sigmas), sizes, unit)
 

@@ -33,8 +33,8 @@ def test_a_state_comes_back_to_the_bit(tmp_path: Path, dtype: torch.dtype) -> No
     state = a_state(dtype)
     state.save(tmp_path / "state.safetensors")
     loaded = State.load(tmp_path / "state.safetensors")
-    assert equal(loaded.cleaner, state.cleaner)
-    assert equal(loaded.noisier, state.noisier)
+    assert equal(loaded.current, state.current)
+    assert equal(loaded.partner, state.partner)
     assert (loaded.index, loaded.sigmas, loaded.solver) == (6, state.sigmas, state.solver)
     assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
 
@@ -54,8 +54,8 @@ def test_a_lone_state_a_strided_one_and_one_that_holds_a_tensor_twice(tmp_path: 
     for state in (State(x, None, 0, levels, "s"), State(x, x, 2, levels, "s")):
         state.save(path)
         loaded = State.load(path)
-        assert equal(loaded.cleaner, state.cleaner)
-        assert equal(loaded.noisier, state.noisier)
+        assert equal(loaded.current, state.current)
+        assert equal(loaded.partner, state.partner)
 
 
 def test_a_loaded_state_does_not_change_with_its_file(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_loaded_state_does_not_change_with_its_file(tmp_path: Path) -> None:
     first.save(tmp_path / "state.safetensors")
     loaded = State.load(tmp_path / "state.safetensors")
     second.save(tmp_path / "state.safetensors")
-    assert equal(loaded.cleaner, first.cleaner)
+    assert equal(loaded.current, first.current)
 
 
 def test_notes_are_kept(tmp_path: Path) -> None:

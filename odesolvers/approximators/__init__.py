@@ -2,8 +2,8 @@
 
 from .base import Denoise, IntegrationApproximator, slope
 from .euler import DDIM, Euler, FlowEuler
-from .exponential import DPMSolverPP2S
-from .heun import HeunEDM
+from .exponential import DPMSolverPP2S, Exponential
+from .heun import HeunEDM, leaving
 from .runge_kutta import RK3, RK4, Midpoint
 
 __all__ = [
@@ -13,9 +13,11 @@ __all__ = [
     "DPMSolverPP2S",
     "Denoise",
     "Euler",
+    "Exponential",
     "FlowEuler",
     "HeunEDM",
     "IntegrationApproximator",
     "Midpoint",
+    "leaving",
     "slope",
 ]

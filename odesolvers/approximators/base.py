@@ -40,8 +40,17 @@ class IntegrationApproximator(Solver):
             state share the first of them.
     """
 
-    order: ClassVar[int]
-    evaluations: ClassVar[int]
+    states: ClassVar[int] = 1
+
+    @property
+    @abstractmethod
+    def order(self) -> int:
+        """See above."""
+
+    @property
+    @abstractmethod
+    def evaluations(self) -> int:
+        """See above."""
 
     @abstractmethod
     def increment(
@@ -124,8 +133,8 @@ class IntegrationApproximator(Solver):
         return Step(plan.evaluations, rest=HERE + plan.increments[0])
 
     @final
-    def steps(self, grid: Grid) -> list[Step]:
-        return [self.start(sigma, target) for sigma, target in grid.intervals()]
+    def steps(self, grid: Grid) -> list[tuple[Step, ...]]:
+        return [(self.start(sigma, target),) for sigma, target in grid.intervals()]
 
 
 def slope(x: Combination, sigma: float, denoise: Denoise) -> Combination:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, final
 
 from ..combination import Combination
 from .base import Denoise, IntegrationApproximator, euler
 from .euler import variance_preserving
+from .heun import leaving
 
 
 @final
@@ -35,3 +37,55 @@ class DPMSolverPP2S(IntegrationApproximator):
 
     def scale(self, sigma: float) -> float:
         return variance_preserving(sigma)
+
+
+@final
+@dataclass(frozen=True)
+class Exponential(IntegrationApproximator):
+    """Any method, in ``y = x / σ`` over the time 1/σ, where the flow is ``dy / d(1/σ) = D(x, σ)``.
+
+    The linear part of the flow is solved exactly, and what the method integrates is the denoiser's
+    output. From the level σ, in the units ``u = σ / s`` of time and ``y = u x`` of state, which are 1
+    and x where the step starts, the method is given ``D'(y, u) = y - u D(y / u, σ / u)``, whose slope
+    ``(y - D') / u`` is D, and ``Δ = (x + increment) / u_τ - x``. Over `Euler` it is Euler again. Order
+    and evaluations are the method's; state scale 1/σ. From the level 0 up it is `HeunEDM`.
+
+    Args:
+        approximator: the method.
+
+    Raises:
+        TypeError: at construction, if `approximator` is not an instance of one.
+    """
+
+    approximator: IntegrationApproximator
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.approximator, IntegrationApproximator):
+            raise TypeError(
+                "Exponential wraps an IntegrationApproximator instance such as HeunEDM(), got "
+                f"{self.approximator!r}"
+            )
+
+    @property
+    def order(self) -> int:
+        return self.approximator.order
+
+    @property
+    def evaluations(self) -> int:
+        return self.approximator.evaluations
+
+    def increment(
+        self, x: Combination, sigma: float, target: float, denoise: Denoise
+    ) -> Combination:
+        if sigma == 0.0:
+            return leaving(sigma, self.approximator).increment(x, sigma, target, denoise)
+        end = sigma / target
+
+        def transformed(y: Combination, u: float) -> Combination:
+            # Evaluations at the target itself are at that number and not at one that is near it.
+            return y - u * denoise(y / u, target if u == end else sigma / u)
+
+        return (x + self.approximator.increment(x, 1.0, end, transformed)) / end - x
+
+    def scale(self, sigma: float) -> float:
+        return 1 / sigma if sigma > 0.0 else math.inf

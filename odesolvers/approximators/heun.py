@@ -29,3 +29,11 @@ class HeunEDM(IntegrationApproximator):
     ) -> Combination:
         increment = euler(x, sigma, target, denoise)
         return (increment + (target - sigma) * slope(x + increment, target, denoise)) / 2
+
+
+def leaving(sigma: float, method: IntegrationApproximator) -> IntegrationApproximator:
+    """`method` to leave the level `sigma` with; from the level 0 up it is `HeunEDM`.
+
+    That needs the slope at the other end only; most others would learn nothing about the image.
+    """
+    return method if sigma > 0.0 else HeunEDM()

@@ -15,7 +15,7 @@ from .stack import SideInformation, Stack
 
 
 class Arithmetic(ABC):
-    """Applies ``newer = gain · older + rest`` and its inverse to tensors.
+    """Applies ``newer = gain · older + rest``, a stage of a step, and its inverse to tensors.
 
     `older` and `newer` are *stored* states, in whatever form the arithmetic keeps them; `values` are
     what the terms of a `Combination` stand for, floating point tensors all: the current state and
@@ -27,7 +27,7 @@ class Arithmetic(ABC):
 
     @property
     def check_determinism(self) -> bool:
-        """Whether a run evaluates its first step twice and compares the outputs to the bit."""
+        """Whether a run evaluates its first stage twice and compares the outputs to the bit."""
         return False
 
     def check(self, grid: Grid) -> None:
@@ -48,25 +48,25 @@ class Arithmetic(ABC):
         return stored
 
     def open(
-        self, cleaner: Tensor, noisier: Tensor | None, side: SideInformation | None, origin: int
+        self, current: Tensor, partner: Tensor | None, side: SideInformation | None, origin: int
     ) -> Stack | None:
         """The working memory of a run that goes on from a stored pair, or starts from one state.
 
         `origin` is the index of the first pair that the run will hold, see `State.index`.
         """
-        del cleaner, noisier, side, origin
+        del current, partner, side, origin
         return None
 
     def close(
         self,
         stack: Stack | None,
-        cleaner: Tensor,
-        noisier: Tensor | None,
+        current: Tensor,
+        partner: Tensor | None,
         index: int,
         dtype: torch.dtype,
     ) -> SideInformation | None:
         """What the state at `index`, where the run ends, must carry beside its pair."""
-        del stack, cleaner, noisier, index, dtype
+        del stack, current, partner, index, dtype
         return None
 
     @abstractmethod

@@ -61,8 +61,9 @@ class FixedPoint(Arithmetic):
         fractional_bits: F, from 8 to 53. A state can hold ``|x|`` below 2^(61-F), 2 million for the
             default of 40; each run checks that this leaves room for its grid, and that no state
             leaves the range.
-        check_determinism: evaluate the first step of each run twice and raise where the outputs are
-            not the same to the bit. Costs the evaluations of one step.
+        check_determinism: evaluate the first stage of each run twice and raise where the outputs are
+            not the same to the bit. Costs the evaluations of one stage, which for most solvers is a
+            step.
 
     Raises:
         ValueError: at construction, if `fractional_bits` is not usable.
@@ -116,7 +117,7 @@ class FixedPoint(Arithmetic):
             )
 
     def weight(self, g: float) -> float:
-        """The fraction nearest to `g` whose smaller term is at most 4096, as a float.
+        """The fraction nearest to `g` whose smaller term is at most 4096, as a float; -1 stays -1.
 
         0.96 is 24 / 25. The difference is below 1e-6 of `g` for most, and at worst 1 / 8192 of it, very
         near to 1, where 4095 / 4096 comes next.
@@ -124,7 +125,7 @@ class FixedPoint(Arithmetic):
         Raises:
             ValueError: if `g` is above 2^48 or below 2^-48.
         """
-        return 0.0 if g == 0.0 else float(_fraction(g))
+        return 0.0 if g == 0.0 else math.copysign(float(_fraction(abs(g))), g)
 
     def store(self, x: Tensor) -> Tensor:
         largest = float(x.abs().max())
@@ -140,22 +141,22 @@ class FixedPoint(Arithmetic):
         return stored.to(working).mul_(2.0**-self.fractional_bits).to(dtype)
 
     def open(
-        self, cleaner: Tensor, noisier: Tensor | None, side: SideInformation | None, origin: int
+        self, current: Tensor, partner: Tensor | None, side: SideInformation | None, origin: int
     ) -> Stack:
         if side is not None:
-            if cleaner.dtype != torch.int64 or noisier is None:
+            if current.dtype != torch.int64 or partner is None:
                 raise ValueError(
-                    f"a state with side information is a pair in int64, got {cleaner.dtype}"
+                    f"a state with side information is a pair in int64, got {current.dtype}"
                 )
-            return Stack.unpack(side, cleaner.shape)
-        total = checksum(cleaner)
-        return Stack(cleaner.shape, origin, total if noisier is None else total + checksum(noisier))
+            return Stack.unpack(side, current.shape)
+        total = checksum(current)
+        return Stack(current.shape, origin, total if partner is None else total + checksum(partner))
 
     def close(
         self,
         stack: Stack | None,
-        cleaner: Tensor,
-        noisier: Tensor | None,
+        current: Tensor,
+        partner: Tensor | None,
         index: int,
         dtype: torch.dtype,
     ) -> SideInformation:
@@ -171,7 +172,7 @@ class FixedPoint(Arithmetic):
             RuntimeError: if the run is back at its first pair and that is not what it was.
         """
         assert stack is not None
-        assert noisier is not None
+        assert partner is not None
         for extent in stack.extents:
             self._check_range(*extent, dtype)
         if any(bool(overflow) for overflow in stack.overflows):
@@ -179,7 +180,7 @@ class FixedPoint(Arithmetic):
         side = stack.pack(dtype)
         if index == stack.origin and (
             side.bits_per_element > 0
-            or not bool(checksum(cleaner) + checksum(noisier) == stack.checksum)
+            or not bool(checksum(current) + checksum(partner) == stack.checksum)
         ):
             raise RuntimeError(
                 "the run was undone to its first pair of states, which is not what it was: "
@@ -196,25 +197,28 @@ class FixedPoint(Arithmetic):
         assert stack is not None
         rest = self._rest(step, values)
         if older is None or step.gain == 0.0:
-            self._note_extent(stack, step, rest, 1.0, values)
+            self._note_extent(stack, rest, 1.0, values)
             newer = self._encode(rest)
             if older is None:
                 stack.checksum = stack.checksum + checksum(newer)
             return newer
-        self._note_extent(stack, step, rest, 1.0, values)
-        self._note_extent(stack, step, older, max(step.gain, 1.0), values)
+        self._note_extent(stack, rest, 1.0, values)
+        self._note_extent(stack, older, max(abs(step.gain), 1.0), values)
         a, b = self._terms(step)
-        return self._encode(rest).add_(older if a == b else stack.multiply(older, a, b))
+        product = older if a == b else stack.multiply(older, a, b)
+        return self._encode(rest).add_(product, alpha=1 if step.gain > 0.0 else -1)
 
     def inverse(
         self, step: Step, newer: Tensor, values: Sequence[Tensor], stack: Stack | None
     ) -> Tensor:
         assert stack is not None
         rest = self._rest(step, values)
-        self._note_extent(stack, step, rest, 1.0, values)
+        self._note_extent(stack, rest, 1.0, values)
         encoded = self._encode(rest)
         product = torch.sub(newer, encoded, out=encoded)
-        self._note_extent(stack, step, product, max(1 / step.gain, 1.0), values)
+        if step.gain < 0.0:
+            product = product.neg_()
+        self._note_extent(stack, product, max(1 / abs(step.gain), 1.0), values)
         a, b = self._terms(step)
         return product if a == b else stack.divide(product, a, b)
 
@@ -229,8 +233,8 @@ class FixedPoint(Arithmetic):
         return x.mul_(2.0**self.fractional_bits).round_().to(torch.int64)
 
     def _terms(self, step: Step) -> tuple[int, int]:
-        fraction = _fraction(step.gain)
-        if step.gain != float(fraction):
+        fraction = _fraction(abs(step.gain))
+        if abs(step.gain) != float(fraction):
             raise ValueError(
                 f"a step has the gain {step.gain!r}, which {self} cannot undo: a solver must take "
                 "its weights through arithmetic.weight()"
@@ -238,17 +242,16 @@ class FixedPoint(Arithmetic):
         return fraction.as_integer_ratio()
 
     def _note_extent(
-        self, stack: Stack, step: Step, x: Tensor, factor: float, values: Sequence[Tensor]
+        self, stack: Stack, x: Tensor, factor: float, values: Sequence[Tensor]
     ) -> None:
         """Check that `x` times `factor` is in range: on the CPU now, elsewhere at the end of the run."""
-        sigma = step.evaluations[0].sigma
         low, high = x.aminmax()
         if x.dtype == torch.int64:
             factor *= 2.0**-self.fractional_bits
         if x.device.type == "cpu":
-            self._check_range(sigma, low, high, factor, values[0].dtype)
+            self._check_range(stack.sigma, low, high, factor, values[0].dtype)
         else:
-            stack.extents.append((sigma, low, high, factor))
+            stack.extents.append((stack.sigma, low, high, factor))
 
     def _check_range(
         self, sigma: float, low: Tensor, high: Tensor, factor: float, dtype: torch.dtype
@@ -267,13 +270,15 @@ class FixedPoint(Arithmetic):
 def side_information_bound(solver: Solver, sigmas: Sigmas) -> float:
     """Bits for each element that sampling down `sigmas` destroys, and any exact inverse must keep.
 
-    The sum of ``log2(1 / g_i)`` over the steps; where weights above 1 come first, which give room that
+    The sum of ``log2(1 / |g_i|)`` over all stages of all steps, for one stack serves both states of a
+    coupled solver; where weights above 1 come first, which give room that
     nothing before them can use, the largest sum over the last steps of the run.
     """
     bits = 0.0
-    for step in solver.steps(Grid.of(sigmas)):
-        if step.gain > 0.0:
-            bits = max(0.0, bits - math.log2(step.gain))
+    for stages in solver.steps(Grid.of(sigmas)):
+        for stage in stages:
+            if stage.gain != 0.0:
+                bits = max(0.0, bits - math.log2(abs(stage.gain)))
     return bits
 
 

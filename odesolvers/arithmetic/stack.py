@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
@@ -62,10 +63,10 @@ class SideInformation:
         """Bytes that the words take up."""
         return sum(word.nbytes for word in self.words) + self.packed.nbytes
 
-    def fresh(self, cleaner: Tensor, noisier: Tensor, index: int) -> SideInformation:
+    def fresh(self, current: Tensor, partner: Tensor, index: int) -> SideInformation:
         """What a run that begins at this pair starts with: nothing, and the checksum of the pair."""
-        total = checksum(cleaner) + checksum(noisier)
-        return Stack(cleaner.shape, index, total).pack(self.dtype)
+        total = checksum(current) + checksum(partner)
+        return Stack(current.shape, index, total).pack(self.dtype)
 
     def map(self, move: Callable[[Tensor], Tensor]) -> SideInformation:
         """The same with every tensor replaced by `move` of it."""
@@ -101,6 +102,8 @@ class Stack:
     def __init__(self, shape: torch.Size, origin: int, checksum: Tensor) -> None:
         self.origin = origin
         self.checksum = checksum
+        self.sigma = math.nan
+        """The level of the step at hand, for messages."""
         self.overflows: list[Tensor] = []
         """Tensors that are True where side information overflowed: never in an exact run."""
         self.extents: list[tuple[float, Tensor, Tensor, float]] = []

@@ -244,7 +244,7 @@ def invert(
     )
     if file.suffix == SUFFIX:
         setup, settings, state = Setup.restore(file, options)
-        images = state.cleaner
+        images = state.current
         solution = work.go(setup, settings, state, down=False)
     else:
         setup, settings = Setup.of(options)

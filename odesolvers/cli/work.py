@@ -42,7 +42,7 @@ class Setup:
         state, notes = storage.read(file, options.torch_device())
         settings = options.settings_of(notes, relabel=relabel)
         settings.solver()
-        dtype = options.torch_dtype(state.cleaner)
+        dtype = options.torch_dtype(state.current)
         setup = cls._load(settings, options.sigmas_of(state), options, dtype)
         return setup, settings, state
 
@@ -228,7 +228,7 @@ def relative(x: Tensor, reference: Tensor) -> float:
 
 def go(setup: Setup, settings: Settings, start: Tensor | State, *, down: bool) -> Solution:
     """Sample from `start`, or invert it, with a progress bar."""
-    tensor = start.cleaner if isinstance(start, State) else start
+    tensor = start.current if isinstance(start, State) else start
     denoiser, extra = setup.conditioned(settings, tensor.shape[0])
     solver = settings.solver()
     run = solver.sample if down else solver.invert

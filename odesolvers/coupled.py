@@ -1,0 +1,191 @@
+"""Solvers that carry two coupled states down the grid: EDICT, McCallum-Foster, Rex, reversible Heun.
+
+Each step is a sequence of shears of the pair, ``(a, b) -> (b, gain · a + rest(b))``, listed here as in
+the papers and undone in reverse order. The step to the level 0 is taken in the plain state x, whatever
+the scale of the approximator: the ratio of two scales may not be finite there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, final
+
+from .approximators import Euler, Exponential, IntegrationApproximator, leaving, slope
+from .arithmetic import Arithmetic, FloatingPoint
+from .checks import check_approximator, check_arithmetic, checked_share
+from .combination import HERE, NOTHING, Combination
+from .grids import Grid
+from .solver import CoupledSolver
+from .step import Evaluation, Step
+
+EXCHANGE: Final = Step((), rest=NOTHING, gain=1.0)
+"""``(a, b) -> (b, a)``"""
+
+
+@final
+@dataclass(frozen=True)
+class EDICT(CoupledSolver):
+    """EDICT (Wallace, Gokul, Naik, CVPR 2023, arXiv 2211.12446, equations 14 and 15), in x = z / α.
+
+    Two states take the Euler step, which in x is DDIM, each with the noise found at the other, and
+    are then mixed to keep them together:
+
+        x'  = x + (τ - σ) ε(y, σ)       y'  = y + (τ - σ) ε(x', σ)        ε(x, σ) = (x - D(x, σ)) / σ
+        x'' = p x' + (1 - p) y'         y'' = p y' + (1 - p) x''
+
+    Order 1, two evaluations a step, both at σ. Inverting amplifies the difference of the two states by
+    1 / p² a step, which for the default is 1,400 over 50 steps. The order of x and y is not alternated.
+
+    Args:
+        p: the mixing weight, in (0, 1]; 1 does not mix.
+        arithmetic: see `BDIA`.
+
+    Raises:
+        TypeError, ValueError: at construction, if `p` or `arithmetic` is not usable.
+    """
+
+    p: float = 0.93
+    arithmetic: Arithmetic = FloatingPoint()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "p", checked_share("p", self.p))
+        check_arithmetic(self.arithmetic)
+
+    def step(self, sigma: float, target: float) -> tuple[Step, ...]:
+        """From (x, y) at level `sigma` to (x'', y'') at level `target`."""
+        p = self.arithmetic.weight(self.p)
+        plan = Euler().plan(sigma, (target,))
+        denoise = Step(plan.evaluations, gain=1.0, rest=plan.increments[0])
+        mix = Step((), gain=p, rest=(1 - p) * HERE)
+        return denoise, denoise, mix, mix
+
+    def steps(self, grid: Grid) -> list[tuple[Step, ...]]:
+        return [self.step(sigma, target) for sigma, target in grid.intervals()]
+
+
+@final
+@dataclass(frozen=True)
+class McCallumFoster(CoupledSolver):
+    """The reversible coupling of McCallum and Foster (2024, arXiv 2410.11648), over any one-step method.
+
+    In the state ``z = s(σ) x`` of the approximator Ψ, over a step h from σ to τ:
+
+        y' = ζ y + (1 - ζ) v + Ψ_h(v)          v' = v - Ψ_{-h}(y')
+        v  = v' + Ψ_{-h}(y')                   y  = (y' - (1 - ζ) v - Ψ_h(v)) / ζ
+
+    or in x, with r = s(σ) / s(τ), and r = 1 to the level 0:
+
+        y' = ζ r (y - v) + v + Δ(σ → τ | v)    v' = r (v - y' - Δ(τ → σ | y')) + y'
+
+    Order that of the approximator, twice its evaluations. Inverting amplifies the difference of the two
+    states by 1 / ζ a step, and both by 1 / r. From the level 0 up, Δ is that of `HeunEDM`, as in `BDIA`.
+
+    Args:
+        approximator: the one-step method.
+        zeta: the coupling ζ, in (0, 1].
+        arithmetic: see `BDIA`.
+
+    Raises:
+        TypeError, ValueError: at construction, if an argument is not usable.
+    """
+
+    approximator: IntegrationApproximator
+    zeta: float = 0.999
+    arithmetic: Arithmetic = FloatingPoint()
+
+    def __post_init__(self) -> None:
+        check_approximator(self, self.approximator)
+        object.__setattr__(self, "zeta", checked_share("zeta", self.zeta))
+        check_arithmetic(self.arithmetic)
+
+    def step(self, sigma: float, target: float) -> tuple[Step, ...]:
+        """From (y, v) at level `sigma` to (y', v') at level `target`."""
+        scale, weight = self.approximator.scale, self.arithmetic.weight
+        r = scale(sigma) / scale(target) if target > 0.0 else 1.0
+        ahead = self.approximator.start(sigma, target)
+        behind = leaving(target, self.approximator).start(target, sigma)
+        g, r = weight(self.zeta * r), weight(r)
+        return (
+            Step(ahead.evaluations, gain=g, rest=ahead.rest - g * HERE),
+            Step(behind.evaluations, gain=r, rest=HERE - r * behind.rest),
+        )
+
+    def steps(self, grid: Grid) -> list[tuple[Step, ...]]:
+        return [self.step(sigma, target) for sigma, target in grid.intervals()]
+
+
+@final
+@dataclass(frozen=True)
+class Rex(CoupledSolver):
+    """Rex (Blasingame and Liu, arXiv 2502.08834), for the flow: `McCallumFoster` over `Exponential`.
+
+    The coupling is that of McCallum and Foster, in ``y = x / σ`` over the time 1/σ, where the flow is
+    ``dy / d(1/σ) = D(x, σ)``; its weights in x are therefore r = τ / σ and ζ r. Order that of the
+    approximator, twice its evaluations.
+
+    Args:
+        approximator: the one-step method that is run in these variables.
+        zeta: the coupling ζ, in (0, 1].
+        arithmetic: see `BDIA`. Sampling contracts both states by τ / σ a step, all of which
+            `FixedPoint` has to keep.
+
+    Raises:
+        TypeError, ValueError: at construction, if an argument is not usable.
+    """
+
+    approximator: IntegrationApproximator
+    zeta: float = 0.999
+    arithmetic: Arithmetic = FloatingPoint()
+
+    def __post_init__(self) -> None:
+        check_approximator(self, self.approximator)
+        object.__setattr__(self, "zeta", checked_share("zeta", self.zeta))
+        check_arithmetic(self.arithmetic)
+
+    def steps(self, grid: Grid) -> list[tuple[Step, ...]]:
+        coupling = McCallumFoster(Exponential(self.approximator), self.zeta, self.arithmetic)
+        return coupling.steps(grid)
+
+
+@final
+@dataclass(frozen=True)
+class ReversibleHeun(CoupledSolver):
+    """Reversible Heun (Kidger, Foster, Li, Lyons 2021, arXiv 2105.13493), for the flow's slope d.
+
+    Over a step h = τ - σ, on (y, ŷ):
+
+        ŷ' = 2 y - ŷ + h d(ŷ, σ)               y' = y + h (d(ŷ, σ) + d(ŷ', τ)) / 2
+
+    Order 2 for one evaluation a step, and one more for the run: the slope at ŷ' is that of the next
+    step. ŷ is the leapfrog rule, ``BDIA(Euler(), 1.0)``, and y its output smoothed as Gragg (1965) does.
+    Neither is damped in either direction. The step to the level 0 is Euler's, ``y' = y + h d(ŷ, σ)``,
+    and leaves ŷ as it is.
+
+    Args:
+        arithmetic: see `BDIA`. All weights are 1 or -1: `FixedPoint` keeps nothing.
+
+    Raises:
+        TypeError: at construction, if `arithmetic` is not usable.
+    """
+
+    arithmetic: Arithmetic = FloatingPoint()
+
+    def __post_init__(self) -> None:
+        check_arithmetic(self.arithmetic)
+
+    def step(self, sigma: float, target: float) -> tuple[Step, ...]:
+        """From (y, ŷ) at level `sigma` to (y', ŷ') at level `target`."""
+        h = target - sigma
+        if target == 0.0:
+            return _along_slope(sigma, h), EXCHANGE
+        reflect = Step((), gain=-1.0, rest=2.0 * HERE)  # ŷ' = 2 (y + h d(ŷ, σ) / 2) - ŷ
+        return _along_slope(sigma, h / 2), reflect, _along_slope(target, h / 2), EXCHANGE
+
+    def steps(self, grid: Grid) -> list[tuple[Step, ...]]:
+        return [self.step(sigma, target) for sigma, target in grid.intervals()]
+
+
+def _along_slope(sigma: float, h: float) -> Step:
+    """``(a, b) -> (b, a + h d(b, σ))``"""
+    d = slope(HERE, sigma, lambda point, level: Combination({1: 1.0}))
+    return Step((Evaluation(HERE, sigma),), gain=1.0, rest=h * d)

@@ -1,0 +1,188 @@
+"""Inversion that is not exact: one state, and a step that is undone by solving for its start."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from .approximators import DDIM, IntegrationApproximator
+from .checks import check_approximator
+from .grids import Grid
+from .integrate import Pair, Run
+from .solver import InvertibleSolver
+from .state import Convergence
+from .step import Step
+
+Residual: TypeAlias = Callable[[Tensor], Tensor]
+"""``y -> x_{i-1} - (y + Δ(i → i-1 | y))``, 0 where the step from y leads to x_{i-1}; one step's cost."""
+
+
+class IterativeSolver(InvertibleSolver):
+    """A one-step method, whose step ``x_{i-1} = x_i + Δ(i → i-1 | x_i)`` is an equation for x_i.
+
+    Sampling is the method's own. A state is one tensor, with no partner.
+    """
+
+    states: ClassVar[int] = 1
+    exact: ClassVar[bool] = False
+
+    approximator: IntegrationApproximator
+
+    @abstractmethod
+    def solve(
+        self, residual: Residual, after: Tensor, guess: Tensor
+    ) -> tuple[Tensor, Convergence | None]:
+        """x_i, from `after` = x_{i-1} and a first guess; and how well it is known."""
+
+    @final
+    def undo(self, run: Run, k: int, stages: tuple[Step, ...], pair: Pair) -> Pair:
+        (step,), (_, after) = stages, pair
+        sigma, target = run.grid.levels[k : k + 2]
+        scale = self.approximator.scale
+        # The state that the method is published in hardly changes from level to level.
+        ratio = scale(target) / scale(sigma)
+
+        def residual(y: Tensor) -> Tensor:
+            return after - run.forward(step, (None, y), k)[1]
+
+        before, outcome = self.solve(
+            residual, after, after * (ratio if math.isfinite(ratio) else 1.0)
+        )
+        if outcome is not None:
+            run.convergence.append(outcome)
+        return None, before
+
+    @final
+    def start(self, sigma: float, target: float) -> Step:
+        return self.approximator.start(sigma, target)
+
+    @final
+    def steps(self, grid: Grid) -> list[tuple[Step, ...]]:
+        return self.approximator.steps(grid)
+
+
+@final
+@dataclass(frozen=True)
+class DDIMInversion(IterativeSolver):
+    """DDIM inversion (Song et al. 2021, arXiv 2010.02502; Mokady et al. 2023, arXiv 2211.09794).
+
+    The step from x_i is undone as if the noise there were that of the state x_{i-1} at hand,
+
+        x_i ≈ x_{i-1} - Δ(i → i-1 | y),        y = x_{i-1} s(σ_{i-1}) / s(σ_i),
+
+    which for `DDIM` evaluates the network at z_{i-1} and the level σ_i, as diffusers'
+    `DDIMInverseScheduler` does. It errs by the order of the method's own local error at best, O(h²) a
+    step, and never says so: sampling from what it returns does not lead back. The evaluations of a step
+    are those of the method.
+
+    Args:
+        approximator: the one-step method; `DDIM` is what the literature calls by this name.
+
+    Raises:
+        TypeError: at construction, if `approximator` is not usable.
+    """
+
+    approximator: IntegrationApproximator = DDIM()
+
+    def __post_init__(self) -> None:
+        check_approximator(self, self.approximator)
+
+    def solve(
+        self, residual: Residual, after: Tensor, guess: Tensor
+    ) -> tuple[Tensor, Convergence | None]:
+        return residual(guess).add_(guess), None
+
+
+@final
+@dataclass(frozen=True)
+class FixedPointInversion(IterativeSolver):
+    """Each step undone by iteration (AIDI, Pan et al., ICCV 2023, arXiv 2309.04907).
+
+    ``x_i = x_{i-1} - Δ(i → i-1 | x_i)`` is iterated from the guess of `DDIMInversion`, with Anderson
+    acceleration: the next iterate is the combination of the last ones whose residuals cancel best,
+    found for each element of the batch on its own. The iteration contracts where the step is short
+    enough for the network; nothing assures that it does. Of the iterates the one with the smallest
+    residual is returned.
+
+    ``solution.convergence`` has the outcome of every step, and an `InversionWarning` says where the
+    tolerance was not reached. Every evaluation is counted: that of each iteration is a step's.
+
+    Args:
+        approximator: the one-step method that samples.
+        tolerance: of the residual, ``|x_{i-1} - y - Δ(i → i-1 | y)| / |x_{i-1}|``, for each element of
+            the batch. Below the precision of the dtype it cannot be reached.
+        max_iterations: evaluations of a step at most.
+        memory: how many earlier iterates Anderson acceleration combines; 0 is plain iteration.
+
+    Raises:
+        TypeError, ValueError: at construction, if an argument is not usable.
+    """
+
+    approximator: IntegrationApproximator
+    tolerance: float = 1e-6
+    max_iterations: int = 50
+    memory: int = 2
+
+    def __post_init__(self) -> None:
+        check_approximator(self, self.approximator)
+        if not 0 < self.tolerance < 1:
+            raise ValueError(f"tolerance must be between 0 and 1, got {self.tolerance}")
+        for name, least in (("max_iterations", 1), ("memory", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer, {least} or more, got {value!r}")
+
+    def solve(
+        self, residual: Residual, after: Tensor, guess: Tensor
+    ) -> tuple[Tensor, Convergence | None]:
+        per_element = (-1, *[1] * (after.ndim - 1))
+        size = _norms(after).clamp_min(torch.finfo(after.dtype).tiny)
+        y, best, smallest = guess, guess, torch.full_like(size, math.inf)
+        moves: list[tuple[Tensor, Tensor]] = []
+        last: tuple[Tensor, Tensor] | None = None
+        iterations = 0
+        while True:
+            f = residual(y)
+            iterations += 1
+            error = _norms(f) / size
+            better = error < smallest
+            best = torch.where(better.reshape(per_element), y, best)
+            smallest = torch.where(better, error, smallest)
+            # What has left the smallest residual a thousandfold behind does not come back.
+            done = (smallest <= self.tolerance) | ~(error < 1e3 * smallest)
+            if bool(done.all()) or iterations == self.max_iterations:
+                break
+            if last is not None and self.memory:
+                moves = [*moves, (y - last[0], f - last[1])][-self.memory :]
+            last = y, f
+            y = torch.where(done.reshape(per_element), best, y + f - _extrapolation(moves, f))
+        return best, Convergence(iterations, smallest, smallest <= self.tolerance)
+
+
+def _extrapolation(moves: list[tuple[Tensor, Tensor]], f: Tensor) -> Tensor:
+    """``Σ_j c_j (Δy_j + Δf_j)`` with the c of the smallest ``|f - Σ_j c_j Δf_j|``, for each element."""
+    if not moves:
+        return torch.zeros_like(f)
+    wide = torch.promote_types(f.dtype, torch.float32)
+    df = torch.stack([df.reshape(df.shape[0], -1) for _, df in moves], 1).to(wide)
+    gram = df @ df.mT
+    # A little of the largest diagonal element keeps the solution finite where moves are parallel.
+    ridge = gram.diagonal(dim1=1, dim2=2).amax(1).mul(100 * torch.finfo(wide).eps)
+    gram.diagonal(dim1=1, dim2=2).add_(ridge.clamp_min(torch.finfo(wide).tiny)[:, None])
+    c = torch.linalg.solve(gram, df @ f.to(wide).reshape(f.shape[0], -1, 1)).squeeze(2).to(f.dtype)
+    per_element = (-1, *[1] * (f.ndim - 1))
+    terms = [c[:, j].reshape(per_element) * (y + f) for j, (y, f) in enumerate(moves)]
+    return torch.stack(terms).sum(0)
+
+
+def _norms(x: Tensor) -> Tensor:
+    """Of each element of the batch, shape ``(B,)``."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    norms: Tensor = torch.linalg.vector_norm(wide.reshape(x.shape[0], -1), dim=1)
+    return norms
