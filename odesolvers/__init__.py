@@ -22,7 +22,7 @@ from .arithmetic import (
 )
 from .bdia import BDIA
 from .combination import Combination
-from .gamma import ConstantGamma, GammaRule, PerStep, SmoothedOutput, StepRatio
+from .gamma import ConstantGamma, GammaRule, PerStep, SmoothedOutput, StepRatio, order_gaining
 from .grids import (
     Grid,
     ddim_timesteps,
@@ -33,7 +33,9 @@ from .grids import (
     vp_sigmas,
 )
 from .solver import Denoiser, InvertibleSolver, Solver
+from .stability import StabilityReport, stability_report
 from .state import Solution, State
+from .trust import InversionWarning
 
 __version__ = "0.1.0"
 
@@ -56,6 +58,7 @@ __all__ = [
     "Grid",
     "HeunEDM",
     "IntegrationApproximator",
+    "InversionWarning",
     "InvertibleSolver",
     "Midpoint",
     "PerStep",
@@ -63,14 +66,17 @@ __all__ = [
     "SmoothedOutput",
     "Solution",
     "Solver",
+    "StabilityReport",
     "State",
     "StepRatio",
     "ddim_timesteps",
     "exponential_sigmas",
     "karras_sigmas",
+    "order_gaining",
     "polyexponential_sigmas",
     "side_information_bound",
     "sigmas_from_alphas_cumprod",
     "slope",
+    "stability_report",
     "vp_sigmas",
 ]

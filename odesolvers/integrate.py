@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .combination import HERE
 from .grids import Grid, level_dtype
+from .stability import warn_before_inverting
 from .state import Solution, State, check_pair, describe
 from .step import Evaluation, Step
 
@@ -69,6 +70,15 @@ def ascend(run: Run, state: State, stop: int) -> Solution:
                 "at every level"
             )
     begin = [(last, run.solver.start(s[last], s[last - 1]))] if state.noisier is None else []
+    warn_before_inverting(
+        run.solver,
+        list(steps.values()),
+        run.grid,
+        last,
+        stop,
+        lone=state.noisier is None,
+        dtype=run.dtype,
+    )
     stack = run.prepare(begin + undo, state, origin=last)
 
     newer, current = state.cleaner, state.noisier
@@ -113,7 +123,7 @@ class Run:
         self._extra_args = dict(extra_args or {})
         self._callback = callback
         self._progress = progress
-        self._dtype = torch.float32
+        self.dtype = torch.float32
         self._sigmas: dict[float, Tensor] = {}
         self._twice = self.arithmetic.check_determinism
         self._probes: list[tuple[str, Tensor]] = []
@@ -129,13 +139,13 @@ class Run:
             x.check(self.grid, repr(self.solver))
             check_pair(x)
             if x.side is not None:
-                self._dtype = x.side.dtype
+                self.dtype = x.side.dtype
                 return x
             for tensor in (x.cleaner, x.noisier):
                 if tensor is not None:
                     _check_tensor(tensor)
             state = x
-        self._dtype = state.cleaner.dtype
+        self.dtype = state.cleaner.dtype
         store, noisier = self.arithmetic.store, state.noisier
         return replace(
             state,
@@ -146,7 +156,7 @@ class Run:
     def prepare(self, path: list[tuple[int, Step]], state: State, origin: int) -> Stack | None:
         """The noise levels of all calls on `path`, in one transfer, and the working memory."""
         levels = sorted({call.sigma for _, step in path for call in step.evaluations})
-        table = torch.tensor(levels, dtype=level_dtype(self._dtype))
+        table = torch.tensor(levels, dtype=level_dtype(self.dtype))
         rows = table.unsqueeze(1).repeat(1, state.cleaner.shape[0]).to(state.cleaner.device)
         self._sigmas = dict(zip(levels, rows.unbind(), strict=True))
         return self.arithmetic.open(state.cleaner, state.noisier, state.side, origin)
@@ -164,7 +174,7 @@ class Run:
 
     def evaluate(self, step: Step, stored: Tensor, k: int) -> list[Tensor]:
         """The state at level `k` and the outputs of the denoiser calls of `step`, in order."""
-        x = self.arithmetic.load(stored, self._dtype)
+        x = self.arithmetic.load(stored, self.dtype)
         values = self._outputs(step, x, k)
         if self._twice:
             self._twice = False
@@ -179,11 +189,11 @@ class Run:
 
     def finish(self, stored: Tensor, state: State, stack: Stack | None) -> Solution:
         """The solution, once every value that was met is known to be finite."""
-        x = self.arithmetic.load(stored, self._dtype)
+        x = self.arithmetic.load(stored, self.dtype)
         self._probe(x, f"the final state is not finite; {_OVERFLOW}")
         for message, probe in self._probes:
             _check_probe(probe, message)
-        side = self.arithmetic.close(stack, state.cleaner, state.noisier, state.index, self._dtype)
+        side = self.arithmetic.close(stack, state.cleaner, state.noisier, state.index, self.dtype)
         x = x.clone() if x is stored else x  # the caller may write to it, not to the state
         return Solution(x, replace(state, side=side), self.nfe)
 

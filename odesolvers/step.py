@@ -27,3 +27,8 @@ class Step:
     evaluations: tuple[Evaluation, ...]
     rest: Combination
     gain: float = 0.0
+
+
+def stages_of(step: Step | tuple[Step, ...]) -> tuple[Step, ...]:
+    """The stages of a step, each a linear map of a pair; a `Step` alone is its own only stage."""
+    return (step,) if isinstance(step, Step) else step

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..combination import Combination
 from ..grids import Grid
-from ..step import Step
+from ..step import Step, stages_of
 from .base import Arithmetic
 from .floating import FloatingPoint
 from .stack import SideInformation, Stack, checksum
@@ -78,6 +78,10 @@ class FixedPoint(Arithmetic):
         F = self.fractional_bits
         if isinstance(F, bool) or not isinstance(F, int) or not 8 <= F <= 53:
             raise ValueError(f"fractional_bits must be an integer from 8 to 53, got {F!r}")
+
+    @property
+    def exact(self) -> bool:
+        return True
 
     @property
     def limit(self) -> float:
@@ -272,8 +276,9 @@ def side_information_bound(solver: Solver, sigmas: Sigmas) -> float:
     """
     bits = 0.0
     for step in solver.steps(Grid.of(sigmas)):
-        if step.gain > 0.0:
-            bits = max(0.0, bits - math.log2(step.gain))
+        for stage in stages_of(step):
+            if stage.gain != 0.0:
+                bits = max(0.0, bits - math.log2(abs(stage.gain)))
     return bits
 
 
