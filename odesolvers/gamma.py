@@ -100,8 +100,8 @@ class StepRatio(GammaRule):
       inverting.
     - Side information: ``power · log2(first step / last step)`` bits, however many steps there are.
 
-    ``power = 1`` is the neutral rule: next to no amplification either way, in variance-preserving
-    units, on Stable Diffusion's schedule with trailing timesteps, and more on grids that end with
+    ``power = 1`` is the neutral rule: little amplification either way, in variance-preserving units,
+    on Stable Diffusion's schedule with trailing timesteps, and more on grids that end with
     short steps.
 
     The steps are those of x whatever the scale of the approximator, as in the derivation.

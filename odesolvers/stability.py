@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import TYPE_CHECKING, Final, final
 
 import torch
@@ -150,7 +151,7 @@ class StabilityReport:
         title = (
             f"{self.steps} steps from {top:.6g} to {bottom:.6g}, data of std {self.data_std:.6g}"
         )
-        return "\n".join([text, "", title, *lines])
+        return "\n".join([*wrap(text, 88, break_on_hyphens=False), "", title, *lines])
 
 
 def stability_report(
