@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -97,6 +98,14 @@ def test_data_of_another_width() -> None:
         assert 0.3 < measured / report.round_trip_error(torch.float64) < 3
 
 
+@cache
+def images_and_codes() -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws from the mixture, and their codes on a fine grid."""
+    image = mixture().sample(64, torch.Generator().manual_seed(1))
+    solver = BDIA(RK4(), StepRatio(1))
+    return image, solver.invert(mixture(), image, karras_sigmas(300)).x
+
+
 @pytest.mark.parametrize("n", [18, 50])
 @pytest.mark.parametrize("gamma", [*RULES, 0.8], ids=repr)
 @pytest.mark.parametrize("approximator", APPROXIMATORS, ids=repr)
@@ -111,8 +120,7 @@ def test_codes_of_lone_images_are_as_expected(
     code = solver.invert(Gaussian(std=STD), image, sigmas).x
     true = Gaussian(std=STD).flow(image, 0.0, 80.0)
     assert float(code.norm() / true.norm()) == pytest.approx(report.code_std, rel=1e-6)
-    image = mixture().sample(64, torch.Generator().manual_seed(1))
-    fine = BDIA(RK4(), StepRatio(1)).invert(mixture(), image, karras_sigmas(300)).x
+    image, fine = images_and_codes()
     code = solver.invert(mixture(), image, sigmas).x
     error = (code - fine).norm(dim=1) / fine.square().sum(1).mean().sqrt()
     assert 0.1 < float(error.median()) / report.encoding_error < 10
