@@ -1,7 +1,8 @@
 """How strongly an inversion amplifies errors, by rule for gamma and by grid.
 
-Prints the largest product of the factors by which the alternating mode of the recurrence is multiplied
-on the way up the grid, in variance-preserving units (state over sqrt(1 + sigma^2)): 1 is neutral.
+Prints the largest product of the factors by which consecutive steps up the grid multiply the alternating
+mode of the recurrence, in variance-preserving units (state over sqrt(1 + sigma^2)): 1 is neutral. No
+model is run: see `odesolvers.stability_report`.
 
 Run: python benchmarks/amplification.py        (a second)
 """
@@ -11,14 +12,15 @@ from __future__ import annotations
 import torch
 
 from odesolvers import (
+    BDIA,
     DDIM,
     ConstantGamma,
     GammaRule,
-    Grid,
     StepRatio,
     ddim_timesteps,
     karras_sigmas,
     sigmas_from_alphas_cumprod,
+    stability_report,
 )
 
 RULES: list[GammaRule] = [ConstantGamma(1.0), ConstantGamma(0.96), StepRatio(1), StepRatio(2)]
@@ -32,15 +34,9 @@ def stable_diffusion(n: int, spacing: str, offset: int) -> torch.Tensor:
     return sigmas_from_alphas_cumprod(torch.cumprod(1 - betas, 0), steps)
 
 
-def amplification(rule: GammaRule, grid: Grid) -> float:
-    """The largest product of consecutive factors, from the last step upwards."""
-    s = [DDIM().scale(sigma) for sigma in grid.levels]
-    g = rule.checked_weights(grid, DDIM().scale)
-    worst = product = 1.0
-    for k in range(grid.steps - 1, 0, -1):
-        product *= s[k - 1] / s[k] / g[k - 1]
-        worst = max(worst, product)
-    return worst
+def amplification(rule: GammaRule, sigmas: torch.Tensor) -> float:
+    """The largest product of consecutive factors up the grid."""
+    return stability_report(BDIA(DDIM(), rule), sigmas).amplification_inverting_vp
 
 
 def main() -> None:
@@ -53,7 +49,7 @@ def main() -> None:
     print("|---|---|" + "---:|" * len(STEPS))
     for name, make in grids.items():
         for rule in RULES:
-            values = [f"{amplification(rule, Grid.of(make(n))):.3g}" for n in STEPS]
+            values = [f"{amplification(rule, make(n)):.3g}" for n in STEPS]
             print(f"| {name} | {rule} | " + " | ".join(values) + " |")
 
 

@@ -33,6 +33,7 @@ from .gamma import (
     PerStep,
     SmoothedOutput,
     StepRatio,
+    order_gaining,
 )
 from .grids import (
     Grid,
@@ -45,6 +46,7 @@ from .grids import (
 )
 from .iterative import DDIMInversion, FixedPointInversion, IterativeSolver
 from .solver import CoupledSolver, Denoiser, InvertibleSolver, Solver
+from .stability import StabilityReport, stability_report
 from .state import Convergence, Solution, State
 from .trust import InversionWarning
 
@@ -96,15 +98,18 @@ __all__ = [
     "SmoothedOutput",
     "Solution",
     "Solver",
+    "StabilityReport",
     "State",
     "StepRatio",
     "calibrate",
     "ddim_timesteps",
     "exponential_sigmas",
     "karras_sigmas",
+    "order_gaining",
     "polyexponential_sigmas",
     "side_information_bound",
     "sigmas_from_alphas_cumprod",
     "slope",
+    "stability_report",
     "vp_sigmas",
 ]

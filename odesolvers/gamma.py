@@ -4,7 +4,10 @@ A step ahead over ``h_i = σ_i - σ_{i-1}`` after a step behind of ``h_{i+1}`` r
 state x, ``x_{i-1} = F + g_i (x_{i+1} - B)``. The recurrence has a second solution that alternates
 in sign; each step multiplies it by ``-g_i`` when sampling and by ``-1/g_i`` when inverting. A rule
 is therefore a choice between accuracy when sampling (large g_i keeps that solution alive) and
-stability when inverting (small g_i amplifies it).
+stability when inverting (small g_i amplifies it). What a contraction by g_i destroys is side
+information, ``log2(1 / g_i)`` bits for each element, which `FixedPoint` keeps. So each rule has an
+order, an amplification each way, which is a product of its weights, and a number of bits;
+`stability_report` gives them for any solver and grid.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Real
 
+from .approximators import IntegrationApproximator
 from .grids import Grid
 
 
@@ -59,9 +63,13 @@ class GammaRule(ABC):
 class ConstantGamma(GammaRule):
     """The paper's constant γ, which weighs differences of the scaled state ``z = s(σ) x``.
 
-    In x it is ``g_i = γ s(σ_{i+1}) / s(σ_{i-1})``. Over a base of odd order p, γ = 1 gains an order;
-    0 < γ < 1 keeps order p with the error constant times (1 - γ) / (1 + γ). Inverting n steps
-    amplifies every error by up to γ^-n.
+    In x it is ``g_i = γ s(σ_{i+1}) / s(σ_{i-1})``.
+
+    - Order: over a base of odd order p, γ = 1 gains an order; 0 < γ < 1 keeps order p with the error
+      constant times (1 - γ) / (1 + γ). Over an even order neither order nor constant change.
+    - Amplification of the alternating error of z over n weights: γ^n sampling, γ^-n inverting. In x
+      both are multiplied by the ratio of s at the ends, 1 over `Euler`.
+    - Side information: ``n log2(1/γ)`` bits in z.
 
     Attributes:
         gamma: in [0, 1]; 0 is the base solver alone, which has no inverse.
@@ -87,11 +95,18 @@ class ConstantGamma(GammaRule):
 class StepRatio(GammaRule):
     """``g_i = (h_i / h_{i+1})^power``: the step ahead over the step behind, in σ.
 
-    - ``power = p + 1`` cancels the leading error over a base of odd order p and gains an order. Over
-      `Euler` it is 2, and the solver is O-BELM (Wang et al., NeurIPS 2024, arXiv 2410.07273).
-    - ``power = 1`` is the neutral rule: an inversion amplifies the alternating error by the ratio of the
-      first step to the last. That is next to nothing, in variance-preserving units, on Stable
-      Diffusion's schedule with trailing timesteps, and more on grids that end with short steps.
+    - Order: ``power = p + 1`` cancels the leading error over a base of odd order p, which gains an
+      order, see `order_gaining`. Over `Euler` it is 2, and the solver is O-BELM (Wang et al., NeurIPS
+      2024, arXiv 2410.07273). Any power gains it where steps change slowly, with another constant; an
+      even order stays as it is.
+    - Amplification in x: the weights multiply to the last step over the first, to the power. Steps
+      that shorten towards the data damp when sampling, by that, and amplify by its inverse when
+      inverting.
+    - Side information: ``power · log2(first step / last step)`` bits, however many steps there are.
+
+    ``power = 1`` is the neutral rule: little amplification either way, in variance-preserving units,
+    on Stable Diffusion's schedule with trailing timesteps, and more on grids that end with
+    short steps.
 
     The steps are those of x whatever the scale of the approximator, as in the derivation.
     """
@@ -146,7 +161,12 @@ class DampedStepRatio(GammaRule):
 
 @dataclass(frozen=True)
 class PerStep(GammaRule):
-    """Given weights g_i in x, one for every step but the first, in sampling order."""
+    """Given weights g_i in x, one for every step but the first, in sampling order.
+
+    - Order: that of the base at least, for weights that stay below 1.
+    - Amplification in x: the product of the values sampling, of their inverses inverting.
+    - Side information: the sum of ``log2(1 / g_i)``, see `side_information_bound`.
+    """
 
     values: tuple[float, ...]
 
@@ -163,8 +183,14 @@ class SmoothedOutput(GammaRule):
     """Any rule, with its last weight g replaced by ``g / (1 + g)``.
 
     Cancels the alternating part of the returned sample for no evaluation, as Gragg's smoothing does
-    (Gragg 1965); the inverse of the last step then amplifies errors by ``1 + 1/g`` in place of
-    ``1/g``.
+    (Gragg 1965): all of it where the last weight g is that of the step before, g', and all but
+    ``(g' - g) / (g' (1 + g))`` of what stands at the last state but one where it is not. That is for a
+    flow that hardly bends over the last two steps.
+
+    - Order: that of `rule`.
+    - Amplification: inverting, that of `rule` times ``1 + g``, for the last step divides by
+      ``g / (1 + g)``.
+    - Side information: ``log2(1 + g)`` bits more, 1 for g = 1.
     """
 
     rule: GammaRule
@@ -178,6 +204,35 @@ class SmoothedOutput(GammaRule):
     def weights(self, grid: Grid, scale: Callable[[float], float]) -> list[float]:
         weights = self.rule.weights(grid, scale)
         return [*weights[:-1], *(g / (1 + g) for g in weights[-1:])]
+
+
+def order_gaining(approximator: IntegrationApproximator) -> StepRatio:
+    """The rule with which `BDIA` over a base of odd order p has order p + 1: ``StepRatio(p + 1)``.
+
+    The base errs by ``C h^{p+1}`` ahead and by ``C (-h)^{p+1}``, of the same sign for odd p, behind. So
+    ``F + g (x_{i+1} - B)`` errs by ``C (h_i^{p+1} - g h_{i+1}^{p+1})``, which vanishes for
+    ``g = (h_i / h_{i+1})^{p+1}``. For even p the signs differ, and no positive weight cancels it.
+
+    >>> from odesolvers import RK3, order_gaining
+    >>> order_gaining(RK3())
+    StepRatio(power=4.0)
+
+    Raises:
+        TypeError: if `approximator` is not an `IntegrationApproximator`.
+        ValueError: if its order is even.
+    """
+    if not isinstance(approximator, IntegrationApproximator):
+        raise TypeError(
+            "order_gaining is for an IntegrationApproximator instance such as Euler(), got "
+            f"{approximator!r}"
+        )
+    if approximator.order % 2 == 0:
+        raise ValueError(
+            f"{approximator} has the even order {approximator.order}, where no weights gain an order: "
+            "use StepRatio(1) to invert with little amplification, or a base of odd order such as "
+            "Euler() or RK3()"
+        )
+    return StepRatio(approximator.order + 1)
 
 
 def as_rule(gamma: object) -> GammaRule:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .combination import HERE
 from .grids import Grid, level_dtype
+from .stability import warn_before_inverting
 from .state import Convergence, Solution, State, check_pair, describe
 from .step import Evaluation, Step
 
@@ -66,6 +67,8 @@ def ascend(run: Run, solver: InvertibleSolver, state: State, stop: int) -> Solut
     path = [(k, steps[k]) for k in range(last - 1, end - 1, -1)]
     if solver.exact:
         _check_gains(solver, path, s)
+        lone = state.partner is None or state.partner is state.current
+        warn_before_inverting(solver, steps, run.grid, last, stop, lone=lone, dtype=run.dtype)
     alone = solver.two_step and state.partner is None
     begin = [(last, (solver.start(s[last], s[last - 1]),))] if alone else []
     pair = run.prepare(begin + path, state, origin=last)
@@ -108,7 +111,7 @@ class Run:
         self._extra_args = dict(extra_args or {})
         self._callback = callback
         self._progress = progress
-        self._dtype = torch.float32
+        self.dtype = torch.float32
         self._sigmas: dict[float, Tensor] = {}
         self._twice = self.arithmetic.check_determinism
         self._stack: Stack | None = None
@@ -134,13 +137,13 @@ class Run:
                     f"coupled={x.coupled}"
                 )
             if x.side is not None:
-                self._dtype = x.side.dtype
+                self.dtype = x.side.dtype
                 return x
             for tensor in (x.current, x.partner):
                 if tensor is not None:
                     _check_tensor(tensor)
             state = x
-        self._dtype = state.current.dtype
+        self.dtype = state.current.dtype
         current, partner = self.arithmetic.store(state.current), None
         if solver.states == 2 and state.partner is not None:
             partner = self.arithmetic.store(state.partner)
@@ -152,7 +155,7 @@ class Run:
         """The noise levels of all calls on `path`, in one transfer, the working memory, the pair."""
         stages = [stage for _, stages in path for stage in stages]
         levels = sorted({call.sigma for stage in stages for call in stage.evaluations})
-        table = torch.tensor(levels, dtype=level_dtype(self._dtype))
+        table = torch.tensor(levels, dtype=level_dtype(self.dtype))
         rows = table.unsqueeze(1).repeat(1, state.current.shape[0]).to(state.current.device)
         self._sigmas = dict(zip(levels, rows.unbind(), strict=True))
         current, partner = state.current, state.partner
@@ -197,7 +200,7 @@ class Run:
 
         What the last stage learnt at the same state and level is not asked for again.
         """
-        x = self.arithmetic.load(stored, self._dtype)
+        x = self.arithmetic.load(stored, self.dtype)
         if self._stack is not None:
             self._stack.sigma = self.grid.levels[k]
         if not stage.evaluations:
@@ -231,12 +234,12 @@ class Run:
         assert current is not None
         stored = current if index == stop else partner
         assert stored is not None
-        x = self.arithmetic.load(stored, self._dtype)
+        x = self.arithmetic.load(stored, self.dtype)
         self._probe(x, f"the final state is not finite; {_OVERFLOW}")
         for message, probe in self._probes:
             _check_probe(probe, message)
         partner = partner if solver.states == 2 else None
-        side = self.arithmetic.close(self._stack, current, partner, index, self._dtype)
+        side = self.arithmetic.close(self._stack, current, partner, index, self.dtype)
         x = x.clone() if x is stored else x  # the caller may write to it, not to the state
         levels, name = self.grid.levels, repr(solver)
         state = State(current, partner, index, levels, name, side, solver.coupled)

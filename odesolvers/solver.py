@@ -168,6 +168,11 @@ class InvertibleSolver(Solver):
         Returns:
             The state at level `stop`, what is needed to sample again, and the evaluations spent.
 
+        Warns:
+            InversionWarning: where the state this run came from is expected back only with a relative
+                error above 0.01 in its dtype, or the code of a lone image is expected to be off by more
+                than 0.3 of its size. See `stability_report`.
+
         Raises:
             TypeError, FloatingPointError: as for `sample`.
             ValueError: as for `sample`; and if a step in the way has the gain 0, which no solver can

@@ -1,7 +1,5 @@
-"""What a solver says where its result is not to be trusted."""
-
-from __future__ import annotations
+"""What is said when a result cannot be trusted."""
 
 
 class InversionWarning(UserWarning):
-    """An inversion did not reach what it was asked for; the message says where and by how much."""
+    """An inversion whose result cannot be trusted."""

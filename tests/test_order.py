@@ -12,9 +12,12 @@ from odesolvers import (
     BDIA,
     GammaRule,
     IntegrationApproximator,
+    PerStep,
+    SmoothedOutput,
     Solver,
     StepRatio,
     karras_sigmas,
+    order_gaining,
 )
 
 from .problems import mixture, noise, reference, relative_error
@@ -60,7 +63,7 @@ def test_odd_bases_gain_an_order_where_the_leading_error_cancels(
     approximator: IntegrationApproximator,
 ) -> None:
     gained = approximator.order + 1
-    solver = BDIA(approximator, StepRatio(gained))
+    solver = BDIA(approximator, order_gaining(approximator))
     assert fitted_order(solver, steps_for(gained)) == pytest.approx(gained, abs=0.2)
 
 
@@ -82,6 +85,23 @@ def test_odd_bases_keep_their_order_with_a_smaller_constant_gamma(
     order = approximator.order
     solver = BDIA(approximator, 0.3)
     assert fitted_order(solver, steps_for(order)) == pytest.approx(order, abs=0.2)
+
+
+@pytest.mark.parametrize("rule", [1.0, StepRatio(1), StepRatio(2)], ids=repr)
+def test_smoothing_keeps_the_order(rule: float | GammaRule) -> None:
+    for approximator in (ODD[0], EVEN[0]):
+        solver = BDIA(approximator, SmoothedOutput(rule))
+        assert fitted_order(solver, steps_for(2)) == pytest.approx(2, abs=0.2)
+
+
+def test_weights_that_follow_no_plan_keep_the_order() -> None:
+    errors, steps = [], (100, 200, 400, 800)
+    for n in steps:
+        grid = karras_sigmas(n + 1, BOTTOM, TOP, rho=5.0, append_zero=False)
+        solver = BDIA(ODD[0], PerStep([0.2 + 0.5 * (k % 3 == 0) for k in range(n - 1)]))
+        errors.append(relative_error(solver.sample(mixture(), START, grid).x, exact()))
+    slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    assert slope == pytest.approx(1, abs=0.2)
 
 
 @pytest.mark.parametrize("gamma", [0.1, 0.5, StepRatio(2)], ids=repr)

@@ -30,6 +30,11 @@ class Arithmetic(ABC):
         """Whether a run evaluates its first stage twice and compares the outputs to the bit."""
         return False
 
+    @property
+    def exact(self) -> bool:
+        """Whether `inverse` undoes `forward` to the bit."""
+        return False
+
     def check(self, grid: Grid) -> None:
         """Refuse a grid that the arithmetic cannot represent, with a ValueError."""
         del grid

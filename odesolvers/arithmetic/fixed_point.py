@@ -81,6 +81,10 @@ class FixedPoint(Arithmetic):
             raise ValueError(f"fractional_bits must be an integer from 8 to 53, got {F!r}")
 
     @property
+    def exact(self) -> bool:
+        return True
+
+    @property
     def limit(self) -> float:
         """The range: states stay below it in absolute value."""
         return 2.0 ** (_STATE_BITS - self.fractional_bits)
