@@ -10,10 +10,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Final
+from functools import cached_property
+from typing import Final, NamedTuple
 
 STATE: Final = 0
 """The term that stands for the current state; denoiser output number k is the term k = 1, 2, ..."""
+
+
+class Factored(NamedTuple):
+    """``factor · (v_k + Σ_j r_j v_j)``"""
+
+    factor: float
+    k: int
+    others: tuple[tuple[int, float], ...]
 
 
 class Combination:
@@ -27,8 +36,6 @@ class Combination:
     >>> (x - denoised) / 2.0
     Combination({0: 0.5, 1: -0.5})
     """
-
-    __slots__ = ("_coefficients",)
 
     def __init__(self, coefficients: Mapping[int, float]) -> None:
         for k, c in coefficients.items():
@@ -46,6 +53,17 @@ class Combination:
     def __iter__(self) -> Iterator[tuple[int, float]]:
         """Pairs (term, coefficient) in the order of the terms, zeros left out."""
         return iter(self._coefficients.items())
+
+    @cached_property
+    def factored(self) -> Factored | None:
+        """The largest coefficient c, its term k, and the others over it; None without terms.
+
+        ``c (v_k + Σ_j (c_j / c) v_j)``: a sum with one factor takes a pass over memory less.
+        """
+        if not self._coefficients:
+            return None
+        k, c = max(self, key=lambda term: abs(term[1]))
+        return Factored(c, k, tuple((j, d / c) for j, d in self if j != k))
 
     def __add__(self, other: Combination) -> Combination:
         if not isinstance(other, Combination):

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .combination import HERE
 from .grids import Grid, level_dtype
 from .stability import warn_before_inverting
 from .state import Convergence, Solution, State, check_pair, describe
-from .step import Evaluation, Step
+from .step import Evaluation, Step, planned_steps
 
 if TYPE_CHECKING:
     from .arithmetic.stack import Stack
@@ -25,7 +24,13 @@ Pair: TypeAlias = "tuple[Tensor | None, Tensor]"
 """Two stored states as a stage takes them, ``(a, b)`` of ``(a, b) -> (b, gain · a + rest(b))``."""
 
 
-@torch.no_grad()
+Path: TypeAlias = "list[tuple[int, tuple[Step, ...]]]"
+"""Steps in the order of a run, each with its number."""
+
+Walk: TypeAlias = "Callable[[Pair], Pair]"
+"""From the pair at the start of a run to that at its end."""
+
+
 def descend(run: Run, state: State, stop: int) -> Solution:
     """Sample: from where `state` stands, step by step down to level `stop`."""
     _check_stop(stop)
@@ -37,19 +42,20 @@ def descend(run: Run, state: State, stop: int) -> Solution:
             if first < run.grid.steps
             else f"the state stands at the last level already (index {first}): nothing to sample"
         )
-    steps = dict(enumerate(solver.steps(run.grid)))
+    path = list(enumerate(planned_steps(solver, run.grid)))[first:stop]
     alone = solver.two_step and state.partner is None
     if alone:
-        steps[first] = (solver.start(s[first], s[first + 1]),)
-    path = [(k, steps[k]) for k in range(first, stop)]
-    pair = run.prepare(path, state, origin=first + 1 if alone else first)
-    for k, stages in run.track(path):
-        for stage in stages:
-            pair = run.forward(stage, pair, k)
-    return run.finish(pair, stop, stop)
+        path[0] = first, (solver.start(s[first], s[first + 1]),)
+
+    def walk(pair: Pair) -> Pair:
+        for k, stages in run.track(path):
+            for stage in stages:
+                pair = run.forward(stage, pair, k)
+        return pair
+
+    return run.go(walk, path, state, first + 1 if alone else first, stop, stop)
 
 
-@torch.no_grad()
 def ascend(run: Run, solver: InvertibleSolver, state: State, stop: int) -> Solution:
     """Invert: undo the steps from where `state` stands, one by one up to level `stop`."""
     _check_stop(stop)
@@ -61,28 +67,35 @@ def ascend(run: Run, solver: InvertibleSolver, state: State, stop: int) -> Solut
             if last > 0
             else "the state stands at the first level already (index 0): nothing to invert"
         )
-    steps = solver.steps(run.grid)
     # The pair of a two-step solver reaches one level up.
     end = stop + 1 if solver.two_step else stop
-    path = [(k, steps[k]) for k in range(last - 1, end - 1, -1)]
+    path = list(enumerate(planned_steps(solver, run.grid)))[end:last][::-1]
     if solver.exact:
         _check_gains(solver, path, s)
         lone = state.partner is None or state.partner is state.current
-        warn_before_inverting(solver, steps, run.grid, last, stop, lone=lone, dtype=run.dtype)
-    alone = solver.two_step and state.partner is None
-    begin = [(last, (solver.start(s[last], s[last - 1]),))] if alone else []
-    pair = run.prepare(begin + path, state, origin=last)
-    for k, stages in run.track(begin + path):
-        if k == last:  # the step of a lone state to its neighbour
-            (_, current), (_, neighbour) = pair, run.forward(stages[0], pair, k)
-            pair = neighbour, current
-        else:
-            pair = solver.undo(run, k, stages, pair)
-    return run.finish(pair, end, stop)
+        warn_before_inverting(solver, run.grid, last, stop, lone=lone, dtype=run.dtype)
+    if solver.two_step and state.partner is None:
+        path.insert(0, (last, (solver.start(s[last], s[last - 1]),)))
+
+    def walk(pair: Pair) -> Pair:
+        for k, stages in run.track(path):
+            if k == last:  # the step of a lone state to its neighbour
+                (_, current), (_, neighbour) = pair, run.forward(stages[0], pair, k)
+                pair = neighbour, current
+            else:
+                pair = solver.undo(run, k, stages, pair)
+        return pair
+
+    return run.go(walk, path, state, last, end, stop, look=not solver.exact)
 
 
 class Run:
-    """One run of a solver: what it calls, reports and counts on its way along the grid."""
+    """One run of a solver: what it calls, reports and counts on its way along the grid.
+
+    The states of a run take turns in two tensors of its own, and what a step adds up in a third: a
+    stage overwrites the state that no later one needs. Tensors of the caller are not written to, and
+    neither is a state that a callback was shown or that a gradient may need.
+    """
 
     def __init__(
         self,
@@ -92,6 +105,7 @@ class Run:
         extra_args: Mapping[str, Any] | None,
         callback: Callable[[dict[str, Any]], object] | None,
         progress: bool,
+        differentiable: bool = False,
     ) -> None:
         if not callable(denoiser):
             raise TypeError(
@@ -102,22 +116,38 @@ class Run:
                 "extra_args must be a mapping of keyword arguments for the denoiser, got "
                 f"{type(extra_args).__name__}"
             )
+        if differentiable and solver.arithmetic.exact:
+            raise ValueError(
+                f"a run in {solver.arithmetic} has no gradient, for it rounds every state: use "
+                "arithmetic=FloatingPoint() with differentiable=True"
+            )
         self.solver = solver
         self.arithmetic = solver.arithmetic
+        self._name = repr(solver)
         self.grid = grid
+        self.differentiable = differentiable
+        self.dtype = torch.float32
         self.nfe = 0
         self.convergence: list[Convergence] = []
         self._denoiser = denoiser
         self._extra_args = dict(extra_args or {})
         self._callback = callback
         self._progress = progress
-        self.dtype = torch.float32
+        self._keeps = callback is not None or differentiable
+        self._begin(look=False)
+
+    def _begin(self, look: bool) -> None:
+        """Forget an earlier attempt at the run; `look` at every value on the way."""
+        self.nfe = 0
+        self.convergence.clear()
+        self._looks = look
+        self._probes: list[tuple[str, Tensor]] = []
         self._sigmas: dict[float, Tensor] = {}
         self._twice = self.arithmetic.check_determinism
         self._stack: Stack | None = None
         self._last: tuple[Tensor, float, Tensor] | None = None
         self._reported: int | None = None
-        self._probes: list[tuple[str, Tensor]] = []
+        self._scratch: Tensor | None = None
 
     def state(self, x: Tensor | State, index: int) -> State:
         """`x` as a checked state, stored as the arithmetic has it; a lone tensor stands at `index`."""
@@ -125,10 +155,10 @@ class Run:
         solver = self.solver
         if not isinstance(x, State):
             _check_tensor(x)
-            # A copy, for the states to come hold on to it, and the caller may write to x.
-            state = State(x.detach().clone(), None, index, self.grid.levels, repr(solver))
+            x = x if self.differentiable else x.detach()
+            state = State(x, None, index, self.grid.levels, self._name)
         else:
-            x.check(self.grid, repr(solver))
+            x.check(self.grid, self._name)
             check_pair(x)
             if x.partner is not None and x.coupled != solver.coupled:
                 raise ValueError(
@@ -151,23 +181,56 @@ class Run:
             partner = current
         return replace(state, current=current, partner=partner, coupled=solver.coupled)
 
-    def prepare(self, path: list[tuple[int, tuple[Step, ...]]], state: State, origin: int) -> Pair:
+    def go(
+        self,
+        walk: Walk,
+        path: Path,
+        state: State,
+        origin: int,
+        index: int,
+        stop: int,
+        look: bool = False,
+    ) -> Solution:
+        """`walk` from `state`, and the solution at level `stop`, which is known to be finite.
+
+        What is not finite stays so, see `Step.forgets`, and so it is enough to look at the end. Only if
+        that finds something is the run made again, with a look at every value, for an error that names
+        the step. With `look`, and in an arithmetic that hides it, each value is looked at at once.
+        """
+        self._begin(look or not self.arithmetic.keeps_nan)
+        pair = walk(self.prepare(path, state, origin))
+        seen = [*(x for x in pair if x is not None), *(probe for _, probe in self._probes)]
+        if not self._looks and not all(map(_is_finite, seen)):
+            self._callback, self._progress = None, False
+            self._begin(look=True)
+            self.finish(walk(self.prepare(path, state, origin)), index, stop)
+            raise FloatingPointError(
+                "the run ended with a state that is not finite, and made again it did not: the denoiser "
+                "does not return the same output for the same input"
+            )
+        return self.finish(pair, index, stop)
+
+    def prepare(self, path: Path, state: State, origin: int) -> Pair:
         """The noise levels of all calls on `path`, in one transfer, the working memory, the pair."""
-        stages = [stage for _, stages in path for stage in stages]
-        levels = sorted({call.sigma for stage in stages for call in stage.evaluations})
+        # Copies, for the caller may write to x, and this run does.
+        current, partner = state.current.clone(), state.partner
+        if partner is not None:
+            partner = current if partner is state.current else partner.clone()
+        levels = sorted(
+            {call.sigma for _, stages in path for stage in stages for call in stage.evaluations}
+        )
         table = torch.tensor(levels, dtype=level_dtype(self.dtype))
-        rows = table.unsqueeze(1).repeat(1, state.current.shape[0]).to(state.current.device)
+        rows = table.unsqueeze(1).repeat(1, current.shape[0]).to(current.device)
         self._sigmas = dict(zip(levels, rows.unbind(), strict=True))
-        current, partner = state.current, state.partner
+        self._shape, self._device = current.shape, current.device
+        self._scratch = self._room(current)
         self._stack = self.arithmetic.open(current, partner, state.side, origin)
         if self.solver.coupled:
             assert partner is not None
             return current, partner
         return partner, current
 
-    def track(
-        self, path: list[tuple[int, tuple[Step, ...]]]
-    ) -> Iterable[tuple[int, tuple[Step, ...]]]:
+    def track(self, path: Path) -> Iterable[tuple[int, tuple[Step, ...]]]:
         """`path`, with a progress bar where one was asked for."""
         if not self._progress:
             return path
@@ -183,8 +246,8 @@ class Run:
         a, b = pair
         if stage.exchanges and a is not None:
             return b, a
-        values = self.evaluate(stage, b, k)
-        return b, self.arithmetic.forward(stage, a, values, self._stack)
+        values, out = self.evaluate(stage, b, k), self._out(stage, a, b)
+        return b, self.arithmetic.forward(stage, a, values, self._stack, out, self._scratch)
 
     def inverse(self, stage: Step, pair: Pair, k: int) -> Pair:
         """``(b, c) -> ((c - rest(b)) / gain, b)``: the pair that `forward` was given."""
@@ -192,8 +255,20 @@ class Run:
         assert b is not None
         if stage.exchanges:
             return c, b
-        values = self.evaluate(stage, b, k)
-        return self.arithmetic.inverse(stage, c, values, self._stack), b
+        values, out = self.evaluate(stage, b, k), self._out(stage, c, b)
+        return self.arithmetic.inverse(stage, c, values, self._stack, out, self._scratch), b
+
+    def _out(self, stage: Step, done: Tensor | None, needed: Tensor) -> Tensor | None:
+        """Where to put the result of `stage`: over `done`, unless somebody may still look at that."""
+        if done is needed or self._keeps:
+            return None
+        if not stage.evaluations and self._last is not None and self._last[0] is done:
+            self._last = None
+        return done
+
+    def _room(self, x: Tensor) -> Tensor | None:
+        """Working memory for the sums of a step, in the form of the state `x`."""
+        return None if self.differentiable else torch.empty_like(x, dtype=self.dtype)
 
     def evaluate(self, stage: Step, stored: Tensor, k: int) -> list[Tensor]:
         """A state and the outputs of the denoiser calls of `stage`, in order.
@@ -206,7 +281,7 @@ class Run:
         if not stage.evaluations:
             return [x]
         first, known = stage.evaluations[0], None
-        if self._last is not None and first.point == HERE:
+        if self._last is not None and first.here:
             state, sigma, output = self._last
             known = output if state is stored and sigma == first.sigma else None
         self._last = None
@@ -217,7 +292,10 @@ class Run:
                 value.clone() for value in values
             ]  # the outputs may be one buffer, used again
             _check_same(before, self._outputs(stage, x, k), k, self.grid.levels[k])
-        if first.point == HERE:
+        if not self._looks:
+            for term in stage.forgets:
+                self._probes.append(("", torch.linalg.vector_norm(values[term], math.inf)))
+        if first.here:
             self._last = stored, first.sigma, values[1]
         if self._callback is not None and self._reported != k:
             self._reported = k
@@ -235,28 +313,36 @@ class Run:
         stored = current if index == stop else partner
         assert stored is not None
         x = self.arithmetic.load(stored, self.dtype)
-        self._probe(x, f"the final state is not finite; {_OVERFLOW}")
-        for message, probe in self._probes:
-            _check_probe(probe, message)
+        if self._looks:
+            for value in (x, current, partner):
+                if value is not None and value.is_floating_point():
+                    self._probe(value, f"the final state is not finite; {_OVERFLOW}")
+            for message, probe in self._probes:
+                _check_probe(probe, message)
         partner = partner if solver.states == 2 else None
         side = self.arithmetic.close(self._stack, current, partner, index, self.dtype)
         x = x.clone() if x is stored else x  # the caller may write to it, not to the state
-        levels, name = self.grid.levels, repr(solver)
-        state = State(current, partner, index, levels, name, side, solver.coupled)
+        levels = self.grid.levels
+        state = State(current, partner, index, levels, self._name, side, solver.coupled)
         return Solution(x, state, self.nfe, tuple(self.convergence))
 
     def _outputs(self, stage: Step, x: Tensor, k: int, known: Tensor | None = None) -> list[Tensor]:
         values = [x] if known is None else [x, known]
         for call in stage.evaluations[len(values) - 1 :]:
-            at_x = call.point == HERE
-            point = x if at_x else self.arithmetic.combine(call.point, values)
-            denoised = self._denoise(point, call, k)
-            if any(_share_storage(denoised, output) for output in values[1:]):
-                raise ValueError(
-                    f"the denoiser returned the storage of an earlier output again, at level {k} of "
-                    f"the grid, sigma = {call.sigma:.6g}: a step needs several outputs at once; "
-                    "return a new tensor, such as output.clone()"
-                )
+            if call.here:
+                denoised = self._denoise(x, call, k)
+            else:
+                point = self.arithmetic.combine(call.point, values, self._scratch)
+                denoised = self._denoise(point, call, k)
+                if _share_storage(denoised, point):
+                    self._scratch = self._room(x)  # the output lies in the old one
+            for output in values[1:]:
+                if _share_storage(denoised, output):
+                    raise ValueError(
+                        f"the denoiser returned the storage of an earlier output again, {_at(call, k)}: "
+                        "a step needs several outputs at once; return a new tensor, such as "
+                        "output.clone()"
+                    )
             values.append(denoised)
         return values
 
@@ -264,26 +350,29 @@ class Run:
         before = None if x.is_inference() else x._version
         denoised = self._denoiser(x, self._sigmas[call.sigma], **self._extra_args)
         self.nfe += 1
-        where = f"at level {k} of the grid, sigma = {call.sigma:.6g}"
         if not isinstance(denoised, Tensor):
             raise TypeError(
-                f"the denoiser must return a tensor, got {type(denoised).__name__} {where}"
+                f"the denoiser must return a tensor, got {type(denoised).__name__} {_at(call, k)}"
             )
         if before is not None and x._version != before:
-            raise ValueError(f"the denoiser wrote to its input {where}: work on a copy, x.clone()")
-        if denoised.shape != x.shape or denoised.device != x.device:
+            raise ValueError(
+                f"the denoiser wrote to its input {_at(call, k)}: work on a copy, x.clone()"
+            )
+        if denoised.shape != self._shape or denoised.device != self._device:
             raise ValueError(
                 f"the denoiser must return the form of its input, {describe(x)}, got "
-                f"{describe(denoised)} {where}"
+                f"{describe(denoised)} {_at(call, k)}"
             )
-        if denoised.dtype != x.dtype:
+        if denoised.dtype != self.dtype:
             raise TypeError(
-                f"the denoiser returned {denoised.dtype} for a state in {x.dtype} {where}: dtypes "
-                "are never mixed silently; wrap it as "
+                f"the denoiser returned {denoised.dtype} for a state in {x.dtype} {_at(call, k)}: "
+                "dtypes are never mixed silently; wrap it as "
                 f"odesolvers.models.InDtype(denoiser, {denoised.dtype}) to keep the network in "
                 "that dtype and the state in its own, or convert x"
             )
-        self._probe(denoised, f"the denoiser's output is not finite {where}; {_OVERFLOW}", at=x)
+        if self._looks:
+            message = f"the denoiser's output is not finite {_at(call, k)}; {_OVERFLOW}"
+            self._probe(denoised, message, at=x)
         return denoised
 
     def _probe(self, x: Tensor, message: str, at: Tensor | None = None) -> None:
@@ -291,16 +380,27 @@ class Run:
         if x.device.type != "cpu":
             # The largest absolute value; unlike a sum it overflows with an element only.
             self._probes.append((message, torch.linalg.vector_norm(x, math.inf)))
-        elif not math.isfinite(x.sum(dtype=torch.float32 if x.element_size() < 4 else None).item()):
+        elif not _is_finite(x):
             if at is not None:
                 _check_probe(at, f"the state handed to the denoiser is not finite: {message}")
-            _check_probe(x, message)  # finite values may have a sum that overflows
+            _check_probe(x, message)
 
 
 _OVERFLOW = (
     "look for an overflow in the denoiser, a sigma outside its range, or an inversion whose weights "
     "multiply up (it divides by g at every step)"
 )
+
+
+def _at(call: Evaluation, k: int) -> str:
+    return f"at level {k} of the grid, sigma = {call.sigma:.6g}"
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Whether all elements are. Waits for the device."""
+    # A sum is one pass over memory; that of finite values may overflow.
+    total = x.sum(dtype=torch.float32 if x.element_size() < 4 else None)
+    return math.isfinite(total.item()) or bool(torch.isfinite(x).all())
 
 
 def _check_probe(probe: Tensor, message: str) -> None:
@@ -312,9 +412,7 @@ def _share_storage(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-def _check_gains(
-    solver: InvertibleSolver, path: list[tuple[int, tuple[Step, ...]]], s: tuple[float, ...]
-) -> None:
+def _check_gains(solver: InvertibleSolver, path: Path, s: tuple[float, ...]) -> None:
     for k, stages in path:
         if any(stage.gain == 0.0 for stage in stages):
             raise ValueError(
@@ -349,5 +447,5 @@ def _check_tensor(x: Tensor) -> None:
         raise TypeError(f"x must be a floating point tensor, got {x.dtype}: convert with x.float()")
     if x.ndim == 0 or x.numel() == 0:
         raise ValueError(f"x must have shape (B, ...) with B >= 1, got {tuple(x.shape)}")
-    if not bool(torch.isfinite(x).all()):
+    if not _is_finite(x):
         raise FloatingPointError(f"the state to start from is not finite: {describe(x)}")

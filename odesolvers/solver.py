@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol, TypeAlias, final
 
+import torch
 from torch import Tensor
 
 from .arithmetic import Arithmetic, FloatingPoint
@@ -22,7 +23,8 @@ class Denoiser(Protocol):
 
     `x` has shape ``(B, ...)``; `sigma` has shape ``(B,)``, is float64 where `x` is and float32
     otherwise, and lives on the device of `x`. The result has the shape, dtype and device of `x`, in
-    storage that no later call of the same step writes to; `x` is left as it is.
+    storage that no later call of the same step writes to; `x` is left as it is. A denoiser that keeps
+    `x` beyond the call keeps a copy: the run writes to it later.
     """
 
     def __call__(self, x: Tensor, sigma: Tensor, /, **extra_args: Any) -> Tensor: ...
@@ -85,8 +87,9 @@ class Solver(ABC):
         callback: Callback | None = None,
         progress: bool = False,
         stop: int | None = None,
+        differentiable: bool = False,
     ) -> Solution:
-        """Go down the grid, from noise to data, without gradients.
+        """Go down the grid, from noise to data.
 
         Args:
             denoiser: see `Denoiser`; any of k-diffusion's wrappers is one.
@@ -100,6 +103,8 @@ class Solver(ABC):
                 written to.
             progress: show a progress bar (needs tqdm).
             stop: the level to stop at, an index into `sigmas`; the last by default.
+            differentiable: record gradients, of all that the run does, with memory for every call of
+                the denoiser. By default it runs under `torch.no_grad`.
 
         Returns:
             The state at level `stop`, what is needed to go on or back, and the evaluations spent.
@@ -112,8 +117,9 @@ class Solver(ABC):
                 step and the noise level.
         """
         grid = Grid.of(sigmas)
-        run = Run(self, denoiser, grid, extra_args, callback, progress)
-        return descend(run, run.state(x, index=0), grid.steps if stop is None else stop)
+        run = Run(self, denoiser, grid, extra_args, callback, progress, differentiable)
+        with torch.set_grad_enabled(differentiable):
+            return descend(run, run.state(x, index=0), grid.steps if stop is None else stop)
 
 
 class InvertibleSolver(Solver):
@@ -142,6 +148,7 @@ class InvertibleSolver(Solver):
         callback: Callback | None = None,
         progress: bool = False,
         stop: int | None = None,
+        differentiable: bool = False,
     ) -> Solution:
         """Go up the grid, from data to noise: the exact inverse of `sample`, if `exact`.
 
@@ -164,6 +171,7 @@ class InvertibleSolver(Solver):
                 for the last stage is undone first.
             progress: show a progress bar (needs tqdm).
             stop: the level to stop at, an index into `sigmas`; 0 by default.
+            differentiable: as for `sample`.
 
         Returns:
             The state at level `stop`, what is needed to sample again, and the evaluations spent.
@@ -179,9 +187,10 @@ class InvertibleSolver(Solver):
                 undo.
         """
         grid = Grid.of(sigmas)
-        run = Run(self, denoiser, grid, extra_args, callback, progress)
-        start = run.state(x, index=grid.steps)
-        solution = ascend(run, self, start, 0 if stop is None else stop)
+        run = Run(self, denoiser, grid, extra_args, callback, progress, differentiable)
+        with torch.set_grad_enabled(differentiable):
+            start = run.state(x, index=grid.steps)
+            solution = ascend(run, self, start, 0 if stop is None else stop)
         levels = [grid.levels[start.index - 1 - i] for i in range(len(solution.convergence))]
         _warn_unless_converged(levels, solution.convergence)
         return solution

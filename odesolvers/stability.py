@@ -20,7 +20,7 @@ import torch
 
 from .arithmetic import side_information_bound
 from .grids import Grid, Sigmas
-from .step import Step
+from .step import Step, once_per_grid, planned_steps
 from .trust import InversionWarning
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def stability_report(
             f"{solver} undoes its steps by iteration, whose outcome is known from a run alone: see "
             "solution.convergence"
         )
-    steps = solver.steps(grid)
+    steps = planned_steps(solver, grid)
     for k, step in enumerate(steps[1:], start=1):
         if any(stage.gain == 0.0 for stage in step):
             raise ValueError(
@@ -211,26 +211,18 @@ def stability_report(
 
 
 def warn_before_inverting(
-    solver: Solver,
-    steps: Sequence[tuple[Step, ...]],
-    grid: Grid,
-    last: int,
-    stop: int,
-    *,
-    lone: bool,
-    dtype: torch.dtype,
+    solver: Solver, grid: Grid, last: int, stop: int, *, lone: bool, dtype: torch.dtype
 ) -> None:
     """Warn where inverting from level `last` up to `stop` is not expected to give what is hoped for.
 
     From the pair of an earlier run that is the state this run came from, within `ROUND_TRIP_LIMIT`;
     from a lone image its code, within `ENCODING_LIMIT`. The data are taken to have a standard
-    deviation of 0.5. Costs some ten microseconds a step.
+    deviation of 0.5. Costs some ten microseconds a step, the first time on a grid.
     """
     if not lone and solver.arithmetic.exact:
         return
-    model = _Model.of(steps[:last], grid, _DATA_STD)
+    error = _expected_error(solver, grid, last, stop, lone)
     if lone:
-        error = model.encoding_error(solver, last, stop)
         if not error <= ENCODING_LIMIT:
             _warn(
                 f"the code of a lone image is expected to be off by {_times(error)} its true size, by "
@@ -239,21 +231,29 @@ def warn_before_inverting(
                 "1 or more even steps"
             )
         return
-    rounding = _undo(model.path(last, stop), _rounded) / model.size(stop)
-    error = rounding * _unit_roundoff(dtype)
-    if not error <= ROUND_TRIP_LIMIT:
-        double = rounding * _unit_roundoff(torch.float64)
+    rounded = error * _unit_roundoff(dtype)
+    if not rounded <= ROUND_TRIP_LIMIT:
+        double = error * _unit_roundoff(torch.float64)
         remedy = "a float64 state or " if double <= ROUND_TRIP_LIMIT else ""
         _warn(
-            f"this inversion is expected to be off by {_times(error)} the size of the state it came "
+            f"this inversion is expected to be off by {_times(rounded)} the size of the state it came "
             f"from: {solver} amplifies the rounding of {dtype} over the {last - stop} steps up this "
             f"grid. Use {remedy}arithmetic=FixedPoint(), or StepRatio(1) or a gamma nearer to 1"
         )
 
 
+@once_per_grid
+def _expected_error(solver: Solver, grid: Grid, last: int, stop: int, lone: bool) -> float:
+    """Relative error of a lone image's code; or of a state that is recovered, in roundoffs."""
+    model = _Model.of(planned_steps(solver, grid)[:last], grid, _DATA_STD)
+    if lone:
+        return model.encoding_error(solver, last, stop)
+    return _undo(model.path(last, stop), _rounded) / model.size(stop)
+
+
 def _warn(text: str) -> None:
-    # Past this function, its caller, the loop and its decorator, and `invert`.
-    warnings.warn(text + "; see odesolvers.stability_report", InversionWarning, stacklevel=6)
+    # Past this function, its caller, the loop, and `invert`.
+    warnings.warn(text + "; see odesolvers.stability_report", InversionWarning, stacklevel=5)
 
 
 def _times(error: float) -> str:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, lru_cache, wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from .combination import NOTHING, Combination
+from .combination import HERE, NOTHING, STATE, Combination
+
+if TYPE_CHECKING:
+    from .grids import Grid
+    from .solver import Solver
 
 
 @dataclass(frozen=True)
@@ -13,6 +20,11 @@ class Evaluation:
 
     point: Combination
     sigma: float
+
+    @cached_property
+    def here(self) -> bool:
+        """Whether `point` is the state itself."""
+        return self.point == HERE
 
 
 @dataclass(frozen=True)
@@ -32,7 +44,46 @@ class Step:
     rest: Combination
     gain: float = 0.0
 
-    @property
+    @cached_property
     def exchanges(self) -> bool:
         """Whether it does no more than put the pair in the other order."""
         return self.gain == 1.0 and self.rest == NOTHING
+
+    @cached_property
+    def forgets(self) -> tuple[int, ...]:
+        """The terms, of b and all outputs, that `rest` has not.
+
+        A value that is not finite makes a state that is not finite, and so do all states after it,
+        unless its coefficient is 0.
+        """
+        terms = range(STATE, len(self.evaluations) + 1)
+        return () if self.exchanges else tuple(k for k in terms if self.rest[k] == 0.0)
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def once_per_grid(function: Function) -> Function:
+    """Keeps what a function of a solver, a grid and other settings has returned."""
+
+    @lru_cache(maxsize=64)
+    def kept(name: str, *args: Any) -> Any:
+        del name
+        return function(*args)
+
+    @wraps(function)
+    def wrapper(solver: Solver, grid: Grid, *settings: Any) -> Any:
+        try:
+            hash(solver)
+        except TypeError:  # a setting is of a class that has no hash
+            return function(solver, grid, *settings)
+        # The description tells settings apart where a class compares by identity.
+        return kept(repr(solver), solver, grid, *settings)
+
+    return cast(Function, wrapper)
+
+
+@once_per_grid
+def planned_steps(solver: Solver, grid: Grid) -> tuple[tuple[Step, ...], ...]:
+    """``solver.steps(grid)``, worked out once."""
+    return tuple(solver.steps(grid))

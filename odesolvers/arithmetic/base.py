@@ -19,7 +19,9 @@ class Arithmetic(ABC):
 
     `older` and `newer` are *stored* states, in whatever form the arithmetic keeps them; `values` are
     what the terms of a `Combination` stand for, floating point tensors all: the current state and
-    the outputs of the denoiser, in order. Results are in storage of their own.
+    the outputs of the denoiser, in order. They are not written to. Results are in storage of their
+    own, or in `out` where that is given: it may be `older` or `newer` itself, which are not needed any
+    more then. `scratch` is storage to work in, in the form of the values.
 
     Every method but the last three has a default, which is that of floating point: a stored state
     is the tensor itself and nothing is kept beside it.
@@ -34,6 +36,11 @@ class Arithmetic(ABC):
     def exact(self) -> bool:
         """Whether `inverse` undoes `forward` to the bit."""
         return False
+
+    @property
+    def keeps_nan(self) -> bool:
+        """Whether what is not finite in a state or a value stays so in the states made of it."""
+        return True
 
     def check(self, grid: Grid) -> None:
         """Refuse a grid that the arithmetic cannot represent, with a ValueError."""
@@ -75,17 +82,31 @@ class Arithmetic(ABC):
         return None
 
     @abstractmethod
-    def combine(self, combination: Combination, values: Sequence[Tensor]) -> Tensor:
+    def combine(
+        self, combination: Combination, values: Sequence[Tensor], out: Tensor | None = None
+    ) -> Tensor:
         """``Σ_k c_k values[k]``"""
 
     @abstractmethod
     def forward(
-        self, step: Step, older: Tensor | None, values: Sequence[Tensor], stack: Stack | None
+        self,
+        step: Step,
+        older: Tensor | None,
+        values: Sequence[Tensor],
+        stack: Stack | None,
+        out: Tensor | None = None,
+        scratch: Tensor | None = None,
     ) -> Tensor:
         """``gain · older + rest``; `older` is None where a run has one state only."""
 
     @abstractmethod
     def inverse(
-        self, step: Step, newer: Tensor, values: Sequence[Tensor], stack: Stack | None
+        self,
+        step: Step,
+        newer: Tensor,
+        values: Sequence[Tensor],
+        stack: Stack | None,
+        out: Tensor | None = None,
+        scratch: Tensor | None = None,
     ) -> Tensor:
         """``(newer - rest) / gain``: the `older` that `forward` was given."""

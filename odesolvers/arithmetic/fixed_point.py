@@ -85,6 +85,10 @@ class FixedPoint(Arithmetic):
         return True
 
     @property
+    def keeps_nan(self) -> bool:
+        return False  # integers are always finite
+
+    @property
     def limit(self) -> float:
         """The range: states stay below it in absolute value."""
         return 2.0 ** (_STATE_BITS - self.fractional_bits)
@@ -192,12 +196,21 @@ class FixedPoint(Arithmetic):
             )
         return side
 
-    def combine(self, combination: Combination, values: Sequence[Tensor]) -> Tensor:
-        return _FLOAT.combine(combination, values)
+    def combine(
+        self, combination: Combination, values: Sequence[Tensor], out: Tensor | None = None
+    ) -> Tensor:
+        return _FLOAT.combine(combination, values, out)
 
     def forward(
-        self, step: Step, older: Tensor | None, values: Sequence[Tensor], stack: Stack | None
+        self,
+        step: Step,
+        older: Tensor | None,
+        values: Sequence[Tensor],
+        stack: Stack | None,
+        out: Tensor | None = None,
+        scratch: Tensor | None = None,
     ) -> Tensor:
+        del out, scratch
         assert stack is not None
         rest = self._rest(step, values)
         if older is None or step.gain == 0.0:
@@ -213,8 +226,15 @@ class FixedPoint(Arithmetic):
         return self._encode(rest).add_(product, alpha=1 if step.gain > 0.0 else -1)
 
     def inverse(
-        self, step: Step, newer: Tensor, values: Sequence[Tensor], stack: Stack | None
+        self,
+        step: Step,
+        newer: Tensor,
+        values: Sequence[Tensor],
+        stack: Stack | None,
+        out: Tensor | None = None,
+        scratch: Tensor | None = None,
     ) -> Tensor:
+        del out, scratch
         assert stack is not None
         rest = self._rest(step, values)
         self._note_extent(stack, rest, 1.0, values)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..combination import Combination
+from ..combination import Combination, Factored
 from ..step import Step
 from .base import Arithmetic
 from .stack import Stack
@@ -18,20 +18,21 @@ from .stack import Stack
 class FloatingPoint(Arithmetic):
     """States in the dtype they come in.
 
-    `rest` is formed first and on its own. It is a function of the current state alone, computed in
-    the same order in both directions, so its rounding is the same to the bit and drops out of a
-    round trip: what remains is the rounding of one multiplication and one addition a step.
+    `rest` is formed first and on its own, up to a factor. It is a function of the current state alone,
+    computed in the same order in both directions, so its rounding is the same to the bit and drops out
+    of a round trip: what remains is the rounding of one multiplication and one addition a step.
     """
 
-    def combine(self, combination: Combination, values: Sequence[Tensor]) -> Tensor:
-        terms = list(combination)
-        if not terms:
+    def combine(
+        self, combination: Combination, values: Sequence[Tensor], out: Tensor | None = None
+    ) -> Tensor:
+        factored = combination.factored
+        if factored is None:
             return torch.zeros_like(values[0])
-        (first, factor), *others = terms
-        total = values[first] * factor
-        for k, c in others:
-            total.add_(values[k], alpha=c)
-        return total
+        if not factored.others:
+            return torch.mul(values[factored.k], factored.factor, out=out)
+        total, factor = _sum(factored, values, out)
+        return total if factor == 1.0 else total.mul_(factor)
 
     def forward(
         self,
@@ -39,12 +40,51 @@ class FloatingPoint(Arithmetic):
         older: Tensor | None,
         values: Sequence[Tensor],
         stack: Stack | None = None,
+        out: Tensor | None = None,
+        scratch: Tensor | None = None,
     ) -> Tensor:
-        rest = self.combine(step.rest, values)
-        return rest if older is None or step.gain == 0.0 else rest.add_(older, alpha=step.gain)
+        if older is None or step.gain == 0.0:
+            return self.combine(step.rest, values, out)
+        gain, factored = step.gain, step.rest.factored
+        if factored is None:
+            return torch.mul(older, gain, out=out)
+        rest, factor = _sum(factored, values, scratch)
+        if gain == 1.0:
+            return torch.add(older, rest, alpha=factor, out=out)
+        # A multiplication in place is faster than one with `out`, even into the same storage.
+        scaled = older.mul_(gain) if out is older else torch.mul(older, gain, out=out)
+        return scaled.add_(rest, alpha=factor)
 
     def inverse(
-        self, step: Step, newer: Tensor, values: Sequence[Tensor], stack: Stack | None = None
+        self,
+        step: Step,
+        newer: Tensor,
+        values: Sequence[Tensor],
+        stack: Stack | None = None,
+        out: Tensor | None = None,
+        scratch: Tensor | None = None,
     ) -> Tensor:
-        rest = self.combine(step.rest, values)
-        return torch.sub(newer, rest, out=rest).div_(step.gain)
+        factored = step.rest.factored
+        if factored is None:
+            return torch.div(newer, step.gain, out=out)
+        rest, factor = _sum(factored, values, scratch)
+        older = torch.sub(newer, rest, alpha=factor, out=out)
+        return older if step.gain == 1.0 else older.div_(step.gain)
+
+
+def _sum(factored: Factored, values: Sequence[Tensor], out: Tensor | None) -> tuple[Tensor, float]:
+    """A tensor, and the factor by which it is the combination; of one term, the value itself."""
+    factor, k, others = factored
+    if not others:
+        return values[k], factor
+    if values[k].element_size() < 4:
+        # In half precision the sum could overflow where the combination does not.
+        total = torch.mul(values[k], factor, out=out)
+        for j, ratio in others:
+            total.add_(values[j], alpha=factor * ratio)
+        return total, 1.0
+    (j, ratio), *more = others
+    total = torch.add(values[k], values[j], alpha=ratio, out=out)
+    for j, ratio in more:
+        total.add_(values[j], alpha=ratio)
+    return total, factor
