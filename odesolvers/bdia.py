@@ -36,6 +36,11 @@ class BDIA(InvertibleSolver):
             g_i such as `StepRatio`. 0 gives the approximator itself, which cannot be inverted.
         arithmetic: how states are stored and combined: `FloatingPoint`, inverted up to rounding, by
             default; `FixedPoint`, inverted to the bit.
+        batched: make the evaluations of a step that do not need each other's outputs in one call of the
+            denoiser, on states stacked along the batch: a step over `HeunEDM` is two calls in sequence,
+            as that of `HeunEDM` alone is, one of them of twice the batch and its memory. Tensors in
+            `extra_args` are repeated for it: their first dimension is the batch of x, or 1. `nfe`
+            counts each state that is evaluated.
 
     Raises:
         TypeError, ValueError: at construction, if `approximator` or `gamma` is not usable.
@@ -44,6 +49,7 @@ class BDIA(InvertibleSolver):
     approximator: IntegrationApproximator
     gamma: float | GammaRule = 1.0
     arithmetic: Arithmetic = FloatingPoint()
+    batched: bool = False
 
     def __post_init__(self) -> None:
         check_approximator(self, self.approximator)
@@ -52,6 +58,16 @@ class BDIA(InvertibleSolver):
         rule = as_rule(self.gamma)
         rule.check_approximator(self.approximator)
         object.__setattr__(self, "gamma", rule)
+
+    def __repr__(self) -> str:
+        settings = (
+            f"approximator={self.approximator}, gamma={self.gamma}, arithmetic={self.arithmetic}"
+        )
+        return f"BDIA({settings}, batched=True)" if self.batched else f"BDIA({settings})"
+
+    @property
+    def stacks(self) -> bool:
+        return self.batched
 
     def step(self, behind: float, sigma: float, ahead: float, g: float) -> Step:
         """From x_{i+1} and x_i, at levels `behind` and `sigma`, to x_{i-1} at level `ahead`.

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from .batching import join
 from .grids import Grid, level_dtype
 from .stability import warn_before_inverting
 from .state import Convergence, Solution, State, check_pair, describe
-from .step import Evaluation, Step, planned_steps
+from .step import Evaluation, Step, planned_start, planned_steps
 
 if TYPE_CHECKING:
     from .arithmetic.stack import Stack
@@ -27,6 +28,9 @@ Pair: TypeAlias = "tuple[Tensor | None, Tensor]"
 Path: TypeAlias = "list[tuple[int, tuple[Step, ...]]]"
 """Steps in the order of a run, each with its number."""
 
+Levels: TypeAlias = "tuple[float, ...]"
+"""The noise levels of the states that one call of the denoiser is made at."""
+
 Walk: TypeAlias = "Callable[[Pair], Pair]"
 """From the pair at the start of a run to that at its end."""
 
@@ -34,7 +38,7 @@ Walk: TypeAlias = "Callable[[Pair], Pair]"
 def descend(run: Run, state: State, stop: int) -> Solution:
     """Sample: from where `state` stands, step by step down to level `stop`."""
     _check_stop(stop)
-    solver, first, s = run.solver, state.index, run.grid.levels
+    solver, first = run.solver, state.index
     if not first < stop <= run.grid.steps:
         raise ValueError(
             f"sampling goes down the grid: from level {first} it can stop at {first + 1} to "
@@ -45,7 +49,7 @@ def descend(run: Run, state: State, stop: int) -> Solution:
     path = list(enumerate(planned_steps(solver, run.grid)))[first:stop]
     alone = solver.two_step and state.partner is None
     if alone:
-        path[0] = first, (solver.start(s[first], s[first + 1]),)
+        path[0] = first, planned_start(solver, run.grid, first, first + 1)
 
     def walk(pair: Pair) -> Pair:
         for k, stages in run.track(path):
@@ -75,7 +79,7 @@ def ascend(run: Run, solver: InvertibleSolver, state: State, stop: int) -> Solut
         lone = state.partner is None or state.partner is state.current
         warn_before_inverting(solver, run.grid, last, stop, lone=lone, dtype=run.dtype)
     if solver.two_step and state.partner is None:
-        path.insert(0, (last, (solver.start(s[last], s[last - 1]),)))
+        path.insert(0, (last, planned_start(solver, run.grid, last, last - 1)))
 
     def walk(pair: Pair) -> Pair:
         for k, stages in run.track(path):
@@ -131,6 +135,7 @@ class Run:
         self.convergence: list[Convergence] = []
         self._denoiser = denoiser
         self._extra_args = dict(extra_args or {})
+        self._stacks = solver.stacks
         self._callback = callback
         self._progress = progress
         self._keeps = callback is not None or differentiable
@@ -142,12 +147,14 @@ class Run:
         self.convergence.clear()
         self._looks = look
         self._probes: list[tuple[str, Tensor]] = []
-        self._sigmas: dict[float, Tensor] = {}
+        self._sigmas: dict[Levels, Tensor] = {}
         self._twice = self.arithmetic.check_determinism
         self._stack: Stack | None = None
         self._last: tuple[Tensor, float, Tensor] | None = None
         self._reported: int | None = None
+        self._joined: dict[int, dict[str, Any]] = {}
         self._scratch: Tensor | None = None
+        self._rooms: dict[int, tuple[Tensor, Sequence[Tensor]]] = {}
 
     def state(self, x: Tensor | State, index: int) -> State:
         """`x` as a checked state, stored as the arithmetic has it; a lone tensor stands at `index`."""
@@ -216,19 +223,29 @@ class Run:
         current, partner = state.current.clone(), state.partner
         if partner is not None:
             partner = current if partner is state.current else partner.clone()
-        levels = sorted(
-            {call.sigma for _, stages in path for stage in stages for call in stage.evaluations}
-        )
-        table = torch.tensor(levels, dtype=level_dtype(self.dtype))
-        rows = table.unsqueeze(1).repeat(1, current.shape[0]).to(current.device)
-        self._sigmas = dict(zip(levels, rows.unbind(), strict=True))
-        self._shape, self._device = current.shape, current.device
+        stages = [stage for _, stages in path for stage in stages]
+        self._sigmas = self._levels(stages, current.shape[0], current.device)
         self._scratch = self._room(current)
         self._stack = self.arithmetic.open(current, partner, state.side, origin)
         if self.solver.coupled:
             assert partner is not None
             return current, partner
         return partner, current
+
+    def _levels(self, stages: list[Step], n: int, device: torch.device) -> dict[Levels, Tensor]:
+        """The noise levels of all calls as they are handed to the denoiser, in one transfer."""
+        singles = {(call.sigma,) for stage in stages for call in stage.evaluations}
+        stacks: set[Levels] = set()
+        if self._stacks:
+            stacks = {
+                tuple(stage.evaluations[number - 1].sigma for number in numbers)
+                for stage in stages
+                for numbers in stage.rounds
+            }
+        keys = sorted(singles | stacks)
+        flat = torch.tensor([s for key in keys for s in key], dtype=level_dtype(self.dtype))
+        rows = flat.to(device).unsqueeze(1).expand(-1, n).contiguous().flatten()
+        return dict(zip(keys, torch.split(rows, [n * len(key) for key in keys]), strict=True))
 
     def track(self, path: Path) -> Iterable[tuple[int, tuple[Step, ...]]]:
         """`path`, with a progress bar where one was asked for."""
@@ -280,18 +297,27 @@ class Run:
             self._stack.sigma = self.grid.levels[k]
         if not stage.evaluations:
             return [x]
-        first, known = stage.evaluations[0], None
-        if self._last is not None and first.here:
-            state, sigma, output = self._last
-            known = output if state is stored and sigma == first.sigma else None
-        self._last = None
-        values = self._outputs(stage, x, k, known)
+        first = stage.evaluations[0]
+        values, last, self._last = [x], self._last, None
+        if last is not None and first.here and last[0] is stored and last[1] == first.sigma:
+            values.append(last[2])
+        if self._stacks and len(stage.evaluations) > 1:
+            self._evaluate_stacked(stage, values, k)
+        else:
+            for call in stage.evaluations[len(values) - 1 :]:
+                if call.here:
+                    values.append(self._denoise(x, (call,), k))
+                    continue
+                point = self.arithmetic.combine(call.point, values, self._scratch)
+                denoised = self._denoise(point, (call,), k)
+                if _share_storage(denoised, point):
+                    self._scratch = self._room(x)  # the output lies in the old one
+                _check_new(denoised, values[1:], (call,), k)
+                values.append(denoised)
         if self._twice:
             self._twice = False
-            before = [
-                value.clone() for value in values
-            ]  # the outputs may be one buffer, used again
-            _check_same(before, self._outputs(stage, x, k), k, self.grid.levels[k])
+            before = [value.clone() for value in values]  # outputs may be one buffer, used again
+            _check_same(before, self.evaluate(stage, stored, k), k, self.grid.levels[k])
         if not self._looks:
             for term in stage.forgets:
                 self._probes.append(("", torch.linalg.vector_norm(values[term], math.inf)))
@@ -299,11 +325,42 @@ class Run:
             self._last = stored, first.sigma, values[1]
         if self._callback is not None and self._reported != k:
             self._reported = k
-            level = self._sigmas[first.sigma][0]
+            level = self._sigmas[first.sigma,][0]
             self._callback(
                 {"x": x, "i": k, "sigma": level, "sigma_hat": level, "denoised": values[1]}
             )
         return values
+
+    def _evaluate_stacked(self, stage: Step, values: list[Tensor], k: int) -> None:
+        """Append to `values` the outputs of `stage`, those of a round in one call of the denoiser."""
+        x, known = values[0], len(values) - 1
+        values += [x] * (len(stage.evaluations) - known)  # in their places as they come
+        for numbers in stage.rounds:
+            numbers = tuple(number for number in numbers if number > known)
+            calls = tuple(stage.evaluations[number - 1] for number in numbers)
+            if not calls:
+                continue
+            stack, places = self._room_for(x, len(calls))
+            points = [
+                self.arithmetic.combine(call.point, values, place)
+                for call, place in zip(calls, places, strict=True)
+            ]
+            stack = torch.cat(points) if stack is None else stack
+            denoised = self._denoise(stack, calls, k)
+            if _share_storage(denoised, stack):
+                self._rooms.clear()
+            _check_new(denoised, [values[n] for n in range(1, numbers[0])], calls, k)
+            for number, output in zip(numbers, denoised.chunk(len(calls)), strict=True):
+                values[number] = output
+
+    def _room_for(self, x: Tensor, n: int) -> tuple[Tensor | None, Sequence[Tensor | None]]:
+        """Working memory for a stack of `n` points, and the places of these in it."""
+        if self.differentiable:
+            return None, [None] * n
+        if n not in self._rooms:
+            stack = torch.empty_like(x.repeat(n, *[1] * (x.ndim - 1)), dtype=self.dtype)
+            self._rooms[n] = stack, stack.chunk(n)
+        return self._rooms[n]
 
     def finish(self, pair: Pair, index: int, stop: int) -> Solution:
         """The solution at level `stop`, once every value that was met is known to be finite."""
@@ -326,54 +383,44 @@ class Run:
         state = State(current, partner, index, levels, self._name, side, solver.coupled)
         return Solution(x, state, self.nfe, tuple(self.convergence))
 
-    def _outputs(self, stage: Step, x: Tensor, k: int, known: Tensor | None = None) -> list[Tensor]:
-        values = [x] if known is None else [x, known]
-        for call in stage.evaluations[len(values) - 1 :]:
-            if call.here:
-                denoised = self._denoise(x, call, k)
-            else:
-                point = self.arithmetic.combine(call.point, values, self._scratch)
-                denoised = self._denoise(point, call, k)
-                if _share_storage(denoised, point):
-                    self._scratch = self._room(x)  # the output lies in the old one
-            for output in values[1:]:
-                if _share_storage(denoised, output):
-                    raise ValueError(
-                        f"the denoiser returned the storage of an earlier output again, {_at(call, k)}: "
-                        "a step needs several outputs at once; return a new tensor, such as "
-                        "output.clone()"
-                    )
-            values.append(denoised)
-        return values
-
-    def _denoise(self, x: Tensor, call: Evaluation, k: int) -> Tensor:
+    def _denoise(self, x: Tensor, calls: tuple[Evaluation, ...], k: int) -> Tensor:
+        """The outputs of `calls` at the states `x`, which are stacked along the batch."""
         before = None if x.is_inference() else x._version
-        denoised = self._denoiser(x, self._sigmas[call.sigma], **self._extra_args)
-        self.nfe += 1
+        sigma = self._sigmas[tuple([call.sigma for call in calls])]
+        denoised = self._denoiser(x, sigma, **self._arguments(len(calls), x))
+        self.nfe += len(calls)
         if not isinstance(denoised, Tensor):
             raise TypeError(
-                f"the denoiser must return a tensor, got {type(denoised).__name__} {_at(call, k)}"
+                f"the denoiser must return a tensor, got {type(denoised).__name__} {_at(calls, k)}"
             )
         if before is not None and x._version != before:
             raise ValueError(
-                f"the denoiser wrote to its input {_at(call, k)}: work on a copy, x.clone()"
+                f"the denoiser wrote to its input {_at(calls, k)}: work on a copy, x.clone()"
             )
-        if denoised.shape != self._shape or denoised.device != self._device:
+        if denoised.shape != x.shape or denoised.device != x.device:
             raise ValueError(
                 f"the denoiser must return the form of its input, {describe(x)}, got "
-                f"{describe(denoised)} {_at(call, k)}"
+                f"{describe(denoised)} {_at(calls, k)}"
             )
-        if denoised.dtype != self.dtype:
+        if denoised.dtype != x.dtype:
             raise TypeError(
-                f"the denoiser returned {denoised.dtype} for a state in {x.dtype} {_at(call, k)}: "
+                f"the denoiser returned {denoised.dtype} for a state in {x.dtype} {_at(calls, k)}: "
                 "dtypes are never mixed silently; wrap it as "
                 f"odesolvers.models.InDtype(denoiser, {denoised.dtype}) to keep the network in "
                 "that dtype and the state in its own, or convert x"
             )
         if self._looks:
-            message = f"the denoiser's output is not finite {_at(call, k)}; {_OVERFLOW}"
+            message = f"the denoiser's output is not finite {_at(calls, k)}; {_OVERFLOW}"
             self._probe(denoised, message, at=x)
         return denoised
+
+    def _arguments(self, n: int, x: Tensor) -> dict[str, Any]:
+        """The keyword arguments of a call that stacks `n` states for each of the batch."""
+        if n == 1:
+            return self._extra_args
+        if n not in self._joined:
+            self._joined[n] = join([self._extra_args] * n, x.shape[0] // n, "extra_args")
+        return self._joined[n]
 
     def _probe(self, x: Tensor, message: str, at: Tensor | None = None) -> None:
         """Check that `x` is finite: on the CPU now, elsewhere at the end, without waiting for it."""
@@ -392,8 +439,19 @@ _OVERFLOW = (
 )
 
 
-def _at(call: Evaluation, k: int) -> str:
-    return f"at level {k} of the grid, sigma = {call.sigma:.6g}"
+def _at(calls: tuple[Evaluation, ...], k: int) -> str:
+    sigmas = " and ".join(f"{call.sigma:.6g}" for call in calls)
+    return f"at level {k} of the grid, sigma = {sigmas}"
+
+
+def _check_new(
+    denoised: Tensor, outputs: list[Tensor], calls: tuple[Evaluation, ...], k: int
+) -> None:
+    if any(_share_storage(denoised, output) for output in outputs):
+        raise ValueError(
+            f"the denoiser returned the storage of an earlier output again, {_at(calls, k)}: a step "
+            "needs several outputs at once; return a new tensor, such as output.clone()"
+        )
 
 
 def _is_finite(x: Tensor) -> bool:

@@ -59,6 +59,11 @@ class Solver(ABC):
         return FloatingPoint()
 
     @property
+    def stacks(self) -> bool:
+        """Whether evaluations that do not need each other's outputs are made in one call."""
+        return False
+
+    @property
     def two_step(self) -> bool:
         """Whether a run carries the states at two neighbouring levels."""
         return self.states == 2 and not self.coupled

@@ -50,6 +50,15 @@ class Step:
         return self.gain == 1.0 and self.rest == NOTHING
 
     @cached_property
+    def rounds(self) -> tuple[tuple[int, ...], ...]:
+        """The outputs, by number, that need nothing but outputs of earlier rounds; the first is 1."""
+        depth = [0]
+        for call in self.evaluations:
+            depth.append(1 + max((depth[k] for k, _ in call.point), default=0))
+        numbers = range(1, len(depth))
+        return tuple(tuple(k for k in numbers if depth[k] == d) for d in range(1, max(depth) + 1))
+
+    @cached_property
     def forgets(self) -> tuple[int, ...]:
         """The terms, of b and all outputs, that `rest` has not.
 
@@ -66,7 +75,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def once_per_grid(function: Function) -> Function:
     """Keeps what a function of a solver, a grid and other settings has returned."""
 
-    @lru_cache(maxsize=64)
+    @lru_cache(maxsize=128)
     def kept(name: str, *args: Any) -> Any:
         del name
         return function(*args)
@@ -87,3 +96,9 @@ def once_per_grid(function: Function) -> Function:
 def planned_steps(solver: Solver, grid: Grid) -> tuple[tuple[Step, ...], ...]:
     """``solver.steps(grid)``, worked out once."""
     return tuple(solver.steps(grid))
+
+
+@once_per_grid
+def planned_start(solver: Solver, grid: Grid, k: int, target: int) -> tuple[Step]:
+    """``solver.start`` from one level of the grid to another, worked out once."""
+    return (solver.start(grid.levels[k], grid.levels[target]),)

@@ -83,8 +83,10 @@ def _sum(factored: Factored, values: Sequence[Tensor], out: Tensor | None) -> tu
         for j, ratio in others:
             total.add_(values[j], alpha=factor * ratio)
         return total, 1.0
-    (j, ratio), *more = others
-    total = torch.add(values[k], values[j], alpha=ratio, out=out)
-    for j, ratio in more:
-        total.add_(values[j], alpha=ratio)
+    total = values[k]
+    for n, (j, ratio) in enumerate(others):
+        if n == 0:
+            total = torch.add(total, values[j], alpha=ratio, out=out)
+        else:
+            total.add_(values[j], alpha=ratio)
     return total, factor
