@@ -26,6 +26,7 @@ from .belm import BELM, BELMRule, Coefficients, GivenBELM, OptimalBELM
 from .calibration import Calibrated, CalibrationReport, Objective, calibrate
 from .combination import Combination
 from .coupled import EDICT, McCallumFoster, ReversibleHeun, Rex
+from .execution import Compiled, CUDAGraph, Execution
 from .gamma import (
     ConstantGamma,
     DampedStepRatio,
@@ -61,10 +62,12 @@ __all__ = [
     "RK4",
     "Arithmetic",
     "BELMRule",
+    "CUDAGraph",
     "Calibrated",
     "CalibrationReport",
     "Coefficients",
     "Combination",
+    "Compiled",
     "ConstantGamma",
     "Convergence",
     "CoupledSolver",
@@ -74,6 +77,7 @@ __all__ = [
     "Denoise",
     "Denoiser",
     "Euler",
+    "Execution",
     "Exponential",
     "FixedPoint",
     "FixedPointInversion",

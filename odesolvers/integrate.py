@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .batching import join
+from .execution import Execution
 from .grids import Grid, level_dtype
 from .stability import warn_before_inverting
 from .state import Convergence, Solution, State, check_pair, describe
@@ -110,6 +112,7 @@ class Run:
         callback: Callable[[dict[str, Any]], object] | None,
         progress: bool,
         differentiable: bool = False,
+        execution: Execution | None = None,
     ) -> None:
         if not callable(denoiser):
             raise TypeError(
@@ -119,6 +122,10 @@ class Run:
             raise TypeError(
                 "extra_args must be a mapping of keyword arguments for the denoiser, got "
                 f"{type(extra_args).__name__}"
+            )
+        if execution is not None and not isinstance(execution, Execution):
+            raise TypeError(
+                f"execution must be an instance such as CUDAGraph() or Compiled(), got {execution!r}"
             )
         if differentiable and solver.arithmetic.exact:
             raise ValueError(
@@ -136,6 +143,8 @@ class Run:
         self._denoiser = denoiser
         self._extra_args = dict(extra_args or {})
         self._stacks = solver.stacks
+        self._execution = execution
+        self._sigmas: dict[Levels, Tensor] = {}
         self._callback = callback
         self._progress = progress
         self._keeps = callback is not None or differentiable
@@ -147,7 +156,6 @@ class Run:
         self.convergence.clear()
         self._looks = look
         self._probes: list[tuple[str, Tensor]] = []
-        self._sigmas: dict[Levels, Tensor] = {}
         self._twice = self.arithmetic.check_determinism
         self._stack: Stack | None = None
         self._last: tuple[Tensor, float, Tensor] | None = None
@@ -205,26 +213,82 @@ class Run:
         the step. With `look`, and in an arithmetic that hides it, each value is looked at at once.
         """
         self._begin(look or not self.arithmetic.keeps_nan)
-        pair = walk(self.prepare(path, state, origin))
+        stages = [stage for _, stages in path for stage in stages]
+        self._sigmas = self._levels(stages, state.current.shape[0], state.current.device)
+        if self._execution is None:
+            pair = walk(self.prepare(state, origin))
+        else:
+            pair = self._replay(self._execution, walk, path, state, origin)
         seen = [*(x for x in pair if x is not None), *(probe for _, probe in self._probes)]
         if not self._looks and not all(map(_is_finite, seen)):
             self._callback, self._progress = None, False
             self._begin(look=True)
-            self.finish(walk(self.prepare(path, state, origin)), index, stop)
+            self.finish(walk(self.prepare(state, origin)), index, stop)
             raise FloatingPointError(
                 "the run ended with a state that is not finite, and made again it did not: the denoiser "
                 "does not return the same output for the same input"
             )
         return self.finish(pair, index, stop)
 
-    def prepare(self, path: Path, state: State, origin: int) -> Pair:
-        """The noise levels of all calls on `path`, in one transfer, the working memory, the pair."""
+    def _replay(
+        self, execution: Execution, walk: Walk, path: Path, state: State, origin: int
+    ) -> Pair:
+        """`walk` from `state`, recorded if it is not yet: the pair, and the probes of the run."""
+        if self._callback is not None or self._progress or self.differentiable or self._looks:
+            raise ValueError(
+                f"{type(execution).__name__} replays a whole run, which leaves no place for a callback, "
+                "a progress bar, gradients, FixedPoint or an iteration that stops by itself: leave out "
+                "these, or the execution"
+            )
+        leaves, tree = tree_flatten(self._extra_args)
+        given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        fixed = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        lone = state.partner is None or state.partner is state.current
+        own = [state.current] if state.partner is None or lone else [state.current, state.partner]
+
+        def program(*inputs: Tensor) -> tuple[Tensor, ...]:
+            states, tensors = inputs[: len(own)], iter(inputs[len(own) :])
+            partner = None if state.partner is None else states[-1]
+            filled = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            self._begin(look=False)
+            self._extra_args = tree_unflatten(filled, tree)
+            started = replace(state, current=states[0], partner=partner)
+            a, b = walk(self.prepare(started, origin))
+            self._extra_args = tree_unflatten(leaves, tree)
+            assert a is not None
+            return a, b, *(probe for _, probe in self._probes)
+
+        key = (
+            self.solver,
+            self._name,
+            self.grid,
+            walk.__qualname__,
+            tuple(k for k, _ in path),
+            origin,
+            lone,
+            fixed,
+            str(tree),
+        )
+        try:
+            hash(key)
+        except TypeError as error:
+            raise ValueError(
+                f"{type(execution).__name__} tells runs apart by the settings of the solver and by what "
+                f"in extra_args is not a tensor, which must have a hash: {error}"
+            ) from error
+        recording = execution.find(key, self._denoiser, program, [*own, *given], self)
+        self._begin(look=False)
+        self.nfe = recording.nfe
+        a, b, *probes = recording.replay(*own, *given)
+        self._probes = [("", probe) for probe in probes]
+        return a, b
+
+    def prepare(self, state: State, origin: int) -> Pair:
+        """The working memory, and copies of the states as a pair."""
         # Copies, for the caller may write to x, and this run does.
         current, partner = state.current.clone(), state.partner
         if partner is not None:
             partner = current if partner is state.current else partner.clone()
-        stages = [stage for _, stages in path for stage in stages]
-        self._sigmas = self._levels(stages, current.shape[0], current.device)
         self._scratch = self._room(current)
         self._stack = self.arithmetic.open(current, partner, state.side, origin)
         if self.solver.coupled:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import Arithmetic, FloatingPoint
+from .execution import Execution
 from .grids import Grid, Sigmas
 from .integrate import Pair, Run, ascend, descend
 from .state import Convergence, Solution, State
@@ -93,6 +94,7 @@ class Solver(ABC):
         progress: bool = False,
         stop: int | None = None,
         differentiable: bool = False,
+        execution: Execution | None = None,
     ) -> Solution:
         """Go down the grid, from noise to data.
 
@@ -110,6 +112,8 @@ class Solver(ABC):
             stop: the level to stop at, an index into `sigmas`; the last by default.
             differentiable: record gradients, of all that the run does, with memory for every call of
                 the denoiser. By default it runs under `torch.no_grad`.
+            execution: record the whole run, and replay it when it comes again with other tensors:
+                `CUDAGraph` or `Compiled`. By default the denoiser is called step by step.
 
         Returns:
             The state at level `stop`, what is needed to go on or back, and the evaluations spent.
@@ -122,7 +126,7 @@ class Solver(ABC):
                 step and the noise level.
         """
         grid = Grid.of(sigmas)
-        run = Run(self, denoiser, grid, extra_args, callback, progress, differentiable)
+        run = Run(self, denoiser, grid, extra_args, callback, progress, differentiable, execution)
         with torch.set_grad_enabled(differentiable):
             return descend(run, run.state(x, index=0), grid.steps if stop is None else stop)
 
@@ -154,6 +158,7 @@ class InvertibleSolver(Solver):
         progress: bool = False,
         stop: int | None = None,
         differentiable: bool = False,
+        execution: Execution | None = None,
     ) -> Solution:
         """Go up the grid, from data to noise: the exact inverse of `sample`, if `exact`.
 
@@ -177,6 +182,7 @@ class InvertibleSolver(Solver):
             progress: show a progress bar (needs tqdm).
             stop: the level to stop at, an index into `sigmas`; 0 by default.
             differentiable: as for `sample`.
+            execution: as for `sample`.
 
         Returns:
             The state at level `stop`, what is needed to sample again, and the evaluations spent.
@@ -192,7 +198,7 @@ class InvertibleSolver(Solver):
                 undo.
         """
         grid = Grid.of(sigmas)
-        run = Run(self, denoiser, grid, extra_args, callback, progress, differentiable)
+        run = Run(self, denoiser, grid, extra_args, callback, progress, differentiable, execution)
         with torch.set_grad_enabled(differentiable):
             start = run.state(x, index=grid.steps)
             solution = ascend(run, self, start, 0 if stop is None else stop)

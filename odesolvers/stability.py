@@ -373,8 +373,9 @@ def _rounded(stage: _Stage, variance: float) -> float:
     """Variance of what rounding adds to `older` between a stage and its undoing, in squared roundoffs.
 
     Both ways one product and one sum are rounded; where the weight is 1 or near it, the roundings back
-    undo most of those on the way, and this is above the error by a factor of 3 or more. `rest` is the same to the bit both ways where
-    `here` is: its rounding counts in the share of elements that are off by a bit or more.
+    undo most of those on the way, and this is too high by a factor of 3 or more. `rest` is the same to
+    the bit both ways where `here` is: its rounding counts in the share of elements that are off by a
+    bit or more.
     """
     older, here, newer = stage.sizes
     g = abs(stage.gain)
