@@ -369,15 +369,7 @@ class Run:
             self._evaluate_stacked(stage, values, k)
         else:
             for call in stage.evaluations[len(values) - 1 :]:
-                if call.here:
-                    values.append(self._denoise(x, (call,), k))
-                    continue
-                point = self.arithmetic.combine(call.point, values, self._scratch)
-                denoised = self._denoise(point, (call,), k)
-                if _share_storage(denoised, point):
-                    self._scratch = self._room(x)  # the output lies in the old one
-                _check_new(denoised, values[1:], (call,), k)
-                values.append(denoised)
+                values.append(self._output(call, values, k))
         if self._twice:
             self._twice = False
             before = [value.clone() for value in values]  # outputs may be one buffer, used again
@@ -395,6 +387,19 @@ class Run:
             )
         return values
 
+    def _output(self, call: Evaluation, values: list[Tensor], k: int) -> Tensor:
+        """The output of `call`, from the state and the outputs before it."""
+        if call.here:
+            denoised = self._denoise(values[0], (call,), k)
+        else:
+            point = self.arithmetic.combine(call.point, values, self._scratch)
+            denoised = self._denoise(point, (call,), k)
+            if _share_storage(denoised, point):
+                self._scratch = self._room(values[0])  # the output lies in the old one
+        if len(values) > 1:
+            _check_new(denoised, values[1:], (call,), k)
+        return denoised
+
     def _evaluate_stacked(self, stage: Step, values: list[Tensor], k: int) -> None:
         """Append to `values` the outputs of `stage`, those of a round in one call of the denoiser."""
         x, known = values[0], len(values) - 1
@@ -402,7 +407,9 @@ class Run:
         for numbers in stage.rounds:
             numbers = tuple(number for number in numbers if number > known)
             calls = tuple(stage.evaluations[number - 1] for number in numbers)
-            if not calls:
+            if len(calls) <= 1:
+                for number in numbers:
+                    values[number] = self._output(calls[0], values[:number], k)
                 continue
             stack, places = self._room_for(x, len(calls))
             points = [
@@ -422,13 +429,15 @@ class Run:
         if self.differentiable:
             return None, [None] * n
         if n not in self._rooms:
-            stack = torch.empty_like(x.repeat(n, *[1] * (x.ndim - 1)), dtype=self.dtype)
+            stack = x.new_empty((n * x.shape[0], *x.shape[1:]))
             self._rooms[n] = stack, stack.chunk(n)
         return self._rooms[n]
 
     def finish(self, pair: Pair, index: int, stop: int) -> Solution:
         """The solution at level `stop`, once every value that was met is known to be finite."""
         solver = self.solver
+        self._scratch, self._last = None, None
+        self._rooms.clear()
         current, partner = pair if solver.coupled else pair[::-1]
         assert current is not None
         stored = current if index == stop else partner

@@ -1,0 +1,443 @@
+"""What a run does beside the denoiser: operations, memory, work on the host; and recorded runs."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from odesolvers import (
+    BDIA,
+    DDIM,
+    EDICT,
+    RK4,
+    Compiled,
+    CUDAGraph,
+    DPMSolverPP2S,
+    Euler,
+    FixedPoint,
+    FixedPointInversion,
+    HeunEDM,
+    IntegrationApproximator,
+    InvertibleSolver,
+    ReversibleHeun,
+    Solver,
+    StepRatio,
+    karras_sigmas,
+)
+from odesolvers.models import Gaussian
+
+from .problems import gaussian, mixture, noise, relative_error
+
+VIEWS = {"aten.detach", "aten.alias", "aten.slice", "aten.split", "aten.unbind", "aten.view"}
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+class Watch(TorchDispatchMode):
+    """Counts operations outside the denoiser, and the bytes of states that they leave alive."""
+
+    def __init__(self, denoiser: Callable[..., Tensor], start: Any, elements: int) -> None:
+        super().__init__()
+        self._theirs = start.untyped_storage().data_ptr() if isinstance(start, Tensor) else 0
+        self.operations: Counter[str] = Counter()
+        self.peak = 0
+        self._denoiser, self._elements, self._inside = denoiser, elements, False
+        self._made: list[weakref.ref[Tensor]] = []
+
+    def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
+        self._inside = True
+        try:
+            return self._denoiser(x, sigma)
+        finally:
+            self._inside = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self._inside:
+            self.operations[".".join(str(func).split(".")[:2])] += 1
+            if isinstance(result, Tensor) and result.numel() >= self._elements:
+                self._made.append(weakref.ref(result))
+            alive = [x.untyped_storage() for ref in self._made if (x := ref()) is not None]
+            sizes = {storage.data_ptr(): storage.nbytes() for storage in alive}
+            sizes.pop(self._theirs, None)
+            self.peak = max(self.peak, sum(sizes.values()))
+        return result
+
+
+def watched(run: Callable[..., Any], start: Any, n: int, elements: int) -> Watch:
+    watch = Watch(lambda x, sigma: 0.5 * x, start, elements)
+    with watch:
+        run(watch.denoise, start, karras_sigmas(n))
+    return watch
+
+
+@pytest.mark.parametrize(
+    ("solver", "most"),
+    [
+        (Euler(), 2),
+        (BDIA(Euler()), 2),  # g = 1 multiplies nothing
+        (BDIA(Euler(), 0.96), 3),
+        (BDIA(DDIM()), 3),
+        (HeunEDM(), 5),
+        (BDIA(HeunEDM()), 8),
+        (BDIA(HeunEDM(), 0.96), 9),
+        (BDIA(HeunEDM(), 0.96, batched=True), 9),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("invert", [False, True])
+def test_operations_of_a_step(solver: Solver, most: int, invert: bool) -> None:
+    x = noise(2, 5, sigma=80.0)
+    counts = []
+    for n in (10, 20):
+        if not invert:
+            watch = watched(solver.sample, x, n, 10)
+        elif isinstance(solver, InvertibleSolver):
+            state = solver.sample(lambda x, sigma: 0.5 * x, x, karras_sigmas(n)).state
+            watch = watched(solver.invert, state, n, 10)
+        else:
+            pytest.skip("a one-step method has no inverse")
+        counts.append(sum(c for name, c in watch.operations.items() if name not in VIEWS))
+    assert (counts[1] - counts[0]) / 10 == most
+
+
+@pytest.mark.parametrize(
+    ("solver", "most"),
+    [
+        (Euler(), 3),
+        (BDIA(Euler(), 0.96), 3),
+        (BDIA(DDIM()), 3),
+        (BDIA(HeunEDM(), 0.96), 3),
+        (BDIA(RK4()), 3),
+        (BDIA(HeunEDM(), batched=True), 5),  # two points stand beside each other
+        (ReversibleHeun(), 3),
+    ],
+    ids=repr,
+)
+def test_tensors_alive_do_not_grow_with_the_steps(solver: Solver, most: int) -> None:
+    x = noise(1, 1000, sigma=80.0)
+    for n in (5, 30):
+        assert watched(solver.sample, x, n, 1000).peak <= most * x.nbytes
+        if isinstance(solver, InvertibleSolver):
+            state = solver.sample(lambda x, sigma: 0.5 * x, x, karras_sigmas(n)).state
+            assert watched(solver.invert, state, n, 1000).peak <= most * x.nbytes
+
+
+def test_coefficients_are_worked_out_once_for_a_grid() -> None:
+    traced = []
+
+    class Counting(IntegrationApproximator):
+        order = 1
+        evaluations = 1
+
+        def increment(self, x: Any, sigma: float, target: float, denoise: Any) -> Any:
+            traced.append(sigma)
+            return (target - sigma) * (x - denoise(x, sigma)) / sigma
+
+    solver, x = BDIA(Counting()), noise(2, 5, sigma=80.0)
+    state = solver.sample(gaussian(), x, karras_sigmas(6)).state
+    first = len(traced)
+    assert first > 0
+    solver.sample(gaussian(), x, karras_sigmas(6))
+    solver.invert(gaussian(), state, karras_sigmas(6))
+    assert len(traced) == first
+    solver.sample(gaussian(), x, karras_sigmas(7))
+    assert len(traced) > first
+
+
+def test_settings_that_change_are_noticed() -> None:
+    class Scaled(IntegrationApproximator):
+        order = 1
+        evaluations = 1
+        factor = 1.0
+
+        def increment(self, x: Any, sigma: float, target: float, denoise: Any) -> Any:
+            return self.factor * (target - sigma) * (x - denoise(x, sigma)) / sigma
+
+    method, x = Scaled(), noise(2, 5, sigma=80.0)
+    before = method.sample(gaussian(), x, karras_sigmas(6)).x
+    method.factor = 0.5
+    assert relative_error(method.sample(gaussian(), x, karras_sigmas(6)).x, before) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "solver", [BDIA(Euler()), BDIA(HeunEDM(), 0.9), BDIA(HeunEDM(), 0.9, batched=True), BDIA(RK4())]
+)
+def test_denoisers_may_return_their_input(solver: BDIA) -> None:
+    """What lies in the storage of a point is not written over while it is needed."""
+    x, grid = noise(2, 5, sigma=80.0), karras_sigmas(6)
+
+    def copy(x: Tensor, sigma: Tensor) -> Tensor:
+        return x.clone() if float(sigma[0]) > 1 else 0.5 * x
+
+    def same(x: Tensor, sigma: Tensor) -> Tensor:
+        return x if float(sigma[0]) > 1 else 0.5 * x
+
+    there = solver.sample(copy, x, grid)
+    assert torch.equal(solver.sample(same, x, grid).x, there.x)
+    back = solver.invert(copy, there.state, grid)
+    assert torch.equal(solver.invert(same, there.state, grid).x, back.x)
+
+
+def test_what_no_later_state_shows_is_looked_at() -> None:
+    """DPM-Solver++(2S) uses its first output for a point alone, and this denoiser forgives a bad one."""
+    grid = karras_sigmas(5, append_zero=False)
+
+    def forgiving(x: Tensor, sigma: Tensor) -> Tensor:
+        bad = float(sigma[0]) == float(grid[2].float())
+        return torch.full_like(x, float("nan")) if bad else 0.5 * x.nan_to_num(0.0)
+
+    x = noise(2, 5, sigma=80.0, dtype=torch.float32)
+    with pytest.raises(FloatingPointError, match="output is not finite at level 2 of the grid"):
+        DPMSolverPP2S().sample(forgiving, x, grid)
+
+    def clamped(x: Tensor, sigma: Tensor) -> Tensor:
+        return -3e38 * x if float(sigma[0]) > 10 else x.clamp(-1, 1)
+
+    with pytest.raises(FloatingPointError, match="not finite"):  # the step to 0 forgets the state
+        Euler().sample(clamped, x, karras_sigmas(5))
+
+
+def test_a_failure_that_does_not_come_again() -> None:
+    calls = []
+
+    def once(x: Tensor, sigma: Tensor) -> Tensor:
+        calls.append(sigma)
+        return torch.full_like(x, float("inf")) if len(calls) == 3 else 0.5 * x
+
+    seen: list[int] = []
+    with pytest.raises(FloatingPointError, match="made again it did not"):
+        BDIA(Euler()).sample(
+            once, noise(2, 5), karras_sigmas(5), callback=lambda info: seen.append(info["i"])
+        )
+    assert len(calls) == 10
+    assert seen == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("arithmetic", [FixedPoint(), None], ids=["fixed", "floating"])
+@pytest.mark.parametrize("base", [HeunEDM(), RK4()], ids=repr)
+def test_stages_in_one_call(base: IntegrationApproximator, arithmetic: FixedPoint | None) -> None:
+    options: dict[str, Any] = {} if arithmetic is None else {"arithmetic": arithmetic}
+    plain, stacked = BDIA(base, 0.9, **options), BDIA(base, 0.9, batched=True, **options)
+    grid, x = karras_sigmas(6, append_zero=False), noise(3, 5, sigma=80.0)
+    x = x if arithmetic is None else arithmetic.snap(x)
+    sizes: list[int] = []
+
+    def denoiser(x: Tensor, sigma: Tensor, shift: Tensor, name: str) -> Tensor:
+        assert shift.shape == x.shape[:1] == sigma.shape
+        assert name == "a"
+        sizes.append(len(x))
+        return gaussian()(x, sigma) + shift.unsqueeze(1)
+
+    options = {"extra_args": {"shift": torch.linspace(0, 1, 3, dtype=torch.float64), "name": "a"}}
+    expected = plain.sample(denoiser, x, grid, **options)
+    sizes.clear()
+    solution = stacked.sample(denoiser, x, grid, **options)
+    assert relative_error(solution.x, expected.x) < 1e-12
+    assert solution.nfe == expected.nfe
+    later = [3] + [6] * (base.evaluations - 1)
+    assert sizes == [3] * base.evaluations + later * 4
+    back = stacked.invert(denoiser, solution.state, grid, **options)
+    assert relative_error(back.x, x) < 1e-12
+    if arithmetic is not None:
+        assert torch.equal(back.x, x)
+    with pytest.raises(ValueError, match="another solver"):
+        plain.invert(denoiser, solution.state, grid, **options)
+
+
+def test_arguments_that_cannot_be_repeated() -> None:
+    x, grid = noise(3, 5, sigma=80.0), karras_sigmas(6)
+    solver = BDIA(HeunEDM(), batched=True)
+    with pytest.raises(ValueError, match=r"extra_args.y must have the batch of x, 3, or 1"):
+        solver.sample(lambda x, sigma, y: 0.5 * x, x, grid, extra_args={"y": torch.zeros(2)})
+
+
+@pytest.mark.parametrize(
+    "solver", [BDIA(Euler(), StepRatio(1)), BDIA(HeunEDM(), batched=True), EDICT()], ids=repr
+)
+def test_gradients_on_request(solver: InvertibleSolver) -> None:
+    grid = karras_sigmas(3, 0.5, 5.0)
+    x = noise(2, 3).requires_grad_()
+    scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+
+    def sample(x: Tensor, scale: Tensor) -> Tensor:
+        return solver.sample(lambda x, sigma: torch.tanh(scale * x), x, grid, differentiable=True).x
+
+    def there_and_back(x: Tensor, scale: Tensor) -> Tensor:
+        def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+            return torch.tanh(scale * x)
+
+        state = solver.sample(denoiser, x, grid, differentiable=True).state
+        return solver.invert(denoiser, state, grid, differentiable=True).x
+
+    assert torch.autograd.gradcheck(sample, (x, scale))
+    (gradient,) = torch.autograd.grad(there_and_back(x, scale).sum(), x)
+    torch.testing.assert_close(gradient, torch.ones_like(x), rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="no gradient, for it rounds every state"):
+        BDIA(Euler(), arithmetic=FixedPoint()).sample(mixture(), x, grid, differentiable=True)
+
+
+@pytest.mark.filterwarnings("ignore::odesolvers.InversionWarning")  # of three long steps
+@pytest.mark.parametrize(
+    "solver",
+    [BDIA(Euler(), 0.96), BDIA(HeunEDM(), batched=True), BDIA(DPMSolverPP2S()), EDICT(), RK4()],
+    ids=repr,
+)
+def test_a_compiled_run_serves_other_values(solver: Solver) -> None:
+    """Traced, and executed operation by operation: the same bits."""
+    grid, compiled = karras_sigmas(3), Compiled(backend="aot_eager")
+    network = gaussian()
+
+    def denoiser(x: Tensor, sigma: Tensor, shift: Tensor, power: int) -> Tensor:
+        return network(x, sigma) + shift**power
+
+    for n, power in ((1, 1), (2, 1), (3, 2)):
+        x = noise(2, 5, sigma=80.0, seed=n)
+        args = {"shift": torch.full((2, 1), float(n), dtype=torch.float64), "power": power}
+        plain = solver.sample(denoiser, x, grid, extra_args=args)
+        replayed = solver.sample(denoiser, x, grid, extra_args=args, execution=compiled)
+        assert torch.equal(replayed.x, plain.x)
+        assert replayed.nfe == plain.nfe
+        assert len(compiled) == power
+        if isinstance(solver, InvertibleSolver) and n == 3:
+            options: dict[str, Any] = {"extra_args": args, "execution": compiled}
+            back = solver.invert(denoiser, replayed.state, grid, **options)
+            assert relative_error(back.x, x) < 1e-10
+            code = solver.invert(denoiser, plain.x, grid, **options)
+            expected = solver.invert(denoiser, plain.x, grid, extra_args=args)
+            assert torch.equal(code.x, expected.x)
+            assert len(compiled) == 4
+
+
+def test_weights_that_change_in_place_are_seen_and_new_ones_are_recorded() -> None:
+    network, grid, compiled = Gaussian(std=0.5), karras_sigmas(3), Compiled("aot_eager")
+    x = noise(2, 5, sigma=80.0)
+    solver = BDIA(Euler())
+    solver.sample(network, x, grid, execution=compiled)
+    network.std.fill_(1.0)
+    expected = solver.sample(network, x, grid).x
+    assert torch.equal(solver.sample(network, x, grid, execution=compiled).x, expected)
+    assert len(compiled) == 1
+    network.std = network.std * 2.0
+    expected = solver.sample(network, x, grid).x
+    assert torch.equal(solver.sample(network, x, grid, execution=compiled).x, expected)
+    assert len(compiled) == 2
+
+
+def test_runs_that_cannot_be_recorded() -> None:
+    x, grid, compiled = noise(2, 5, sigma=80.0), karras_sigmas(3), Compiled("aot_eager")
+    with pytest.raises(ValueError, match="needs the state on a GPU, got cpu"):
+        BDIA(Euler()).sample(mixture(), x[:, :3], grid, execution=CUDAGraph())
+    with pytest.raises(ValueError, match="warmups >= 1"):
+        CUDAGraph(warmups=0)
+    with pytest.raises(TypeError, match="execution must be an instance"):
+        BDIA(Euler()).sample(gaussian(), x, grid, execution=Compiled)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=r"cannot be traced.*without execution=Compiled"):
+        BDIA(Euler()).sample(lambda x, s: x * s[0].item(), x, grid, execution=compiled)
+    for solver, options in (
+        (BDIA(Euler()), {"callback": print}),
+        (BDIA(Euler()), {"progress": True}),
+        (BDIA(Euler()), {"differentiable": True}),
+        (BDIA(Euler(), arithmetic=FixedPoint()), {}),
+    ):
+        with pytest.raises(ValueError, match="leaves no place for a callback"):
+            solver.sample(gaussian(), x, grid, execution=compiled, **options)
+    iterative = FixedPointInversion(Euler())
+    state = iterative.sample(gaussian(), x, grid, execution=compiled).state
+    with pytest.raises(ValueError, match="iteration that stops by itself"):
+        iterative.invert(gaussian(), state, grid, execution=compiled)
+    with pytest.raises(ValueError, match="must have a hash"):
+        BDIA(Euler()).sample(
+            lambda x, s, y: 0.5 * x, x, grid, extra_args={"y": {1}}, execution=compiled
+        )
+
+
+def test_a_recorded_run_that_is_not_finite_names_the_step() -> None:
+    compiled, grid = Compiled("aot_eager"), karras_sigmas(4)
+
+    def denoiser(x: Tensor, sigma: Tensor, top: Tensor) -> Tensor:
+        return torch.where((sigma < top).unsqueeze(1), torch.full_like(x, float("nan")), 0.5 * x)
+
+    x = noise(2, 5, sigma=80.0)
+    options: dict[str, Any] = {"execution": compiled}
+    BDIA(Euler()).sample(denoiser, x, grid, extra_args={"top": torch.tensor(0.0)}, **options)
+    with pytest.raises(FloatingPointError, match="output is not finite at level 2"):
+        BDIA(Euler()).sample(
+            denoiser, x, grid, extra_args={"top": 0.99 * grid[1].float()}, **options
+        )
+    assert len(compiled) == 1
+
+
+@pytest.mark.slow
+def test_inductor_fuses_a_run() -> None:
+    x, grid, compiled = noise(4, 16, sigma=80.0, dtype=torch.float32), karras_sigmas(5), Compiled()
+    solver, denoiser = BDIA(Euler(), 0.96), Gaussian(std=0.5)
+    for scale in (1.0, 0.5):
+        there = solver.sample(denoiser, scale * x, grid, execution=compiled)
+        assert relative_error(there.x, solver.sample(denoiser, scale * x, grid).x) < 1e-4
+        back = solver.invert(denoiser, there.state, grid, execution=compiled)
+        assert relative_error(back.x, scale * x) < 1e-5
+
+
+@pytest.mark.cuda
+@needs_gpu
+@pytest.mark.parametrize("solver", [BDIA(Euler(), 0.96), BDIA(HeunEDM()), EDICT()], ids=repr)
+def test_no_step_waits_for_the_device(solver: InvertibleSolver) -> None:
+    """From the first call of the denoiser to the last: an error of torch where one does."""
+    x, grid = noise(4, 64, sigma=80.0, dtype=torch.float32).cuda(), karras_sigmas(10)
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        denoiser.calls += 1  # type: ignore[attr-defined]
+        last = denoiser.calls == denoiser.all  # type: ignore[attr-defined]
+        torch.cuda.set_sync_debug_mode("default" if last else "error")
+        return x / (1 + sigma.unsqueeze(1) ** 2)
+
+    def counted(run: Callable[..., Any], start: Any) -> Any:
+        nfe = run(lambda x, sigma: x / (1 + sigma.unsqueeze(1) ** 2), start, grid).nfe
+        denoiser.calls, denoiser.all = 0, nfe  # type: ignore[attr-defined]
+        return run(denoiser, start, grid)
+
+    try:
+        there = counted(solver.sample, x)
+        counted(solver.invert, there.state)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+@needs_gpu
+@pytest.mark.parametrize("n", [5, 50])
+def test_memory_on_the_gpu(n: int) -> None:
+    x = noise(1, 2**22, sigma=80.0, dtype=torch.float32).cuda()
+    solver, grid = BDIA(Euler(), 0.96), karras_sigmas(n)
+    solver.sample(lambda x, sigma: x, x, grid)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    solver.sample(lambda x, sigma: x, x, grid)
+    assert torch.cuda.max_memory_allocated() - before <= 3.1 * x.nbytes
+
+
+@pytest.mark.cuda
+@needs_gpu
+@pytest.mark.parametrize("solver", [BDIA(Euler(), 0.96), BDIA(HeunEDM(), batched=True)], ids=repr)
+def test_a_cuda_graph_serves_other_values(solver: BDIA) -> None:
+    grid, graph = karras_sigmas(10), CUDAGraph()
+    denoiser = Gaussian(std=0.5).cuda()
+    for seed in (0, 1):
+        x = noise(4, 64, sigma=80.0, seed=seed, dtype=torch.float32).cuda()
+        plain = solver.sample(denoiser, x, grid)
+        replayed = solver.sample(denoiser, x, grid, execution=graph)
+        torch.testing.assert_close(replayed.x, plain.x)
+        kept = replayed.x.clone()
+        back = solver.invert(denoiser, replayed.state, grid, execution=graph)
+        assert relative_error(back.x, x) < 1e-5
+        assert torch.equal(replayed.x, kept)
+    assert len(graph) == 2
+    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
+        solver.sample(lambda x, sigma: x * sigma[0].item(), x, grid, execution=graph)
