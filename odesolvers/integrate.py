@@ -298,18 +298,21 @@ class Run:
 
     def _levels(self, stages: list[Step], n: int, device: torch.device) -> dict[Levels, Tensor]:
         """The noise levels of all calls as they are handed to the denoiser, in one transfer."""
-        singles = {(call.sigma,) for stage in stages for call in stage.evaluations}
-        stacks: set[Levels] = set()
+        keys: list[Levels] = list(
+            dict.fromkeys((c.sigma,) for stage in stages for c in stage.evaluations)
+        )
         if self._stacks:
-            stacks = {
+            stacks: set[Levels] = {
                 tuple(stage.evaluations[number - 1].sigma for number in numbers)
                 for stage in stages
                 for numbers in stage.rounds
             }
-        keys = sorted(singles | stacks)
-        flat = torch.tensor([s for key in keys for s in key], dtype=level_dtype(self.dtype))
-        rows = flat.to(device).unsqueeze(1).expand(-1, n).contiguous().flatten()
-        return dict(zip(keys, torch.split(rows, [n * len(key) for key in keys]), strict=True))
+            keys += stacks - set(keys)
+        flat = torch.tensor([sigma for key in keys for sigma in key], dtype=level_dtype(self.dtype))
+        rows = flat.to(device).unsqueeze(1).expand(-1, n).contiguous()
+        if not self._stacks:
+            return dict(zip(keys, rows.unbind(), strict=True))
+        return dict(zip(keys, torch.split(rows.flatten(), [n * len(k) for k in keys]), strict=True))
 
     def track(self, path: Path) -> Iterable[tuple[int, tuple[Step, ...]]]:
         """`path`, with a progress bar where one was asked for."""

@@ -1,0 +1,279 @@
+"""What a step costs beside the denoiser, in time, operations and memory.
+
+Measures, with a denoiser of one operation and 50 steps on one CPU thread: microseconds a step beyond
+those of a loop that does nothing but call the denoiser; tensor operations a step, views left out; and
+the largest number of states alive outside the denoiser. Then how the time grows with the batch, the
+size of the image and the steps, with the straight line through it; fixed point against floating point;
+and on a GPU a network of convolutions in half precision, step by step and as a CUDA graph.
+
+Against: the least that a two-step recurrence needs, ``a.mul_(g).add_(x, alpha=c).add_(d, alpha=e)``;
+k-diffusion's `sample_euler` and `sample_heun`; diffusers' `DDIMScheduler` and
+`DPMSolverMultistepScheduler`. All in one process, taking turns; the medians of their times.
+
+Run: python benchmarks/overhead.py [--write]        (a minute; --write makes docs/tables/overhead.md)
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import platform
+import statistics
+import time
+import warnings
+import weakref
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from odesolvers import BDIA, DDIM, CUDAGraph, Euler, FixedPoint, HeunEDM, Solver, karras_sigmas
+
+TABLE = Path(__file__).parent.parent / "docs" / "tables" / "overhead.md"
+SHAPES = [(1, 4, 64, 64), (16, 4, 64, 64)]
+STEPS = 50
+MINIMUM = "three operations in place"
+Run = Callable[[Callable[..., Tensor], Tensor], Any]
+VIEWS = {"aten.detach", "aten.alias", "aten.slice", "aten.split", "aten.unbind", "aten.view"}
+VIEWS |= {"aten.select", "aten.unsqueeze", "aten.expand", "aten._local_scalar_dense"}
+
+
+def half(x: Tensor, sigma: Tensor | float) -> Tensor:
+    """The denoiser of one operation."""
+    return x * 0.5
+
+
+@torch.no_grad()
+def bare(denoiser: Callable[..., Tensor], x: Tensor) -> None:
+    sigma = x.new_ones(len(x))
+    for _ in range(STEPS):
+        denoiser(x, sigma)
+
+
+@torch.no_grad()
+def minimum(denoiser: Callable[..., Tensor], x: Tensor) -> Tensor:
+    older, x, sigma = x.clone(), x.clone(), x.new_ones(len(x))
+    for _ in range(STEPS):
+        denoised = denoiser(x, sigma)
+        older.mul_(0.9).add_(x, alpha=0.06).add_(denoised, alpha=0.04)
+        older, x = x, older
+    return x
+
+
+def ours(solver: Solver) -> Run:
+    sigmas = karras_sigmas(STEPS)
+    return lambda denoiser, x: solver.sample(denoiser, x, sigmas)
+
+
+def back(solver: BDIA, x: Tensor) -> Run:
+    sigmas = karras_sigmas(STEPS)
+    state = solver.sample(half, x, sigmas).state
+    return lambda denoiser, x: solver.invert(denoiser, state, sigmas)
+
+
+def k_diffusion(name: str) -> Run:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sampler = getattr(importlib.import_module("k_diffusion.sampling"), name)
+    sigmas = karras_sigmas(STEPS).float()
+    return lambda denoiser, x: sampler(denoiser, x, sigmas, disable=True)
+
+
+def diffusers(name: str) -> Run:
+    scheduler = getattr(importlib.import_module("diffusers"), name)()
+
+    @torch.no_grad()
+    def run(denoiser: Callable[..., Tensor], x: Tensor) -> Tensor:
+        scheduler.set_timesteps(STEPS)
+        for t in scheduler.timesteps:
+            x = scheduler.step(denoiser(x, t), t, x).prev_sample
+        return x
+
+    return run
+
+
+def contestants(x: Tensor) -> dict[str, Run]:
+    return {
+        MINIMUM: minimum,
+        "BDIA(Euler())": ours(BDIA(Euler())),
+        "BDIA(Euler(), 0.96)": ours(BDIA(Euler(), 0.96)),
+        "BDIA(DDIM())": ours(BDIA(DDIM())),
+        "BDIA(DDIM()), inverting": back(BDIA(DDIM()), x),
+        "BDIA(DDIM(), arithmetic=FixedPoint())": ours(BDIA(DDIM(), arithmetic=FixedPoint())),
+        "HeunEDM()": ours(HeunEDM()),
+        "BDIA(HeunEDM())": ours(BDIA(HeunEDM())),
+        "BDIA(HeunEDM(), batched=True)": ours(BDIA(HeunEDM(), batched=True)),
+        "k-diffusion sample_euler": k_diffusion("sample_euler"),
+        "k-diffusion sample_heun": k_diffusion("sample_heun"),
+        "diffusers DDIMScheduler": diffusers("DDIMScheduler"),
+        "diffusers DPMSolverMultistepScheduler": diffusers("DPMSolverMultistepScheduler"),
+    }
+
+
+def seconds(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """The median time of each, all taking turns."""
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+class Watch(TorchDispatchMode):
+    """Counts operations outside the denoiser, and the states that they leave alive."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.operations, self.peak, self.calls = 0, 0.0, 0
+        self._x, self._inside = x, False
+        self._made: list[weakref.ref[Tensor]] = []
+
+    def denoise(self, x: Tensor, sigma: Tensor | float) -> Tensor:
+        self._inside, self.calls = True, self.calls + 1
+        denoised = half(x, sigma)
+        self._inside = False
+        return denoised
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self._inside:
+            self.operations += ".".join(str(func).split(".")[:2]) not in VIEWS
+            if isinstance(result, Tensor) and result.numel() >= self._x.numel():
+                self._made.append(weakref.ref(result))
+            alive = [t.untyped_storage() for ref in self._made if (t := ref()) is not None]
+            sizes = {storage.data_ptr(): storage.nbytes() for storage in alive}
+            sizes.pop(self._x.untyped_storage().data_ptr(), None)
+            self.peak = max(self.peak, sum(sizes.values()) / self._x.nbytes)
+        return result
+
+
+def overhead(repeats: int) -> str:
+    """The table of all contestants."""
+    rows: dict[str, list[str]] = {}
+    for shape in SHAPES:
+        x = torch.randn(shape)
+        runs = {"bare": bare, **contestants(x)}
+        times = seconds({k: partial(run, half, x) for k, run in runs.items()}, repeats)
+        beyond = {k: (t - times["bare"]) / STEPS * 1e6 for k, t in times.items()}
+        for name in runs:
+            if name == "bare":
+                continue
+            watch = Watch(x)
+            with watch:
+                runs[name](watch.denoise, x)
+            row = rows.setdefault(name, [f"{watch.operations / STEPS:.1f}", f"{watch.peak:.0f}"])
+            row += [f"{beyond[name]:.0f}", f"{beyond[name] / beyond[MINIMUM]:.2f}"]
+    header = ["50 steps", "operations a step", "states alive"]
+    for shape in SHAPES:
+        header += [f"µs a step, {shape}", "over the minimum"]
+    return table(header, [[name, *row] for name, row in rows.items()])
+
+
+def scaling(repeats: int) -> str:
+    """The time of a run against three sizes, and the line through it."""
+    solver, rows = BDIA(DDIM()), []
+    cases = {
+        "batch of (4, 64, 64)": [(b, (b, 4, 64, 64), STEPS) for b in (1, 2, 4, 8, 16)],
+        "pixels of (1, 4, n, n)": [(n * n, (1, 4, n, n), STEPS) for n in (32, 64, 96, 128)],
+        "steps of (1, 4, 64, 64)": [(n, (1, 4, 64, 64), n) for n in (10, 25, 50, 100, 200)],
+    }
+    for name, sizes in cases.items():
+        runs = {}
+        for size, shape, n in sizes:
+            x, sigmas = torch.randn(shape), karras_sigmas(n)
+            runs[str(size)] = partial(solver.sample, half, x, sigmas)
+        found = seconds(runs, repeats)
+        at, y = (
+            np.array([size for size, _, _ in sizes], float),
+            np.array(list(found.values())) * 1e3,
+        )
+        slope, intercept = np.polyfit(at, y, 1)
+        explained = 1 - np.square(y - slope * at - intercept).sum() / np.square(y - y.mean()).sum()
+        line = f"{intercept:.2f} + {slope:.3g} n"
+        times = ", ".join(f"{ms:.2f}" for ms in y)
+        rows.append([name, ", ".join(found), times, line, f"{explained:.3f}"])
+    return table(["n", "at", "ms a run", "line", "R²"], rows)
+
+
+def gpu(repeats: int) -> str:
+    """Whole runs of networks in half precision, over 50 bare calls of them."""
+    if not torch.cuda.is_available():
+        return "No GPU where this was run: graphs and half precision were not measured."
+    rows, solver = [], BDIA(DDIM())
+    sigmas = karras_sigmas(STEPS)
+    for width, dtype in ((32, torch.float16), (1024, torch.float16), (1024, torch.bfloat16)):
+        layers = [torch.nn.Conv2d(4, width, 3, padding=1)]
+        layers += [torch.nn.Conv2d(width, width, 3, padding=1) for _ in range(6)]
+        layers += [torch.nn.Conv2d(width, 4, 3, padding=1)]
+        network = torch.nn.Sequential(*layers).to("cuda", dtype)
+        x = torch.randn(1, 4, 64, 64, device="cuda", dtype=dtype)
+
+        def denoiser(x: Tensor, sigma: Tensor, network: torch.nn.Module = network) -> Tensor:
+            return network(x)  # type: ignore[no-any-return]
+
+        sample = partial(solver.sample, denoiser, x, sigmas)
+        runs: dict[str, Callable[[], Any]] = {
+            "bare": partial(bare, denoiser, x),
+            "step by step": sample,
+            "graph": partial(sample, execution=CUDAGraph()),
+            "k-diffusion": partial(k_diffusion("sample_euler"), denoiser, x),
+        }
+
+        def waited(run: Callable[[], Any]) -> Callable[[], None]:
+            def wait() -> None:
+                run()
+                torch.cuda.synchronize()
+
+            return wait
+
+        found = seconds({name: waited(run) for name, run in runs.items()}, repeats)
+        rows.append(
+            [f"8 convolutions of {width}, {dtype}", f"{found['bare'] * 1e3:.1f}"]
+            + [f"{found[name] / found['bare']:.3f}" for name in list(runs)[1:]]
+        )
+    return table(["network", "50 bare calls, ms", *list(runs)[1:]], rows)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def machine() -> str:
+    """What this runs on."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].split(":")[1].strip() if names else model
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{model}, one thread; {device}; {versions}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # of grids that amplify: that is not what is measured
+    parts = [machine() + ".", overhead(options.repeats), scaling(options.repeats)]
+    text = "\n\n".join([*parts, gpu(options.repeats)]) + "\n"
+    print(text)
+    if options.write:
+        TABLE.parent.mkdir(parents=True, exist_ok=True)
+        TABLE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
