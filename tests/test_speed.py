@@ -17,12 +17,15 @@ from odesolvers import (
     DDIM,
     EDICT,
     RK4,
+    Combination,
     Compiled,
+    CoupledSolver,
     CUDAGraph,
     DPMSolverPP2S,
     Euler,
     FixedPoint,
     FixedPointInversion,
+    Grid,
     HeunEDM,
     IntegrationApproximator,
     InvertibleSolver,
@@ -31,7 +34,9 @@ from odesolvers import (
     StepRatio,
     karras_sigmas,
 )
+from odesolvers.combination import HERE
 from odesolvers.models import Gaussian
+from odesolvers.step import Evaluation, Step
 
 from .problems import gaussian, mixture, noise, relative_error
 
@@ -167,7 +172,9 @@ def test_settings_that_change_are_noticed() -> None:
 
 
 @pytest.mark.parametrize(
-    "solver", [BDIA(Euler()), BDIA(HeunEDM(), 0.9), BDIA(HeunEDM(), 0.9, batched=True), BDIA(RK4())]
+    "solver",
+    [BDIA(Euler()), BDIA(HeunEDM(), 0.9), BDIA(RK4()), BDIA(RK4(), 0.9, batched=True)],
+    ids=repr,
 )
 def test_denoisers_may_return_their_input(solver: BDIA) -> None:
     """What lies in the storage of a point is not written over while it is needed."""
@@ -183,6 +190,24 @@ def test_denoisers_may_return_their_input(solver: BDIA) -> None:
     assert torch.equal(solver.sample(same, x, grid).x, there.x)
     back = solver.invert(copy, there.state, grid)
     assert torch.equal(solver.invert(same, there.state, grid).x, back.x)
+
+
+def test_an_output_is_not_taken_for_that_of_the_state_written_over_its_own() -> None:
+    """Evaluated at one level before and after a stage that writes to the storage of the state."""
+
+    class Reflecting(CoupledSolver):
+        def steps(self, grid: Grid) -> list[tuple[Step, ...]]:
+            reflect = Step((), rest=2.0 * HERE, gain=-1.0)
+            return [
+                (along, reflect, along)
+                for sigma, _ in grid.intervals()
+                for along in [Step((Evaluation(HERE, sigma),), Combination({1: 0.1}), gain=1.0)]
+            ]
+
+    x, grid = noise(2, 5, sigma=80.0), karras_sigmas(4)
+    states: list[Tensor] = []
+    kept = Reflecting().sample(gaussian(), x, grid, callback=lambda info: states.append(info["x"]))
+    assert torch.equal(Reflecting().sample(gaussian(), x, grid).x, kept.x)
 
 
 def test_what_no_later_state_shows_is_looked_at() -> None:
