@@ -241,5 +241,5 @@ def test_half_precision_networks_keep_most_elements_to_the_precision_of_the_stat
     solver, sigmas = BDIA(approximator, StepRatio(1)), karras_sigmas(18)
     error, _ = round_trip(solver, sigmas, x, InDtype(DENOISER, network))
     per_element = error.abs() / x.double().norm() * math.sqrt(x.numel())
-    assert float((per_element > 1e-4).double().mean()) < 0.02
+    assert float((per_element > 1e-4).double().mean()) < 0.03
     assert float(per_element.median()) < 1e-5
