@@ -97,7 +97,7 @@ def measure(run: Run, instance: Instance, truth: Reference, real: Tensor | None)
 
     there, meter, seconds = attempt("sampling", solver.sample, noise)
     row.evaluations, row.seconds = meter.calls, seconds
-    row.seconds_ratio = seconds / meter.seconds
+    row.seconds_ratio = seconds / meter.seconds if meter.calls else None
     errors = errors_of(there, clean)
     row.sampling_median, row.sampling_95 = percentile(errors, 0.5), percentile(errors, 0.95)
 
@@ -107,20 +107,24 @@ def measure(run: Run, instance: Instance, truth: Reference, real: Tensor | None)
         row.frechet = frechet_distance(many.x, real) if many else float("inf")
 
     if hasattr(solver, "invert"):
-        back, meter, _ = attempt("inversion", solver.invert, there.state if there else noise)
-        row.inversion_evaluations = meter.calls
-        row.round_trip = relative_distance(back.x, noise) if back and there else float("inf")
+        row.round_trip = row.image_round_trip = float("inf")
+        if there:
+            back, meter, _ = attempt("inversion", solver.invert, there.state)
+            row.inversion_evaluations = meter.calls
+            row.round_trip = relative_distance(back.x, noise) if back else float("inf")
 
         code, meter, _ = attempt("encoding", solver.invert, clean)
         row.encoding_evaluations = meter.calls
         errors = errors_of(code, truth.noise)
         row.encoding_median, row.encoding_95 = percentile(errors, 0.5), percentile(errors, 0.95)
-        row.code_mean = float(code.x.double().mean()) / problem.top if code else float("inf")
-        row.code_std = float(code.x.double().std() / truth.noise.std()) if code else float("inf")
-        row.code_ks = normality(code.x / problem.top) if code else 1.0
-
-        again = attempt("decoding", solver.sample, code.state)[0] if code else None
-        row.image_round_trip = relative_distance(again.x, clean) if again else float("inf")
+        row.code_mean = row.code_std = float("inf")
+        if code:
+            latent = code.x.double()
+            row.code_mean = float(latent.mean()) / problem.top
+            row.code_std = float(latent.std() / truth.noise.std())
+            row.code_ks = normality(latent / problem.top)
+            again, _, _ = attempt("decoding", solver.sample, code.state)
+            row.image_round_trip = relative_distance(again.x, clean) if again else float("inf")
     row.diverged = "; ".join(diverged)
     return row
 
@@ -139,7 +143,7 @@ def missing(
     seeds: int | None,
     rows: Rows,
 ) -> list[Run]:
-    """What has not been measured with today's settings, cheap budgets first within a problem."""
+    """What has not been measured with today's settings, small budgets first for each seed."""
     runs = [
         Run(problem, entry, budget, seed)
         for problem in problems

@@ -50,7 +50,7 @@ class Cell:
     def error(self) -> str:
         """The median and, as half the range in parts of it, the spread over seeds."""
         text = number(self.middle)
-        if math.isfinite(max(self.values)) and self.middle > 0:
+        if len(self.values) > 1 and math.isfinite(max(self.values)) and self.middle > 0:
             spread = (max(self.values) - min(self.values)) / 2 / self.middle
             text += f" ±{100 * spread:.0f}%"
         return text if self.fair else f"{text} ({self.evaluations})"
@@ -111,24 +111,23 @@ class Results:
 
 
 def report(rows: Rows, problems: Sequence[Problem], solvers: Sequence[Entry], out: Path) -> None:
-    """Write everything into ``out/tables`` and ``out/images``."""
+    """Write ``out/tables/suite.md`` and the plots that it shows, in ``out/images``."""
     results = Results(rows, problems, solvers)
-    tables, images = out / "tables", out / "images"
+    images = out / "images"
     images.mkdir(parents=True, exist_ok=True)
-    write(tables / "suite_references.md", references(results, rows))
-    write(tables / "suite_summary.md", summary(results))
+    parts = ["## Problems", references(results, rows), "## Summary", summary(results)]
     for problem in results.problems:
-        write(tables / f"suite_{slug(problem)}.md", problem_tables(results, problem))
-        plot_errors(results, problem, images / f"suite_{slug(problem)}.png")
-        plot_pareto(results, problem, images / f"suite_{slug(problem)}_pareto.png")
+        parts += [f"## {problem.name[0].upper()}{problem.name[1:]}"]
+        for plot, what in ((plot_errors, "errors"), (plot_pareto, "pareto")):
+            path = images / f"suite_{slug(problem)}_{what}.png"
+            if plot(results, problem, path):
+                parts.append(f"![{plot.__doc__}](../images/{path.name})")
+        parts.append(problem_tables(results, problem))
+    (out / "tables" / "suite.md").write_text("\n\n".join(parts) + "\n")
 
 
 def slug(problem: Problem) -> str:
     return problem.name.lower().replace(" ", "_")
-
-
-def write(path: Path, text: str) -> None:
-    path.write_text(text + "\n")
 
 
 def number(value: float) -> str:
@@ -136,9 +135,11 @@ def number(value: float) -> str:
     return f"{value:.1e}" if math.isfinite(value) else "diverged"
 
 
-def table(header: Sequence[str], lines: Sequence[Sequence[str]], words: int = 1) -> str:
-    """Markdown, with so many columns of words before the numbers."""
-    rule = ["---"] * words + ["---:"] * (len(header) - words)
+def table(
+    header: Sequence[str], lines: Sequence[Sequence[str]], words: Sequence[int] = (0,)
+) -> str:
+    """Markdown; the columns `words` to the left, numbers to the right."""
+    rule = ["---" if k in words else "---:" for k in range(len(header))]
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
 
 
@@ -167,7 +168,7 @@ def references(results: Results, rows: Rows) -> str:
         )
     header = ["problem", "states", "seeds", "dtype", "levels", "steps of RK4"]
     header += ["distance to half the steps", "its Fréchet distance"]
-    return table(header, lines, words=2)
+    return table(header, lines, words=(0, 1, 3))
 
 
 def problem_tables(results: Results, problem: Problem) -> str:
@@ -203,7 +204,7 @@ def by_budget(results: Results, problem: Problem, of: str) -> list[list[str]]:
         fair = {name: off(cell.middle, ratio) for name, cell in cells.items() if cell and cell.fair}
         best = min(fair.values(), default=math.inf)
         for name, value in fair.items():
-            if math.isfinite(value) and value == best:
+            if math.isfinite(value) and value <= 1.005 * best:  # those that are the same method too
                 texts[name] = f"**{texts[name]}**"
         columns.append(texts)
     return [
@@ -278,7 +279,7 @@ def summary(results: Results) -> str:
     header = ["solver", "family", *(f"samples better than {name}" for name in BASELINES.values())]
     header += ["encodes better than DDIM inversion"]
     header += [f"ahead of {RECOMMENDED} in both, where"]
-    return table(header, lines, words=2)
+    return table(header, lines, words=(0, 1, len(header) - 1))
 
 
 def won(
@@ -303,7 +304,7 @@ def ahead(results: Results, problem: Problem, budget: int, solver: str, other: s
     return True
 
 
-def plot_errors(results: Results, problem: Problem, path: Path) -> None:
+def plot_errors(results: Results, problem: Problem, path: Path) -> bool:
     """Sampling and encoding error against evaluations, side by side."""
     import matplotlib.pyplot as plt
 
@@ -330,15 +331,16 @@ def plot_errors(results: Results, problem: Problem, path: Path) -> None:
     legend(figure, results)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+    return True
 
 
-def plot_pareto(results: Results, problem: Problem, path: Path) -> None:
+def plot_pareto(results: Results, problem: Problem, path: Path) -> bool:
     """Sampling error against encoding error: the nearer to the lower left corner the better."""
     import matplotlib.pyplot as plt
 
     budgets = [budget for budget in PARETO_BUDGETS if budget in results.budgets(problem)]
     if not budgets:
-        return
+        return False
     figure, row = plt.subplots(
         1,
         len(budgets),
@@ -368,6 +370,7 @@ def plot_pareto(results: Results, problem: Problem, path: Path) -> None:
     legend(figure, results)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+    return True
 
 
 def styles(results: Results) -> list[tuple[Entry, dict[str, Any]]]:
