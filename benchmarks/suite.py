@@ -41,6 +41,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+DIVERGED = (FloatingPointError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,12 @@ def measure(run: Run, instance: Instance, truth: Reference, real: Tensor | None)
 
     fitting = Meter(instance.denoiser)
     begin = time.perf_counter()
-    solver = entry.make(replace(instance, denoiser=fitting), sigmas)
+    try:
+        solver = entry.make(replace(instance, denoiser=fitting), sigmas)
+    except DIVERGED:
+        row.sampling_median = row.sampling_95 = float("inf")
+        row.diverged = "calibration"
+        return row
     if fitting.calls:
         row.calibration_evaluations = fitting.calls
         row.calibration_seconds = time.perf_counter() - begin
@@ -88,7 +94,7 @@ def measure(run: Run, instance: Instance, truth: Reference, real: Tensor | None)
         begin = time.perf_counter()
         try:
             solution = walk(meter, x, sigmas, extra_args=instance.extra_args)
-        except (FloatingPointError, OverflowError):
+        except DIVERGED:
             solution = None
         seconds = time.perf_counter() - begin
         if solution is None or not bool(solution.x.isfinite().all()):

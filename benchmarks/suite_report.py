@@ -26,6 +26,7 @@ TOP = 10.0
 # Okabe and Ito's palette, which the colour-blind can tell apart, without its yellow.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#777777")
 MARKERS = "osD^vPX*<>"
+UNMARKED = {"color": "#BBBBBB", "marker": ".", "linestyle": "none"}
 
 Errors = Callable[[Row], float | None]
 
@@ -355,7 +356,7 @@ def plot_pareto(results: Results, problem: Problem, path: Path) -> bool:
         for entry in results.solvers:
             x = results.middle(problem, entry.name, budget, "sampling_median")
             y = results.middle(problem, entry.name, budget, "encoding_median")
-            style = marked.get(entry.name, {"color": "#BBBBBB", "marker": "."})
+            style = marked.get(entry.name, UNMARKED)
             if x is not None and y is not None:
                 point = {**style, "linestyle": "none", "markersize": 7, "zorder": 3}
                 axes.plot([min(x, TOP)], [min(y, TOP)], **point)
@@ -367,7 +368,7 @@ def plot_pareto(results: Results, problem: Problem, path: Path) -> bool:
         axes.set_xlabel("sampling error (dashed: no inverse)")
         axes.grid(alpha=0.3)
     row[0][0].set_ylabel("encoding error")
-    legend(figure, results)
+    legend(figure, results, others="other invertible")
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return True
@@ -391,12 +392,13 @@ def styles(results: Results) -> list[tuple[Entry, dict[str, Any]]]:
     ]
 
 
-def legend(figure: Any, results: Results) -> None:
-    """One legend under all panels."""
+def legend(figure: Any, results: Results, others: str = "") -> None:
+    """One legend under all panels, with a word for the points that are not marked."""
     from matplotlib.lines import Line2D
 
     pairs = styles(results)
     handles = [Line2D([], [], label=entry.name, **style) for entry, style in pairs]
+    handles += [Line2D([], [], label=others, **UNMARKED)] if others else []
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
 
 

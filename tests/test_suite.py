@@ -251,6 +251,26 @@ def test_divergence_is_a_result(error: type[Exception] | None) -> None:
     assert row.diverged == "sampling"
 
 
+def fitted(instance: Instance, sigmas: Tensor) -> suite_solvers.Sampler:
+    """Two evaluations to fit, on a batch that no measured seed has; refused above 5 steps."""
+    x = instance.problem.noise(suite_problems.CALIBRATION_SEED)
+    for sigma in sigmas[:2]:
+        instance.denoiser(x, sigma.expand(len(x)))
+    if len(sigmas) > 6:
+        raise OverflowError
+    return DDIM()
+
+
+def test_calibration_is_counted_apart() -> None:
+    entry = suite_solvers.Entry("fitted", "test", fitted, "fitted")
+    x = tiny().noise(0)
+    truth = Reference(x, gaussian().flow(x, 80.0, 0.02), 0.0, None)
+    row = suite.measure(suite.Run(tiny(), entry, 5, 0), tiny().load(), truth, None)
+    assert (row.evaluations, row.calibration_evaluations) == (5, 2)
+    row = suite.measure(suite.Run(tiny(), entry, 6, 0), tiny().load(), truth, None)
+    assert (row.diverged, row.sampling_median) == ("calibration", math.inf)
+
+
 def test_other_errors_are_not_swallowed() -> None:
     with pytest.raises(TypeError):
         measure(Lost(TypeError))
