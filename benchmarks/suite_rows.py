@@ -47,7 +47,6 @@ class Row:
     seconds: float | None = None
     seconds_ratio: float | None = None
     calibration_evaluations: int | None = None
-    calibration_seconds: float | None = None
     diverged: str = ""
 
     @property
