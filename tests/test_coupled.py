@@ -258,6 +258,14 @@ def test_a_denoiser_that_returns_one_buffer_is_remembered_rightly() -> None:
     assert torch.equal(plain.x, shared.x)
 
 
+def test_edict_without_mixing_lets_its_states_drift_apart() -> None:
+    grid = karras_sigmas(200, 0.1, 10.0, append_zero=False)
+    x = noise(4, 5, sigma=10.0)
+    exact = gaussian().flow(x, 10.0, 0.1)
+    mixed, unmixed = (EDICT(p).sample(gaussian(), x, grid).x for p in (0.93, 1.0))
+    assert relative_error(unmixed, exact) > 10 * relative_error(mixed, exact)
+
+
 # --- invertibility as a property -------------------------------------------------------------------
 
 

@@ -143,3 +143,9 @@ COUPLED: list[tuple[Solver, int]] = [
 @pytest.mark.parametrize(("solver", "order"), COUPLED, ids=repr)
 def test_solvers_of_a_pair(solver: Solver, order: int) -> None:
     assert fitted_order(solver, steps_for(order)) == pytest.approx(order, abs=0.2)
+
+
+@pytest.mark.parametrize("solver", [McCallumFoster(Euler()), Rex(Euler())], ids=repr)
+def test_a_coupling_near_one_is_between_two_orders(solver: Solver) -> None:
+    """While there are fewer than 1 / (1 - ζ) steps, 1000 for the default."""
+    assert 1.2 < fitted_order(solver, (100, 200, 400, 800)) < 1.8
