@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +37,7 @@ from odesolvers import (
     ReversibleHeun,
     Rex,
     SmoothedOutput,
+    State,
     StepRatio,
     calibrate,
 )
@@ -236,6 +238,48 @@ class Iterated:
         return FixedPointInversion(DDIM(), tolerance, self.max_iterations)
 
 
+@dataclass(frozen=True)
+class UpwardDDIM:
+    """DDIM, and the same run upwards: each step with the noise found at the state it starts from.
+
+    That is what Song et al. 2021 invert with. `DDIMInversion` asks for the noise at the level above,
+    as diffusers does.
+    """
+
+    def sample(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        sigmas: Tensor,
+        *,
+        extra_args: Mapping[str, Any] | None = None,
+    ) -> Sampled:
+        return DDIM().sample(denoiser, x, sigmas, extra_args=extra_args)
+
+    def invert(
+        self,
+        denoiser: Denoiser,
+        x: Tensor | State,
+        sigmas: Tensor,
+        *,
+        extra_args: Mapping[str, Any] | None = None,
+    ) -> Code:
+        x = x.current if isinstance(x, State) else x
+        levels = sigmas.flip(0).tolist()
+        for sigma, target in pairwise(levels):
+            (move,) = DDIM().increments(denoiser, x, sigma, (target,), extra_args=extra_args)
+            x = x + move
+        return Code(x, x)
+
+
+@dataclass(frozen=True)
+class Code:
+    """What `UpwardDDIM` returns: a state that is one tensor."""
+
+    x: Tensor
+    state: Tensor
+
+
 def entries() -> list[Entry]:
     """All of them, in the order of the tables."""
     bdia, one_step, field = "BDIA", "one-step", "invertible"
@@ -261,6 +305,7 @@ def entries() -> list[Entry]:
         plain("Rex Midpoint", field, Rex(Midpoint()), plotted=True),
         plain("reversible Heun", field, ReversibleHeun()),
         plain("DDIM inversion", field, DDIMInversion(), plotted=True),
+        plain("DDIM upwards", field, UpwardDDIM(), plotted=True),
         Entry("fixed-point DDIM, 5", field, Iterated(5), repr(Iterated(5))),
         Entry("fixed-point DDIM, 30", field, Iterated(30), repr(Iterated(30))),
         plain("DDIM", one_step, DDIM(), plotted=True),
