@@ -42,9 +42,9 @@ ALL: list[IntegrationApproximator] = [
     RK3(),
     RK4(),
     DPMSolverPP2S(),
-    Exponential(Midpoint()),
-    Exponential(RK3()),
 ]
+# Their scale has no value at level 0, so that a constant gamma does not lead back from there.
+EXPONENTIAL: list[IntegrationApproximator] = [Exponential(Midpoint()), Exponential(RK3())]
 
 
 @final
@@ -156,7 +156,7 @@ class TestSmoothed(TwoStepContract):
     solver = BDIA(DDIM(), SmoothedOutput(1.0))
 
 
-@pytest.mark.parametrize("approximator", ALL, ids=repr)
+@pytest.mark.parametrize("approximator", [*ALL, *EXPONENTIAL], ids=repr)
 def test_coefficients_give_what_the_formula_gives_on_tensors(
     approximator: IntegrationApproximator,
 ) -> None:
@@ -173,7 +173,7 @@ def test_coefficients_give_what_the_formula_gives_on_tensors(
 
 
 def test_scales_are_those_of_the_published_states() -> None:
-    for approximator in ALL:
+    for approximator in (*ALL, *EXPONENTIAL):
         for sigma in (0.0, 0.1, 3.0, 80.0):
             expected = 1.0
             if isinstance(approximator, DDIM | DPMSolverPP2S):

@@ -30,7 +30,7 @@ from odesolvers import (
 )
 
 from .problems import mixture, noise, reference, relative_error
-from .test_approximators import ALL
+from .test_approximators import ALL, EXPONENTIAL
 
 TOP, BOTTOM = 5.0, 0.3
 START = noise(8, 3, sigma=TOP)
@@ -57,7 +57,7 @@ def steps_for(order: int) -> tuple[int, ...]:
     )
 
 
-@pytest.mark.parametrize("approximator", ALL, ids=repr)
+@pytest.mark.parametrize("approximator", [*ALL, *EXPONENTIAL], ids=repr)
 def test_base(approximator: IntegrationApproximator) -> None:
     order = approximator.order
     assert fitted_order(approximator, steps_for(order)) == pytest.approx(order, abs=0.2)
