@@ -57,8 +57,8 @@ FEW = (5, 10, 20)
 class GaussianEuler(IntegrationApproximator):
     """Euler in the variables of EDM's preconditioner, exact on Gaussian data of standard deviation s.
 
-    With ``z = x / sqrt(s² + σ²)`` and the network's part F of the output, ``D = c_skip x + c_out F``, the
-    flow is ``dz = -F d(arctan(σ / s))``; F is held over the step.
+    With ``z = x / sqrt(s² + σ²)`` and the network's part F of the output, ``D = c_skip x + c_out F``,
+    the flow is ``dz = -F d(arctan(σ / s))``; F is held over the step.
     """
 
     std: float
@@ -202,11 +202,9 @@ def main() -> None:
         p for p in PROBLEMS if not options.problems or p.name in options.problems
     ]
     tried = candidates()
-    columns = []
     with tqdm(total=len(problems) * len(tried)) as bar, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of inversions that are not to be trusted
-        for problem in problems:
-            columns.append(ratios(problem.load(), tried, bar))
+        columns = [ratios(problem.load(), tried, bar) for problem in problems]
     header = ["candidate", *(f"{p.name}: {way}" for p in problems for way in ("s", "e"))]
     lines = [[*header, "worst s", "worst e"], ["---"] + ["---:"] * (2 * len(problems) + 2)]
     for k, candidate in enumerate(tried):

@@ -84,7 +84,12 @@ def measure(run: Run, instance: Instance, truth: Reference, real: Tensor | None)
     sigmas = problem.sigmas(steps)
     row = Row(*run.key, states=problem.states, steps=steps)
 
-    solver = entry.make(instance, sigmas)
+    try:
+        solver = entry.make(instance, sigmas)
+    except DIVERGED:
+        row.sampling_median = row.sampling_95 = float("inf")
+        row.diverged = "calibration"
+        return row
     learnt = getattr(getattr(solver, "gamma", None), "report", None)
     row.calibration_evaluations = None if learnt is None else learnt.evaluations
 
