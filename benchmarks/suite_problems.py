@@ -53,6 +53,7 @@ class Problem:
         fine: steps of the fine solution.
         data: draws that many data points, for the Fréchet distance; None where it is left out.
         frechet_states: the samples compared with as many data points or all there are.
+        calibration_runs: what fitting weights to it may cost, see `calibrate`.
         version: raised whenever anything else about the problem changes; 0 for a toy, of which nothing
             is kept.
     """
@@ -69,6 +70,7 @@ class Problem:
     fine: int = 1000
     data: Callable[[int], Tensor] | None = None
     frechet_states: int = 0
+    calibration_runs: int = 80
     version: int = 1
 
     @property
@@ -222,9 +224,25 @@ def stable_diffusion(states: int) -> Model:
 PROBLEMS = (
     Problem("mixture", mixture, (8,), 256, data=mixture_data, frechet_states=2048),
     Problem("digits", digits, (1, 8, 8), 64, data=digits_data, frechet_states=512),
-    Problem("letters", letters, (3, 32, 32), 8, dtype=torch.float32, seeds=2, fine=300),
     Problem(
-        "guided letters", guided_letters, (3, 32, 32), 4, dtype=torch.float32, seeds=2, fine=300
+        "letters",
+        letters,
+        (3, 32, 32),
+        8,
+        dtype=torch.float32,
+        seeds=2,
+        fine=300,
+        calibration_runs=40,
+    ),
+    Problem(
+        "guided letters",
+        guided_letters,
+        (3, 32, 32),
+        4,
+        dtype=torch.float32,
+        seeds=2,
+        fine=300,
+        calibration_runs=40,
     ),
     Problem(
         "tiny Stable Diffusion",
@@ -236,5 +254,6 @@ PROBLEMS = (
         top=14.6,
         seeds=2,
         fine=300,
+        calibration_runs=40,
     ),
 )

@@ -217,8 +217,8 @@ class CalibratedBDIA:
             problem.sigmas(steps),
             base=self.approximator,
             extra_args=instance.extra_args,
-            max_runs=80 if kept else 1,
-            reference_steps=128 if kept else 1,
+            max_runs=problem.calibration_runs if kept else 1,
+            reference_steps=64 if kept else 1,
         )
         if kept:
             path.parent.mkdir(parents=True, exist_ok=True)

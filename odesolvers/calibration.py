@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -223,7 +223,8 @@ def calibrate(
     back to. The weights are then fitted over whole runs, both ways at once: a Levenberg-Marquardt
     iteration on log g_i over the relative errors of all elements, reweighted for `objective`, with a
     Jacobian of differences that is kept up to date by Broyden's formula. It starts from the best of
-    a list of rules and ends no worse than it. No gradient of the denoiser is taken.
+    a list of rules and of the least squares of each step on its own, and ends no worse than it. No
+    gradient of the denoiser is taken.
 
     Args:
         denoiser: see `Denoiser`; deterministic.
@@ -259,7 +260,8 @@ def calibrate(
     with fit.bar(max_runs if progress else None):
         fit.solve_finely(reference_steps)
         before = fit.run(fit.admissible(_log_weights(StepRatio(1), grid)))
-        best = fit.best_of(_STARTS, max_runs)
+        starts = [_log_weights(rule, grid) for rule in _STARTS]
+        best = fit.best_of([*starts, fit.step_by_step()], max_runs)
         best = fit.improve(best, max_runs)
     alone = math.nan
     if fit.objective.sampling:
@@ -332,9 +334,42 @@ class _Fit:
         for sigma, target in self.grid.intervals():
             roots = np.linspace(sigma ** (1 / 7), target ** (1 / 7), each + 1)[1:]
             fine += [*(roots[:-1] ** 7).tolist(), target]
-        solution = RK4().sample(self.denoiser, self.x, fine, extra_args=self.extra_args)
+        path: dict[int, Tensor] = {}
+
+        def keep(info: Mapping[str, Any]) -> None:
+            if info["i"] % each == 0:
+                path[info["i"] // each] = info["x"].cpu()
+
+        solution = RK4().sample(
+            self.denoiser, self.x, fine, extra_args=self.extra_args, callback=keep
+        )
         self.evaluations += solution.nfe
         self.target = solution.x
+        self._path = [*(path[k] for k in range(self.grid.steps)), solution.x.cpu()]
+
+    def step_by_step(self) -> Vector:
+        """The weights that bring each step nearest to the fine solution, given those before it.
+
+        ``g_i = <x_{i+1} - B, x*_{i-1} - F> / |x_{i+1} - B|²``, one run down the grid.
+        """
+        s, log_g = self.grid.levels, []
+        older: Tensor | None = None
+        current = self.x
+        for k in range(self.grid.steps):
+            targets = (s[k + 1],) if older is None else (s[k + 1], s[k - 1])
+            moves = self.base.increments(
+                self.denoiser, current, s[k], targets, extra_args=self.extra_args
+            )
+            self.evaluations += len(self.base.plan(s[k], targets).evaluations)
+            newer = current + moves[0]
+            if older is not None:
+                missed = older - current - moves[1]
+                wanted = self._path[k + 1].to(newer) - newer
+                best = float((missed * wanted).double().sum() / missed.double().square().sum())
+                log_g.append(math.log(min(max(best, LOWEST), HIGHEST)))
+                newer = newer + math.exp(log_g[-1]) * missed
+            older, current = current, newer
+        return np.array(log_g)
 
     def log_amplification(self, log_g: Vector) -> float:
         """The largest sum of consecutive log 1/g_i going up, in variance-preserving units."""
@@ -407,11 +442,14 @@ class _Fit:
     def _names(self) -> list[str]:
         return [name for name in ("sampling", "encoding") if getattr(self.objective, name)]
 
-    def best_of(self, rules: tuple[GammaRule, ...], max_runs: int) -> _Run:
-        """The best of the rules to start from, the first at least."""
-        affordable = rules[: max(1, max_runs - self.runs)]
-        starts = [self.admissible(_log_weights(rule, self.grid)) for rule in affordable]
-        return min(map(self.run, starts), key=lambda run: run.value)
+    def best_of(self, starts: Iterable[Vector], max_runs: int) -> _Run:
+        """The best of the weights to start from, the first at least."""
+        tried: list[_Run] = []
+        for log_g in starts:
+            if tried and self.runs >= max_runs:
+                break
+            tried.append(self.run(self.admissible(log_g)))
+        return min(tried, key=lambda run: run.value)
 
     def improve(self, best: _Run, max_runs: int) -> _Run:
         """Levenberg-Marquardt from `best`, until it stands still or the runs are spent."""

@@ -14,6 +14,7 @@ from odesolvers import (
     DDIM,
     EDICT,
     RK4,
+    DampedStepRatio,
     Euler,
     GammaRule,
     HeunEDM,
@@ -76,7 +77,7 @@ def test_odd_bases_gain_an_order_where_the_leading_error_cancels(
     assert fitted_order(solver, steps_for(gained)) == pytest.approx(gained, abs=0.2)
 
 
-@pytest.mark.parametrize("gamma", [1.0, StepRatio(1)], ids=repr)
+@pytest.mark.parametrize("gamma", [1.0, StepRatio(1), DampedStepRatio()], ids=repr)
 @pytest.mark.parametrize("approximator", ODD, ids=repr)
 def test_odd_bases_gain_an_order_with_weights_near_one(
     approximator: IntegrationApproximator, gamma: float | GammaRule
