@@ -50,8 +50,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-DEAR = (10, 20, 40)
-"""The budgets of round trips and Fréchet distances, which cost more than all else together."""
 DIVERGED = (FloatingPointError, OverflowError)
 
 
@@ -115,13 +113,13 @@ def measure(run: Run, instance: Instance, truth: Reference, real: Tensor | None)
     errors = errors_of(there, clean)
     row.sampling_median, row.sampling_95 = percentile(errors, 0.5), percentile(errors, 0.95)
 
-    if real is not None and run.budget in DEAR:
+    if real is not None and run.budget in problem.dear:
         batch = problem.noise(FRECHET_SEED + run.seed, problem.frechet_states).to(problem.dtype)
         many, _, _ = attempt("sampling for Fréchet", solver.sample, batch)
         row.frechet = frechet_distance(many.x, real) if many else float("inf")
 
     if hasattr(solver, "invert"):
-        if there and run.budget in DEAR:
+        if there and run.budget in problem.dear:
             row.round_trip = float("inf")
             back, meter, _ = attempt("inversion", solver.invert, there.state)
             row.inversion_evaluations = meter.calls
@@ -137,7 +135,7 @@ def measure(run: Run, instance: Instance, truth: Reference, real: Tensor | None)
             row.code_mean = float(latent.mean()) / problem.top
             row.code_std = float(latent.std() / truth.noise.std())
             row.code_ks = normality(latent / problem.top)
-        if code and run.budget in DEAR:
+        if code and run.budget in problem.dear:
             again, _, _ = attempt("decoding", solver.sample, code.state)
             row.image_round_trip = relative_distance(again.x, clean) if again else float("inf")
     row.diverged = "; ".join(diverged)
@@ -166,7 +164,13 @@ def missing(
         for budget in budgets or problem.budgets
         for entry in solvers
     ]
-    return [run for run in runs if run.key not in rows and run.entry.steps(run.budget) >= 2]
+    return [
+        run
+        for run in runs
+        if run.key not in rows
+        and run.budget <= run.entry.largest
+        and run.entry.steps(run.budget) >= 2
+    ]
 
 
 def measure_all(runs: Sequence[Run], rows: Rows, cache: Path) -> None:

@@ -53,6 +53,7 @@ class Problem:
         fine: steps of the fine solution.
         data: draws that many data points, for the Fréchet distance; None where it is left out.
         frechet_states: the samples compared with as many data points or all there are.
+        dear: the budgets of round trips and Fréchet distances, which cost more than all else together.
         calibration_runs: what fitting weights to it may cost, see `calibrate`.
         version: raised whenever anything else about the problem changes; 0 for a toy, of which nothing
             is kept.
@@ -70,6 +71,7 @@ class Problem:
     fine: int = 1000
     data: Callable[[int], Tensor] | None = None
     frechet_states: int = 0
+    dear: tuple[int, ...] = (10, 20, 40)
     calibration_runs: int = 80
     version: int = 1
 
@@ -232,6 +234,7 @@ PROBLEMS = (
         dtype=torch.float32,
         seeds=2,
         fine=300,
+        dear=(20,),
         calibration_runs=40,
     ),
     Problem(
@@ -242,6 +245,7 @@ PROBLEMS = (
         dtype=torch.float32,
         seeds=2,
         fine=300,
+        dear=(20,),
         calibration_runs=40,
     ),
     Problem(
@@ -254,6 +258,7 @@ PROBLEMS = (
         top=14.6,
         seeds=2,
         fine=300,
+        dear=(20,),
         calibration_runs=40,
     ),
 )

@@ -78,6 +78,7 @@ class Entry:
         make: the solver for a problem on a grid, fitted to both where it needs that.
         setting: by which a measured row knows its solver.
         plotted: whether it is drawn, beside being tabulated.
+        largest: the largest budget it is measured at.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Entry:
     make: Callable[[Instance, Tensor], Sampler]
     setting: str
     plotted: bool = False
+    largest: int = 80
 
     def steps(self, budget: int) -> int:
         """The most steps whose evaluations do not exceed `budget`; below 2 there is nothing to do."""
@@ -186,7 +188,12 @@ class Diffusers:
 
 
 LEARNT_STEPS = 20
-"""The longest grid that weights are learnt on; longer ones take theirs from it."""
+"""The longest grid that weights are fitted on. On longer ones the best of the rules to start from is
+taken, among them the weights of this one."""
+
+
+STARTS = 13
+"""Runs that score all weights to start from, and move none."""
 
 
 @dataclass(frozen=True)
@@ -199,25 +206,27 @@ class CalibratedBDIA:
 
     approximator: IntegrationApproximator
     states: int = 16
+    version: int = 2
 
     def __call__(self, instance: Instance, sigmas: Tensor) -> Sampler:
-        steps = min(len(sigmas) - 1, LEARNT_STEPS)
-        return BDIA(self.approximator, self.rule(instance, steps))
+        return BDIA(self.approximator, self.rule(instance, len(sigmas) - 1))
 
     def rule(self, instance: Instance, steps: int) -> Calibrated:
         problem = instance.problem
-        path = CACHE / f"{problem.name.replace(' ', '_')}-v{problem.version}-weights-{steps}.json"
         kept = problem.version > 0
+        path = CACHE / f"{problem.name.replace(' ', '_')}-v{problem.version}-weights-{steps}.json"
         if kept and path.exists():
             return Calibrated.load(path)
-        x = problem.calibration_noise()[: self.states]
+        runs = problem.calibration_runs
+        longer = steps > LEARNT_STEPS
         rule = calibrate(
             instance.denoiser,
-            x,
+            problem.calibration_noise()[: self.states],
             problem.sigmas(steps),
             base=self.approximator,
+            starts=[self.rule(instance, LEARNT_STEPS)] if longer else [],
             extra_args=instance.extra_args,
-            max_runs=problem.calibration_runs if kept else 1,
+            max_runs=1 if not kept else STARTS if longer else runs,
             reference_steps=64 if kept else 1,
         )
         if kept:
@@ -228,13 +237,15 @@ class CalibratedBDIA:
 
 @dataclass(frozen=True)
 class Iterated:
-    """Fixed-point inversion to what the precision of the states allows."""
+    """Fixed-point inversion to what the precision of the denoiser allows."""
 
     max_iterations: int
+    double: float = 1e-9
+    single: float = 1e-4
 
     def __call__(self, instance: Instance, sigmas: Tensor) -> Sampler:
         del sigmas
-        tolerance = 1e-9 if instance.problem.dtype == torch.float64 else 1e-5
+        tolerance = self.double if instance.problem.dtype == torch.float64 else self.single
         return FixedPointInversion(DDIM(), tolerance, self.max_iterations)
 
 
@@ -307,7 +318,7 @@ def entries() -> list[Entry]:
         plain("DDIM inversion", field, DDIMInversion(), plotted=True),
         plain("DDIM upwards", field, UpwardDDIM(), plotted=True),
         Entry("fixed-point DDIM, 5", field, Iterated(5), repr(Iterated(5))),
-        Entry("fixed-point DDIM, 30", field, Iterated(30), repr(Iterated(30))),
+        Entry("fixed-point DDIM, 30", field, Iterated(30), repr(Iterated(30)), largest=20),
         plain("DDIM", one_step, DDIM(), plotted=True),
         plain("HeunEDM", one_step, HeunEDM()),
         plain("Midpoint", one_step, Midpoint()),

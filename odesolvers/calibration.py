@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -35,8 +35,8 @@ _STARTS: Final[tuple[GammaRule, ...]] = (
     StepRatio(1.5),
     StepRatio(2),
     *(DampedStepRatio(cutoff, power) for cutoff in (0.1, 0.3) for power in (1, 2, 3)),
+    DampedStepRatio(),
     DampedStepRatio(1.0, 1),
-    DampedStepRatio(1.0, 2),
 )
 _SKETCH: Final = 4096
 _BEYOND: Final = 4.0
@@ -210,6 +210,7 @@ def calibrate(
     base: IntegrationApproximator | None = None,
     objective: Objective | None = None,
     extra_args: Mapping[str, Any] | None = None,
+    starts: Sequence[GammaRule] = (),
     reference_steps: int = 128,
     max_amplification: float = 1e4,
     max_runs: int = 80,
@@ -234,6 +235,7 @@ def calibrate(
         base: the approximator that `BDIA` will wrap; `Euler` by default.
         objective: what to make small; sampling and encoding alike by default.
         extra_args: keyword arguments for every call of the denoiser, of the batch.
+        starts: rules to start from beside those it knows, such as the weights of another grid.
         reference_steps: steps of the fine solution, at least; four evaluations each.
         max_amplification: the most that an inversion may amplify an error by, in the
             variance-preserving state; or what `StepRatio(1)` amplifies by, if that is more.
@@ -260,8 +262,9 @@ def calibrate(
     with fit.bar(max_runs if progress else None):
         fit.solve_finely(reference_steps)
         before = fit.run(fit.admissible(_log_weights(StepRatio(1), grid)))
-        starts = [_log_weights(rule, grid) for rule in _STARTS]
-        best = fit.best_of([*starts, fit.step_by_step()], max_runs)
+        rules = [*starts, *_STARTS]
+        own = fit.step_by_step()
+        best = fit.best_of([*(_log_weights(rule, grid) for rule in rules), own], max_runs)
         best = fit.improve(best, max_runs)
     alone = math.nan
     if fit.objective.sampling:

@@ -212,12 +212,12 @@ def test_row_of_an_invertible_solver_against_the_exact_flow() -> None:
 
 
 def test_round_trips_are_measured_where_asked_for() -> None:
-    row = measure(BDIA(Euler(), StepRatio(1)), budget=suite.DEAR[0])
+    row = measure(BDIA(Euler(), StepRatio(1)), budget=tiny().dear[0])
     assert row.round_trip is not None
     assert row.round_trip < 1e-12
     assert row.image_round_trip is not None
     assert row.image_round_trip < 1e-12
-    assert row.inversion_evaluations == suite.DEAR[0] - 1
+    assert row.inversion_evaluations == tiny().dear[0] - 1
 
 
 def test_row_of_a_sampler_has_no_code() -> None:
@@ -270,8 +270,8 @@ def test_calibration_is_counted_apart() -> None:
     x = tiny().noise(0)
     truth = Reference(x, gaussian().flow(x, 80.0, 0.02), 0.0, None)
     row = suite.measure(suite.Run(tiny(), entry, 5, 0), tiny().load(), truth, None)
-    fine, runs, alone = 20, 2 * (5 + 5), 5  # RK4 over five steps; two rules both ways; Euler
-    assert (row.evaluations, row.calibration_evaluations) == (5, fine + runs + alone)
+    fine, own, runs, alone = 20, 5, 2 * (5 + 5), 5  # RK4; each step's own; two rules; Euler
+    assert (row.evaluations, row.calibration_evaluations) == (5, fine + own + runs + alone)
     row = suite.measure(suite.Run(tiny(), entry, 6, 0), tiny().load(), truth, None)
     assert (row.diverged, row.sampling_median) == ("calibration", math.inf)
 
@@ -282,18 +282,14 @@ def test_learnt_weights_are_kept_and_serve_longer_grids(
     monkeypatch.setattr(suite_solvers, "CACHE", tmp_path)
     monkeypatch.setattr(suite_solvers, "LEARNT_STEPS", 3)
     make = suite_solvers.CalibratedBDIA(Euler(), states=2)
-    first = make(tiny(version=1).load(), tiny().sigmas(3))
-    (path,) = tmp_path.iterdir()
-    written = path.stat().st_mtime_ns
-    longer = make(tiny(version=1).load(), tiny().sigmas(7))
-    assert repr(longer) == repr(first)
-    assert path.stat().st_mtime_ns == written
-    assert evaluations_of(longer, 7) == 7
-
-
-def evaluations_of(solver: Any, steps: int) -> int:
-    evaluations: int = solver.sample(gaussian(), tiny().noise(0), tiny().sigmas(steps)).nfe
-    return evaluations
+    instance = tiny(version=1, calibration_runs=12).load()
+    first = make.rule(instance, 3)
+    longer = make.rule(instance, 7)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert (len(first.values), len(longer.values)) == (2, 6)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert make(instance, tiny().sigmas(7)) == BDIA(Euler(), longer)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == written
 
 
 def test_ddim_upwards_asks_for_the_noise_where_it_stands() -> None:
