@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 BASELINES = {"DDIM": "DDIM", "k-diffusion dpmpp_2m": "DPM-Solver++(2M)"}
 """The samplers that a summary compares with, under the names they go by in it."""
 
+DDIM, DPM_SOLVER, UPWARDS = "DDIM", "k-diffusion dpmpp_2m", "DDIM upwards"
+OURS = (RECOMMENDED, "BDIA Euler StepRatio(1)", "BDIA Euler damped")
+
 PARETO_BUDGETS = (10, 20)
 TOP = 10.0
 """Errors above are drawn here: the state is lost."""
@@ -112,7 +115,7 @@ class Results:
 
 
 def report(rows: Rows, problems: Sequence[Problem], solvers: Sequence[Entry], out: Path) -> None:
-    """Write ``out/tables/suite.md`` and the plots that it shows, in ``out/images``."""
+    """Write the tables and the plots that they show, into ``out/tables`` and ``out/images``."""
     results = Results(rows, problems, solvers)
     images = out / "images"
     images.mkdir(parents=True, exist_ok=True)
@@ -125,6 +128,7 @@ def report(rows: Rows, problems: Sequence[Problem], solvers: Sequence[Entry], ou
                 parts.append(f"![{plot.__doc__}](../images/{path.name})")
         parts.append(problem_tables(results, problem))
     (out / "tables" / "suite.md").write_text("\n\n".join(parts) + "\n")
+    (out / "tables" / "suite_worst.md").write_text(worst_cases(results) + "\n")
 
 
 def slug(problem: Problem) -> str:
@@ -170,6 +174,52 @@ def references(results: Results, rows: Rows) -> str:
     header = ["problem", "states", "seeds", "dtype", "levels", "steps of RK4"]
     header += ["distance to half the steps", "its Fréchet distance"]
     return table(header, lines, words=(0, 1, 3))
+
+
+def worst_cases(results: Results) -> str:
+    """How far ours are from the baselines where they do worst, and at which budget that is."""
+    lines = []
+    for entry in results.solvers:
+        if entry.name not in OURS:
+            continue
+        for problem in results.problems:
+            cells = [
+                worst(results, problem, entry.name, of, against, budgets)
+                for of, against, budgets in (
+                    ("sampling_median", DDIM, (5, 80)),
+                    ("sampling_median", DPM_SOLVER, (5, 20)),
+                    ("encoding_median", UPWARDS, (10, 80)),
+                    ("code_std", None, (20, 80)),
+                )
+            ]
+            if any(cells):
+                lines.append([entry.name, problem.name, *cells])
+    header = ["solver", "problem", "sampling over DDIM's", "over DPM-Solver++(2M)'s, to 20"]
+    header += ["encoding over DDIM's upwards, from 10", "code std, from 20"]
+    return table(header, lines, words=(0, 1))
+
+
+def worst(
+    results: Results,
+    problem: Problem,
+    solver: str,
+    of: str,
+    against: str | None,
+    budgets: tuple[int, int],
+) -> str:
+    """The largest ratio to a baseline over a range of budgets; without one, what is farthest from 1."""
+    found = []
+    for budget in results.budgets(problem):
+        value = results.middle(problem, solver, budget, of)
+        base = results.middle(problem, against, budget, of) if against else 1.0
+        if value is None or base is None or not budgets[0] <= budget <= budgets[1]:
+            continue
+        ratio = value / base
+        found.append((ratio if against else abs(ratio - 1), ratio, budget))
+    if not found:
+        return ""
+    _, ratio, budget = max(found)
+    return f"{ratio:.3f} (at {budget})" if ratio < 100 else f"{ratio:.0e} (at {budget})"
 
 
 def problem_tables(results: Results, problem: Problem) -> str:

@@ -445,6 +445,13 @@ def test_summary_counts_and_names(results: suite_report.Results) -> None:
     assert "DDIM" not in cells
 
 
+def test_worst_cases_are_the_largest_ratios_and_say_where(results: suite_report.Results) -> None:
+    (line,) = suite_report.worst_cases(results).splitlines()[2:]
+    cells = line.strip("| ").split(" | ")
+    assert cells[:3] == [suite_solvers.RECOMMENDED, "tiny", "0.500 (at 10)"]
+    assert "DPM" not in line
+
+
 def test_ratios_are_best_near_one() -> None:
     assert suite_report.off(1.1, True) < suite_report.off(0.8, True)
     assert suite_report.off(1.1, True) > suite_report.off(0.95, True)
