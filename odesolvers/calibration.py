@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -100,7 +101,7 @@ class CalibrationReport:
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Calibrated(GammaRule):
     """Weights that `calibrate` learnt for one model, base and range of noise levels.
 
@@ -124,7 +125,13 @@ class Calibrated(GammaRule):
     base: str
     levels: tuple[float, ...]
     values: tuple[float, ...]
-    report: CalibrationReport | None = field(default=None, repr=False, compare=False)
+    report: CalibrationReport | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        """Short, and another one for other weights: by it a state knows its solver."""
+        numbers = " ".join(number.hex() for number in (*self.levels, *self.values))
+        digest = hashlib.sha256(f"{self.base} {numbers}".encode()).hexdigest()[:16]
+        return f"Calibrated({self.base}, {len(self.values) + 1} steps, sha256={digest})"
 
     def check_approximator(self, approximator: object) -> None:
         if repr(approximator) != self.base:

@@ -269,6 +269,9 @@ def test_files_hold_the_rule_to_the_bit(learnt: Calibrated, tmp_path: Path) -> N
     assert again.report == learnt.report
     assert repr(BDIA(Euler(), again)) == repr(BDIA(Euler(), learnt))
     assert list(tmp_path.iterdir()) == [path]
+    other = Calibrated(learnt.base, learnt.levels, (*learnt.values[:-1], learnt.values[-1] * 1.001))
+    assert repr(other) != repr(learnt)
+    assert len(repr(learnt)) < 80
 
 
 def test_a_state_made_with_a_learnt_rule_goes_back_with_the_rule_from_its_file(
