@@ -51,6 +51,7 @@ SOLVERS: list[CoupledSolver] = [
 ABOVE_ZERO = karras_sigmas(400, sigma_min=0.01, sigma_max=10.0, append_zero=False)
 
 
+@pytest.mark.filterwarnings("ignore::odesolvers.InversionWarning")  # so few steps do not encode
 class TestEDICT(CoupledContract):
     solver = EDICT()
     encoding_grid = karras_sigmas(40, sigma_min=0.01, sigma_max=10.0)
@@ -76,16 +77,19 @@ class TestMcCallumFosterDPMSolverPP2S(CoupledContract):
     solver = McCallumFoster(DPMSolverPP2S())
 
 
+@pytest.mark.filterwarnings("ignore::odesolvers.InversionWarning")  # so few steps do not encode
 class TestRexEuler(CoupledContract):
     solver = Rex(Euler())
     encoding_grid = ABOVE_ZERO
 
 
+@pytest.mark.filterwarnings("ignore::odesolvers.InversionWarning")  # so few steps do not encode
 class TestRexHeunEDM(CoupledContract):
     solver = Rex(HeunEDM())
     encoding_grid = ABOVE_ZERO
 
 
+@pytest.mark.filterwarnings("ignore::odesolvers.InversionWarning")  # so few steps do not encode
 class TestRexRK4(CoupledContract):
     solver = Rex(RK4())
     encoding_grid = ABOVE_ZERO
@@ -286,6 +290,7 @@ def amplification(solver: CoupledSolver, grid: Grid) -> float:
 
 
 @QUICK
+@pytest.mark.filterwarnings("ignore::odesolvers.InversionWarning")  # any solver, on any grid
 @given(couplings, grids, shapes, st.data())
 def test_any_stretch_is_undone(
     solver: CoupledSolver, sigmas: torch.Tensor, shape: tuple[int, ...], data: st.DataObject
@@ -304,6 +309,7 @@ def test_any_stretch_is_undone(
 
 
 @QUICK
+@pytest.mark.filterwarnings("ignore::odesolvers.InversionWarning")  # any solver, on any grid
 @given(couplings, grids, shapes, st.data())
 def test_fixed_point_is_exact_to_the_bit_from_either_end(
     solver: CoupledSolver, sigmas: torch.Tensor, shape: tuple[int, ...], data: st.DataObject
