@@ -124,7 +124,7 @@ def candidates() -> list[Candidate]:
     rules += [SmoothedOutput(StepRatio(1)), SmoothedOutput(DampedStepRatio())]
     starts = [StepRatio(1), DampedStepRatio(), DampedStepRatio(0.1, 2)]
     return [
-        Candidate("DDIM", DDIM()),
+        Candidate("DDIM", UpwardDDIM()),
         over(Euler(), 1.0),
         over(DDIM(), 1.0),
         over(Exponential(Euler()), 1.0),
@@ -158,9 +158,7 @@ def errors(
             distance.median() / truth.double().flatten(1).norm(dim=1).square().mean().sqrt()
         )
 
-    sampling = median(candidate.sample, noise, clean)
-    encodes = hasattr(candidate, "invert")
-    return sampling, median(candidate.invert, clean, noise) if encodes else math.nan
+    return median(candidate.sample, noise, clean), median(candidate.invert, clean, noise)
 
 
 def ratios(instance: Instance, tried: Sequence[Candidate], bar: Any) -> list[tuple[float, float]]:
@@ -189,7 +187,7 @@ def ratios(instance: Instance, tried: Sequence[Candidate], bar: Any) -> list[tup
 
 def number(ratio: float) -> str:
     if not math.isfinite(ratio):
-        return "" if math.isnan(ratio) else "lost"
+        return "lost"
     return f"{ratio:.2f}" if ratio < 100 else f"{ratio:.0e}"
 
 
