@@ -55,6 +55,8 @@ class Problem:
         frechet_states: the samples compared with as many data points or all there are.
         dear: the budgets of round trips and Fréchet distances, which cost more than all else together.
         calibration_runs: what fitting weights to it may cost, see `calibrate`.
+        learnt_steps: the longest grid that weights are fitted on; on longer ones the best of the rules
+            to start from is taken, among them the weights of this one.
         version: raised whenever anything else about the problem changes; 0 for a toy, of which nothing
             is kept.
     """
@@ -73,6 +75,7 @@ class Problem:
     frechet_states: int = 0
     dear: tuple[int, ...] = (10, 20, 40)
     calibration_runs: int = 80
+    learnt_steps: int = 20
     version: int = 1
 
     @property
@@ -224,8 +227,8 @@ def stable_diffusion(states: int) -> Model:
 
 # Networks: eight states are too few for a Fréchet distance, and random weights have no data.
 PROBLEMS = (
-    Problem("mixture", mixture, (8,), 256, data=mixture_data, frechet_states=2048),
-    Problem("digits", digits, (1, 8, 8), 64, data=digits_data, frechet_states=512),
+    Problem("mixture", mixture, (8,), 256, data=mixture_data, frechet_states=2048, learnt_steps=40),
+    Problem("digits", digits, (1, 8, 8), 64, data=digits_data, frechet_states=512, learnt_steps=40),
     Problem(
         "letters",
         letters,
@@ -260,5 +263,6 @@ PROBLEMS = (
         fine=300,
         dear=(20,),
         calibration_runs=40,
+        learnt_steps=40,
     ),
 )

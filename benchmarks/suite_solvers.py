@@ -187,18 +187,13 @@ class Diffusers:
         return scheduler
 
 
-LEARNT_STEPS = 20
-"""The longest grid that weights are fitted on. On longer ones the best of the rules to start from is
-taken, among them the weights of this one."""
-
-
 STARTS = 13
 """Runs that score all weights to start from, and move none."""
 
 
 @dataclass(frozen=True)
 class CalibratedBDIA:
-    """BDIA with weights fitted to the problem, once for each grid of at most `LEARNT_STEPS`.
+    """BDIA with weights fitted to the problem, once for each grid.
 
     A rule is kept beside the fine solutions. What it cost is in its report, and is not counted as
     evaluations of the solver.
@@ -217,16 +212,16 @@ class CalibratedBDIA:
         path = CACHE / f"{problem.name.replace(' ', '_')}-v{problem.version}-weights-{steps}.json"
         if kept and path.exists():
             return Calibrated.load(path)
-        runs = problem.calibration_runs
-        longer = steps > LEARNT_STEPS
+        longer = steps > problem.learnt_steps
+        runs = STARTS if longer else max(problem.calibration_runs, 2 * steps)
         rule = calibrate(
             instance.denoiser,
             problem.calibration_noise()[: self.states],
             problem.sigmas(steps),
             base=self.approximator,
-            starts=[self.rule(instance, LEARNT_STEPS)] if longer else [],
+            starts=[self.rule(instance, problem.learnt_steps)] if longer else [],
             extra_args=instance.extra_args,
-            max_runs=1 if not kept else STARTS if longer else runs,
+            max_runs=runs if kept else 1,
             reference_steps=64 if kept else 1,
         )
         if kept:

@@ -280,9 +280,8 @@ def test_learnt_weights_are_kept_and_serve_longer_grids(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(suite_solvers, "CACHE", tmp_path)
-    monkeypatch.setattr(suite_solvers, "LEARNT_STEPS", 3)
     make = suite_solvers.CalibratedBDIA(Euler(), states=2)
-    instance = tiny(version=1, calibration_runs=12).load()
+    instance = tiny(version=1, calibration_runs=12, learnt_steps=3).load()
     first = make.rule(instance, 3)
     longer = make.rule(instance, 7)
     assert len(list(tmp_path.iterdir())) == 2
