@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types docs slow clean
+.PHONY: demo test lint types docs slow bench clean
 
 demo: $(VENV)/.cli  ## the main job: sample digits, invert them, sample again; table and picture
 	$(BIN)/odesolvers roundtrip --out out/roundtrip.png
@@ -25,6 +25,9 @@ docs: $(VENV)/.dev
 
 slow: $(VENV)/.dev  ## the long tests
 	$(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/.dev  ## samplers and inverters side by side: tables and plots in docs; hours, resumable
+	$(BIN)/python benchmarks/suite.py
 
 $(VENV)/.cli: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -35,8 +36,8 @@ _STARTS: Final[tuple[GammaRule, ...]] = (
     StepRatio(1.5),
     StepRatio(2),
     *(DampedStepRatio(cutoff, power) for cutoff in (0.1, 0.3) for power in (1, 2, 3)),
+    DampedStepRatio(),
     DampedStepRatio(1.0, 1),
-    DampedStepRatio(1.0, 2),
 )
 _SKETCH: Final = 4096
 _BEYOND: Final = 4.0
@@ -100,7 +101,7 @@ class CalibrationReport:
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Calibrated(GammaRule):
     """Weights that `calibrate` learnt for one model, base and range of noise levels.
 
@@ -124,7 +125,13 @@ class Calibrated(GammaRule):
     base: str
     levels: tuple[float, ...]
     values: tuple[float, ...]
-    report: CalibrationReport | None = field(default=None, repr=False, compare=False)
+    report: CalibrationReport | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        """Short, and another one for other weights: by it a state knows its solver."""
+        numbers = " ".join(number.hex() for number in (*self.levels, *self.values))
+        digest = hashlib.sha256(f"{self.base} {numbers}".encode()).hexdigest()[:16]
+        return f"Calibrated({self.base}, {len(self.values) + 1} steps, sha256={digest})"
 
     def check_approximator(self, approximator: object) -> None:
         if repr(approximator) != self.base:
@@ -210,6 +217,7 @@ def calibrate(
     base: IntegrationApproximator | None = None,
     objective: Objective | None = None,
     extra_args: Mapping[str, Any] | None = None,
+    starts: Sequence[GammaRule] = (),
     reference_steps: int = 128,
     max_amplification: float = 1e4,
     max_runs: int = 80,
@@ -223,7 +231,8 @@ def calibrate(
     back to. The weights are then fitted over whole runs, both ways at once: a Levenberg-Marquardt
     iteration on log g_i over the relative errors of all elements, reweighted for `objective`, with a
     Jacobian of differences that is kept up to date by Broyden's formula. It starts from the best of
-    a list of rules and ends no worse than it. No gradient of the denoiser is taken.
+    a list of rules and of the least squares of each step on its own, and ends no worse than it. No
+    gradient of the denoiser is taken.
 
     Args:
         denoiser: see `Denoiser`; deterministic.
@@ -233,6 +242,7 @@ def calibrate(
         base: the approximator that `BDIA` will wrap; `Euler` by default.
         objective: what to make small; sampling and encoding alike by default.
         extra_args: keyword arguments for every call of the denoiser, of the batch.
+        starts: rules to start from beside those it knows, such as the weights of another grid.
         reference_steps: steps of the fine solution, at least; four evaluations each.
         max_amplification: the most that an inversion may amplify an error by, in the
             variance-preserving state; or what `StepRatio(1)` amplifies by, if that is more.
@@ -259,7 +269,9 @@ def calibrate(
     with fit.bar(max_runs if progress else None):
         fit.solve_finely(reference_steps)
         before = fit.run(fit.admissible(_log_weights(StepRatio(1), grid)))
-        best = fit.best_of(_STARTS, max_runs)
+        rules = [*starts, *_STARTS]
+        own = fit.step_by_step()
+        best = fit.best_of([*(_log_weights(rule, grid) for rule in rules), own], max_runs)
         best = fit.improve(best, max_runs)
     alone = math.nan
     if fit.objective.sampling:
@@ -332,9 +344,42 @@ class _Fit:
         for sigma, target in self.grid.intervals():
             roots = np.linspace(sigma ** (1 / 7), target ** (1 / 7), each + 1)[1:]
             fine += [*(roots[:-1] ** 7).tolist(), target]
-        solution = RK4().sample(self.denoiser, self.x, fine, extra_args=self.extra_args)
+        path: dict[int, Tensor] = {}
+
+        def keep(info: Mapping[str, Any]) -> None:
+            if info["i"] % each == 0:
+                path[info["i"] // each] = info["x"].cpu()
+
+        solution = RK4().sample(
+            self.denoiser, self.x, fine, extra_args=self.extra_args, callback=keep
+        )
         self.evaluations += solution.nfe
         self.target = solution.x
+        self._path = [*(path[k] for k in range(self.grid.steps)), solution.x.cpu()]
+
+    def step_by_step(self) -> Vector:
+        """The weights that bring each step nearest to the fine solution, given those before it.
+
+        ``g_i = <x_{i+1} - B, x*_{i-1} - F> / |x_{i+1} - B|²``, one run down the grid.
+        """
+        s, log_g = self.grid.levels, []
+        older: Tensor | None = None
+        current = self.x
+        for k in range(self.grid.steps):
+            targets = (s[k + 1],) if older is None else (s[k + 1], s[k - 1])
+            moves = self.base.increments(
+                self.denoiser, current, s[k], targets, extra_args=self.extra_args
+            )
+            self.evaluations += len(self.base.plan(s[k], targets).evaluations)
+            newer = current + moves[0]
+            if older is not None:
+                missed = older - current - moves[1]
+                wanted = self._path[k + 1].to(newer) - newer
+                best = float((missed * wanted).double().sum() / missed.double().square().sum())
+                log_g.append(math.log(min(max(best, LOWEST), HIGHEST)))
+                newer = newer + math.exp(log_g[-1]) * missed
+            older, current = current, newer
+        return np.array(log_g)
 
     def log_amplification(self, log_g: Vector) -> float:
         """The largest sum of consecutive log 1/g_i going up, in variance-preserving units."""
@@ -407,11 +452,14 @@ class _Fit:
     def _names(self) -> list[str]:
         return [name for name in ("sampling", "encoding") if getattr(self.objective, name)]
 
-    def best_of(self, rules: tuple[GammaRule, ...], max_runs: int) -> _Run:
-        """The best of the rules to start from, the first at least."""
-        affordable = rules[: max(1, max_runs - self.runs)]
-        starts = [self.admissible(_log_weights(rule, self.grid)) for rule in affordable]
-        return min(map(self.run, starts), key=lambda run: run.value)
+    def best_of(self, starts: Iterable[Vector], max_runs: int) -> _Run:
+        """The best of the weights to start from, the first at least."""
+        tried: list[_Run] = []
+        for log_g in starts:
+            if tried and self.runs >= max_runs:
+                break
+            tried.append(self.run(self.admissible(log_g)))
+        return min(tried, key=lambda run: run.value)
 
     def improve(self, best: _Run, max_runs: int) -> _Run:
         """Levenberg-Marquardt from `best`, until it stands still or the runs are spent."""

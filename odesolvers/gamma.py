@@ -137,11 +137,11 @@ class DampedStepRatio(GammaRule):
     is not. As steps shrink, g_i goes to 1: a base of odd order gains its order.
 
     Attributes:
-        cutoff: in the units of σ; 0.1 to 0.3 of the standard deviation of the data.
+        cutoff: in the units of σ; the standard deviation of the data, or less for less damping.
         power: 0 is `StepRatio(1)`.
     """
 
-    cutoff: float = 0.3
+    cutoff: float = 0.5
     power: float = 1.0
 
     def __post_init__(self) -> None:

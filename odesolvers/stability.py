@@ -224,11 +224,15 @@ def warn_before_inverting(
     error = _expected_error(solver, grid, last, stop, lone)
     if lone:
         if not error <= ENCODING_LIMIT:
+            remedy = (
+                "StepRatio(1), a gamma nearer to 1 or more even steps"
+                if solver.two_step
+                else "more and shorter steps, a grid that ends above 0, or BDIA with StepRatio(1)"
+            )
             _warn(
                 f"the code of a lone image is expected to be off by {_times(error)} its true size, by "
-                f"truncation errors that {solver} amplifies over the {last - stop} steps up this grid: "
-                "it will not look like noise, in any arithmetic. Use StepRatio(1), a gamma nearer to "
-                "1 or more even steps"
+                f"truncation errors of {solver} over the {last - stop} steps up this grid: it will not "
+                f"look like noise, in any arithmetic. Use {remedy}"
             )
         return
     rounded = error * _unit_roundoff(dtype)

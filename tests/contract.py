@@ -5,6 +5,7 @@ A new one is tested by a class of three lines, see `tests/test_approximators.py`
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -12,11 +13,12 @@ import torch
 
 from odesolvers import (
     BDIA,
+    Grid,
     IntegrationApproximator,
     InvertibleSolver,
+    IterativeSolver,
     PerStep,
     Solver,
-    State,
     karras_sigmas,
 )
 from odesolvers.models import InDtype
@@ -30,6 +32,8 @@ class SolverContract:
     """For any solver: the run itself."""
 
     solver: ClassVar[Solver]
+    # Evaluations that a run makes again where it was stopped.
+    resuming_costs: ClassVar[int] = 0
 
     def start(self, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         return noise(*shape, sigma=float(GRID[0]), dtype=dtype)
@@ -88,7 +92,7 @@ class SolverContract:
         half = self.solver.sample(gaussian(), x, GRID, stop=3)
         rest = self.solver.sample(gaussian(), half.state, GRID)
         assert torch.equal(rest.x, whole.x)
-        assert half.nfe + rest.nfe == whole.nfe
+        assert half.nfe + rest.nfe == whole.nfe + self.resuming_costs
 
 
 class ApproximatorContract(SolverContract):
@@ -153,9 +157,14 @@ class ApproximatorContract(SolverContract):
 
 
 class InvertibleContract(SolverContract):
-    """For any `InvertibleSolver`: `invert` undoes `sample`, from wherever it starts."""
+    """For any exact `InvertibleSolver`: `invert` undoes `sample`, from wherever it starts."""
 
     solver: ClassVar[InvertibleSolver]
+    # The numbers of the steps that a callback sees on the way up, and the state's index at the top.
+    undone: ClassVar[list[int]]
+    top: ClassVar[int]
+    # Long enough to be near the flow, short enough for a solver that amplifies on the way up.
+    encoding_grid: ClassVar[torch.Tensor] = karras_sigmas(200, sigma_min=0.01, sigma_max=10.0)
 
     # Relative error of a round trip of seven steps.
     tolerance: ClassVar[dict[torch.dtype, float]] = {torch.float32: 2e-5, torch.float64: 2e-14}
@@ -193,9 +202,9 @@ class InvertibleContract(SolverContract):
             assert relative_error(code.x, image) > 0.5
 
     def test_a_lone_image_is_encoded_as_the_flow_does(self) -> None:
-        grid = karras_sigmas(200, sigma_min=0.01, sigma_max=10.0)
+        grid = self.encoding_grid
         image = 0.5 * noise(3, 5, seed=1)
-        exact = gaussian().flow(image, 0.0, 10.0)
+        exact = gaussian().flow(image, float(grid[-1]), 10.0)
         code = self.solver.invert(gaussian(), image, grid)
         assert relative_error(code.x, exact) < 0.1
 
@@ -208,26 +217,14 @@ class InvertibleContract(SolverContract):
         assert relative_error(down.x, end.x) < 1e-12
         top = self.solver.invert(denoiser, up.state, GRID)
         assert relative_error(top.x, x) < 1e-12
-        assert top.state.index == 1
+        assert top.state.index == self.top
 
     def test_the_pair_is_needed(self) -> None:
-        """Without its neighbour the sample does not lead back: what a round trip must notice."""
+        """Without its partner the sample does not lead back: what a round trip must notice."""
         x = self.start(2, 3)
         there = self.solver.sample(mixture(), x, GRID)
         lone = self.solver.invert(mixture(), there.x, GRID)
         assert relative_error(lone.x, x) > 1e-6
-
-    def test_callback_on_the_way_up(self) -> None:
-        """The dictionary of sampling; the level falls from the pair's noisier state to 1."""
-        there = self.solver.sample(gaussian(), self.start(2, 5), GRID)
-        seen: list[dict[str, object]] = []
-        self.solver.invert(gaussian(), there.state, GRID, callback=seen.append)
-        assert [info["i"] for info in seen] == [6, 5, 4, 3, 2, 1]
-        assert torch.equal(seen[0]["x"], there.state.partner)
-        for info in seen:
-            assert float(info["sigma"]) == float(info["sigma_hat"]) == float(GRID[info["i"]])
-            expected = gaussian()(info["x"], info["sigma"].expand(2))
-            torch.testing.assert_close(info["denoised"], expected)
 
     def test_extra_args_reach_every_call_on_the_way_up(self) -> None:
         recorder = Recorder(lambda x, sigma, shift: gaussian()(x, sigma) + shift)
@@ -241,9 +238,7 @@ class InvertibleContract(SolverContract):
         there = self.solver.sample(gaussian(), self.start(2, 5), GRID)
         state = there.state
         assert state.partner is not None
-        copy = State(
-            state.current.clone(), state.partner.clone(), state.index, state.sigmas, state.solver
-        )
+        copy = replace(state, current=state.current.clone(), partner=state.partner.clone())
         first = self.solver.invert(gaussian(), state, GRID)
         assert copy.partner is not None
         assert torch.equal(state.current, copy.current)
@@ -278,5 +273,123 @@ class InvertibleContract(SolverContract):
         plain = self.solver.invert(gaussian(), there.state, GRID)
         watched = self.solver.invert(gaussian(), there.state, GRID, callback=keep)
         assert torch.equal(plain.x, watched.x)
-        assert len(kept) == 6
+        assert len(kept) == len(self.undone)
         assert all(torch.equal(x, copy) for x, copy in kept)
+
+
+class TwoStepContract(InvertibleContract):
+    """For those whose pair stands at two levels of the grid."""
+
+    undone: ClassVar[list[int]] = [6, 5, 4, 3, 2, 1]
+    top: ClassVar[int] = 1
+
+    def test_callback_on_the_way_up(self) -> None:
+        """The dictionary of sampling; the level falls from the state one level up to 1."""
+        there = self.solver.sample(gaussian(), self.start(2, 5), GRID)
+        seen: list[dict[str, object]] = []
+        self.solver.invert(gaussian(), there.state, GRID, callback=seen.append)
+        assert [info["i"] for info in seen] == self.undone
+        assert torch.equal(seen[0]["x"], there.state.partner)
+        for info in seen:
+            assert float(info["sigma"]) == float(info["sigma_hat"]) == float(GRID[info["i"]])
+            expected = gaussian()(info["x"], info["sigma"].expand(2))
+            torch.testing.assert_close(info["denoised"], expected)
+
+    def test_a_lone_state_is_started_with_a_step_of_its_own(self) -> None:
+        image = noise(2, 3, seed=1)
+        code = self.solver.invert(mixture(), image, GRID, stop=6)
+        assert (code.state.index, code.state.coupled) == (7, False)
+        assert torch.equal(code.state.current, image)
+        assert code.nfe > 0
+
+
+class CoupledContract(InvertibleContract):
+    """For those whose two states stand at one level."""
+
+    undone: ClassVar[list[int]] = [6, 5, 4, 3, 2, 1, 0]
+    top: ClassVar[int] = 0
+
+    def test_callback_on_the_way_up(self) -> None:
+        """The steps in reverse; the first evaluation of each may be at either of its levels."""
+        there = self.solver.sample(gaussian(), self.start(2, 5), GRID)
+        seen: list[dict[str, object]] = []
+        self.solver.invert(gaussian(), there.state, GRID, callback=seen.append)
+        assert [info["i"] for info in seen] == self.undone
+        for info in seen:
+            levels = [float(sigma) for sigma in GRID[info["i"] : info["i"] + 2]]
+            assert float(info["sigma"]) in levels
+            assert float(info["sigma"]) == float(info["sigma_hat"]) > 0
+            expected = gaussian()(info["x"], info["sigma"].expand(2))
+            torch.testing.assert_close(info["denoised"], expected)
+
+    def test_a_lone_state_is_its_own_companion(self) -> None:
+        x = self.start(2, 3)
+        lone = self.solver.sample(mixture(), x, GRID, stop=3)
+        pair = self.solver.invert(mixture(), lone.state, GRID).state
+        assert relative_error(pair.current, x) < 1e-12
+        assert pair.partner is not None
+        assert relative_error(pair.partner, x) < 1e-12
+        stages = self.solver.steps(Grid.of(GRID))
+        calls = {call for stage in stages[6] for call in stage.evaluations}
+        image = noise(2, 3, seed=1)
+        code = self.solver.invert(mixture(), image, GRID, stop=6)
+        assert (code.state.index, code.state.coupled) == (6, True)
+        assert code.nfe <= sum(len(stage.evaluations) for stage in stages[6])
+        assert calls
+
+    def test_both_states_follow_the_flow(self) -> None:
+        grid = karras_sigmas(200, sigma_min=0.1, sigma_max=10.0, append_zero=False)
+        x = self.start(4, 5)
+        exact = gaussian().flow(x, 10.0, 0.1)
+        partner = self.solver.sample(gaussian(), x, grid).state.partner
+        assert partner is not None
+        assert relative_error(partner, exact) < 0.02
+
+
+class IterativeContract(SolverContract):
+    """For an `IterativeSolver`: one state, one step undone at a time, nearly."""
+
+    solver: ClassVar[IterativeSolver]
+    # Relative error of a round trip of seven steps.
+    bound: ClassVar[float]
+
+    def test_samples_as_its_approximator(self) -> None:
+        x = self.start(2, 5)
+        ours = self.solver.sample(gaussian(), x, GRID)
+        theirs = self.solver.approximator.sample(gaussian(), x, GRID)
+        assert torch.equal(ours.x, theirs.x)
+        assert ours.nfe == theirs.nfe
+        assert ours.state.partner is None
+
+    def test_round_trips_are_near_in_both_directions(self, device: torch.device) -> None:
+        denoiser = mixture().to(device)
+        for batch in (1, 4):
+            x = self.start(batch, 3).to(device)
+            there = self.solver.sample(denoiser, x, GRID)
+            back = self.solver.invert(denoiser, there.state, GRID)
+            assert 1e-14 < relative_error(back.x, x) < self.bound
+            lone = self.solver.invert(denoiser, there.x, GRID)
+            assert torch.equal(lone.x, back.x)  # the sample alone is all there is
+            again = self.solver.sample(denoiser, back.state, GRID)
+            assert relative_error(again.x, there.x) < self.bound
+
+    def test_any_part_of_the_grid(self) -> None:
+        there = self.solver.sample(mixture(), self.start(2, 3), GRID)
+        whole = self.solver.invert(mixture(), there.state, GRID)
+        half = self.solver.invert(mixture(), there.state, GRID, stop=3)
+        rest = self.solver.invert(mixture(), half.state, GRID)
+        assert torch.equal(rest.x, whole.x)
+        assert (half.state.index, rest.state.index) == (3, 0)
+        assert half.nfe + rest.nfe == whole.nfe
+
+    def test_every_evaluation_counts_and_the_callback_sees_each_step_once(self) -> None:
+        there = self.solver.sample(mixture(), self.start(2, 3), GRID)
+        recorder, seen = Recorder(mixture()), []
+        options = {"extra_args": {}, "callback": seen.append}
+        back = self.solver.invert(recorder, there.state, GRID, **options)
+        assert back.nfe == len(recorder.points)
+        assert [info["i"] for info in seen] == [6, 5, 4, 3, 2, 1, 0]
+        for info in seen:
+            assert float(info["sigma"]) == float(GRID[info["i"]])
+            expected = mixture()(info["x"], info["sigma"].expand(2))
+            torch.testing.assert_close(info["denoised"], expected)

@@ -22,6 +22,7 @@ from odesolvers import (
     HeunEDM,
     InvertibleSolver,
     Objective,
+    PerStep,
     SmoothedOutput,
     StepRatio,
     calibrate,
@@ -98,7 +99,7 @@ def test_the_report_holds_what_was_measured(learnt: Calibrated) -> None:
     assert f"{report.evaluations} denoiser calls" in str(report)
 
 
-@pytest.mark.parametrize("max_runs", [1, 5, 13, 25])
+@pytest.mark.parametrize("max_runs", [1, 5, 14, 25])
 def test_spends_no_more_runs_than_allowed_and_counts_the_calls(max_runs: int) -> None:
     recorder = Recorder(mixture())
     rule = calibrate(recorder, noise(4, 3, sigma=20.0), GRID, reference_steps=16, max_runs=max_runs)
@@ -110,7 +111,7 @@ def test_spends_no_more_runs_than_allowed_and_counts_the_calls(max_runs: int) ->
 def test_more_runs_are_no_worse() -> None:
     x = noise(8, 3, sigma=20.0)
     values = []
-    for max_runs in (1, 12, 30, 60):
+    for max_runs in (1, 13, 30, 60):
         report = calibrate(mixture(), x, GRID, reference_steps=32, max_runs=max_runs).report
         assert report is not None
         values.append(report.sampling[1] * report.encoding[1])
@@ -141,7 +142,7 @@ def test_extra_args_reach_every_call() -> None:
         GRID,
         extra_args={"shift": 0.0},
         reference_steps=8,
-        max_runs=13,
+        max_runs=14,
     )
     assert all(args == {"shift": 0.0} for args in recorder.extra_args)
 
@@ -179,6 +180,26 @@ def test_a_trial_that_diverges_is_no_end() -> None:
     rule = calibrate(brittle, noise(4, 3, sigma=20.0), GRID, **SMALL)
     assert rule.report is not None
     assert math.isfinite(rule.report.encoding[1])
+
+
+def test_least_squares_at_each_step_is_the_best_of_all_weights_for_that_step() -> None:
+    """Of the first weight: no other, on a fine scan, brings the second state nearer."""
+    x, grid = noise(16, 3, sigma=20.0), Grid.of(GRID)
+    recorder = Recorder(mixture())
+    fit = _Fit(recorder, x, grid, Euler(), Objective(), None, 1e4)
+    fit.solve_finely(64)
+    found = math.exp(fit.step_by_step()[0])
+    assert fit.evaluations == len(recorder.points)
+    there = (
+        RK4().sample(mixture(), x, karras_sigmas(401, float(GRID[2]), 20.0, append_zero=False)).x
+    )
+
+    def miss(g: float) -> float:
+        weights = PerStep([g, *[1.0] * 6])
+        return float((BDIA(Euler(), weights).sample(mixture(), x, GRID, stop=2).x - there).norm())
+
+    assert miss(found) < 1.0001 * min(miss(0.01 * k) for k in range(1, 200))
+    assert miss(1.2 * found) > 1.001 * miss(found)
 
 
 def test_another_base() -> None:
@@ -248,6 +269,9 @@ def test_files_hold_the_rule_to_the_bit(learnt: Calibrated, tmp_path: Path) -> N
     assert again.report == learnt.report
     assert repr(BDIA(Euler(), again)) == repr(BDIA(Euler(), learnt))
     assert list(tmp_path.iterdir()) == [path]
+    other = Calibrated(learnt.base, learnt.levels, (*learnt.values[:-1], learnt.values[-1] * 1.001))
+    assert repr(other) != repr(learnt)
+    assert len(repr(learnt)) < 80
 
 
 def test_a_state_made_with_a_learnt_rule_goes_back_with_the_rule_from_its_file(

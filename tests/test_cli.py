@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from odesolvers import (
     BDIA,
     DDIM,
+    DampedStepRatio,
     HeunEDM,
     InversionWarning,
     SmoothedOutput,
@@ -71,7 +72,7 @@ def test_roundtrip_prints_every_solver_and_draws() -> None:
     assert "γ = step-ratio-2 " in output
     assert "34+32" in output.split("heun-edm")[1].split("\n")[0]  # 2 + 3 * 10 + 2, 3 * 10 + 2
     assert "wrote deep/trip.png" in output
-    assert max(len(line) for line in output.splitlines() if "it/s" not in line) <= 80
+    assert max(len(line) for line in output.splitlines() if not re.search("it/s|s/it", line)) <= 80
     with Image.open("deep/trip.png") as picture:
         assert picture.width > 1000
         assert len(np.unique(np.asarray(picture.convert("L")))) > 100
@@ -252,6 +253,23 @@ def test_list_says_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     assert re.search(r"absent +y +odesolvers\[x\] +no", run("list"))
 
 
+# calibrate
+
+
+def test_weights_that_were_learnt_serve_where_a_gamma_is_asked_for() -> None:
+    grid = "--steps 6 --sigma-min 0.05 --approximator euler"
+    output = run(f"calibrate {grid} --count 4 --runs 15 --out deep/rule.json")
+    assert "wrote deep/rule.json (weights)" in output
+    assert "encoding error" in output
+    output = run(f"sample {grid} --gamma deep/rule.json --count 4 --save s.safetensors")
+    assert "6 evaluations" in output
+    assert "StepRatio" not in run("invert s.safetensors")
+    assert "calibrated for Euler()" in refused(
+        "sample --steps 6 --approximator ddim --gamma deep/rule.json"
+    )
+    assert "no such file" in refused("sample --gamma other.json").lower()
+
+
 # options
 
 
@@ -261,9 +279,12 @@ def test_gamma_is_read() -> None:
     assert choices.gamma("step-ratio-0.5") == StepRatio(0.5)
     assert choices.gamma("smoothed-1") == SmoothedOutput(1.0)
     assert choices.gamma("smoothed-step-ratio-1") == SmoothedOutput(StepRatio(1.0))
+    assert choices.gamma("damped-0.3-1") == DampedStepRatio(0.3, 1.0)
 
 
-@pytest.mark.parametrize("text", ["2", "-1", "nan", "abc", "", "step-ratio", "step-ratio-inf"])
+@pytest.mark.parametrize(
+    "text", ["2", "-1", "nan", "abc", "", "step-ratio", "step-ratio-inf", "damped-1", "damped-0-1"]
+)
 def test_bad_gammas_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"not usable.*step-ratio-P"):
         choices.gamma(text)

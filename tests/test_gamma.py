@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from odesolvers import (
     DDIM,
     RK3,
     ConstantGamma,
+    DampedStepRatio,
     Euler,
     GammaRule,
     Grid,
@@ -43,6 +45,32 @@ def test_step_ratio_is_the_step_ahead_over_the_step_behind() -> None:
     assert weights(StepRatio(1)) == [1 / 4, 2 / 1, 1 / 2]
     assert weights(StepRatio(2)) == [1 / 16, 4.0, 1 / 4]
     assert weights(StepRatio(2), DDIM().scale) == weights(StepRatio(2))
+
+
+def test_damping_is_the_ratio_of_psi_at_the_middles_of_the_steps() -> None:
+    """In closed form; and nothing far above the cutoff, σ^power far below it."""
+    middles = [6.0, 3.5, 2.0, 0.5]
+    psi = [(1 + (2.0 / m) ** 2) ** -1.5 for m in middles]
+    expected = [r * b / a for r, a, b in zip(weights(StepRatio(1)), psi, psi[1:], strict=False)]
+    assert weights(DampedStepRatio(2.0, 3.0)) == pytest.approx(expected, rel=1e-14)
+    assert weights(DampedStepRatio(2.0, 0.0)) == weights(StepRatio(1))
+    above = weights(DampedStepRatio(1e-6, 3.0))
+    assert above == pytest.approx(weights(StepRatio(1)), rel=1e-9)
+    below = [
+        g / r
+        for g, r in zip(weights(DampedStepRatio(1e6, 3.0)), weights(StepRatio(1)), strict=False)
+    ]
+    ratios = [(b / a) ** 3 for a, b in pairwise(middles)]
+    assert below == pytest.approx(ratios, rel=1e-9)
+    assert weights(DampedStepRatio(2.0), DDIM().scale) == weights(DampedStepRatio(2.0))
+
+
+@pytest.mark.parametrize(
+    ("cutoff", "power"), [(0, 1), (-1, 1), (math.inf, 1), (1, -1), (1, math.nan)]
+)
+def test_damping_out_of_range_is_refused(cutoff: float, power: float) -> None:
+    with pytest.raises(ValueError, match="cutoff > 0 and power >= 0"):
+        DampedStepRatio(cutoff, power)
 
 
 def test_smoothing_changes_the_last_weight_alone() -> None:

@@ -10,9 +10,19 @@ import torch
 
 from odesolvers import (
     BDIA,
+    BELM,
+    DDIM,
+    EDICT,
+    RK4,
+    DampedStepRatio,
+    Euler,
     GammaRule,
+    HeunEDM,
     IntegrationApproximator,
+    McCallumFoster,
     PerStep,
+    ReversibleHeun,
+    Rex,
     SmoothedOutput,
     Solver,
     StepRatio,
@@ -21,7 +31,7 @@ from odesolvers import (
 )
 
 from .problems import mixture, noise, reference, relative_error
-from .test_approximators import ALL
+from .test_approximators import ALL, EXPONENTIAL
 
 TOP, BOTTOM = 5.0, 0.3
 START = noise(8, 3, sigma=TOP)
@@ -48,7 +58,7 @@ def steps_for(order: int) -> tuple[int, ...]:
     )
 
 
-@pytest.mark.parametrize("approximator", ALL, ids=repr)
+@pytest.mark.parametrize("approximator", [*ALL, *EXPONENTIAL], ids=repr)
 def test_base(approximator: IntegrationApproximator) -> None:
     order = approximator.order
     assert fitted_order(approximator, steps_for(order)) == pytest.approx(order, abs=0.2)
@@ -67,7 +77,7 @@ def test_odd_bases_gain_an_order_where_the_leading_error_cancels(
     assert fitted_order(solver, steps_for(gained)) == pytest.approx(gained, abs=0.2)
 
 
-@pytest.mark.parametrize("gamma", [1.0, StepRatio(1)], ids=repr)
+@pytest.mark.parametrize("gamma", [1.0, StepRatio(1), DampedStepRatio()], ids=repr)
 @pytest.mark.parametrize("approximator", ODD, ids=repr)
 def test_odd_bases_gain_an_order_with_weights_near_one(
     approximator: IntegrationApproximator, gamma: float | GammaRule
@@ -137,3 +147,26 @@ def test_the_error_constant_of_an_even_base_does_not_depend_on_gamma(gamma: floa
 
     ratio = error(BDIA(approximator, gamma)).norm() / error(approximator).norm()
     assert float(ratio) == pytest.approx(1.0, rel=0.05)
+
+
+COUPLED: list[tuple[Solver, int]] = [
+    (EDICT(), 1),
+    # A base of order 1 is between 1 and 2 while there are fewer than 1 / (1 - ζ) steps.
+    (McCallumFoster(Euler(), 0.9), 1),
+    (McCallumFoster(DDIM(), 0.9), 1),
+    (Rex(Euler(), 0.9), 1),
+    *((make(base), base.order) for make in (McCallumFoster, Rex) for base in (HeunEDM(), RK4())),
+    (ReversibleHeun(), 2),
+    (BELM(), 2),
+]
+
+
+@pytest.mark.parametrize(("solver", "order"), COUPLED, ids=repr)
+def test_solvers_of_a_pair(solver: Solver, order: int) -> None:
+    assert fitted_order(solver, steps_for(order)) == pytest.approx(order, abs=0.2)
+
+
+@pytest.mark.parametrize("solver", [McCallumFoster(Euler()), Rex(Euler())], ids=repr)
+def test_a_coupling_near_one_is_between_two_orders(solver: Solver) -> None:
+    """While there are fewer than 1 / (1 - ζ) steps, 1000 for the default."""
+    assert 1.2 < fitted_order(solver, (100, 200, 400, 800)) < 1.8

@@ -228,7 +228,11 @@ def test_coupled_solvers_do_what_the_report_says_on_gaussian_data(
     start = noise(256, 8, sigma=10.0)
     end = denoiser.flow(start, 10.0, last)
     sample = solver.sample(denoiser, start, sigmas).x
-    code = solver.invert(denoiser, end, sigmas).x
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", InversionWarning
+        )  # where it is off by more than 0.3, rightly
+        code = solver.invert(denoiser, end, sigmas).x
     assert report.sampling_error == pytest.approx(relative_error(sample, end), rel=1e-6)
     assert report.encoding_error == pytest.approx(relative_error(code, start), rel=1e-6)
     assert report.code_std == pytest.approx(float(code.norm() / start.norm()), rel=1e-9)

@@ -48,7 +48,8 @@ class Exponential(IntegrationApproximator):
     output. From the level σ, in the units ``u = σ / s`` of time and ``y = u x`` of state, which are 1
     and x where the step starts, the method is given ``D'(y, u) = y - u D(y / u, σ / u)``, whose slope
     ``(y - D') / u`` is D, and ``Δ = (x + increment) / u_τ - x``. Over `Euler` it is Euler again. Order
-    and evaluations are the method's; state scale 1/σ. From the level 0 up it is `HeunEDM`.
+    and evaluations are the method's; state scale 1/σ, which a constant γ of `BDIA` cannot step to the
+    level 0 in. From the level 0 up it is `HeunEDM`.
 
     Args:
         approximator: the method.

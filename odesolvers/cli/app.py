@@ -57,7 +57,8 @@ Approximator = Annotated[
 Gamma = Annotated[
     str | None,
     typer.Option(
-        help="A number in (0, 1], step-ratio-P, or smoothed-RULE.", show_default="step-ratio-2"
+        help="A number in (0, 1], step-ratio-P, damped-C-P, FILE.json or smoothed-RULE.",
+        show_default="step-ratio-2",
     ),
 ]
 Labels = Annotated[
@@ -314,6 +315,47 @@ def edit(
         title=f"The same code under another label, guidance {guidance:g}",
     )
     _wrote(out, "edits")
+
+
+@app.command()
+def calibrate(
+    model: ModelName = None,
+    approximator: Approximator = None,
+    labels: Labels = None,
+    grid: GridName = None,
+    steps: Steps = None,
+    sigma_min: SigmaMin = None,
+    sigma_max: SigmaMax = None,
+    rho: Rho = None,
+    count: Annotated[int, typer.Option(min=1, help="How many states to learn from.")] = 16,
+    seed: Seed = 1000,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    guidance: Guidance = None,
+    runs: Annotated[int, typer.Option(min=1, help="When to stop at the latest.")] = 80,
+    out: Annotated[Path, typer.Option(help="The weights.")] = Path("out/gamma.json"),
+) -> None:
+    """Learn the weights of BDIA for a model: then give the file as --gamma."""
+    options = Options(
+        model or choices.default_model(),
+        approximator,
+        None,
+        labels,
+        grid,
+        steps,
+        sigma_min,
+        sigma_max,
+        rho,
+        dtype,
+        device,
+        guidance,
+    )
+    setup, settings = Setup.of(options.for_sampling())
+    rule = work.calibrated(setup, settings, count, seed, runs)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rule.save(out)
+    print(rule.report)
+    _wrote(out, "weights")
 
 
 @app.command("list")

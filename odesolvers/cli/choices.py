@@ -16,6 +16,8 @@ from .. import (
     DDIM,
     RK3,
     RK4,
+    Calibrated,
+    DampedStepRatio,
     DPMSolverPP2S,
     Euler,
     GammaRule,
@@ -48,6 +50,8 @@ APPROXIMATORS: Final[Mapping[str, IntegrationApproximator]] = {
 GAMMAS: Final[Mapping[str, str]] = {
     "a number in (0, 1]": "the paper's constant, in the scale of the approximator's state",
     "step-ratio-P": "(step ahead / step behind)^P; 2 over euler is O-BELM, 1 is neutral",
+    "damped-C-P": "step-ratio-1 above the noise level C, damped as sigma^P below it",
+    "FILE.json": "weights that `odesolvers calibrate` learnt",
     "smoothed-RULE": "RULE with the last weight g replaced by g / (1 + g)",
 }
 
@@ -356,11 +360,16 @@ def pick(kind: str, name: str, table: Mapping[str, T]) -> T:
 
 
 def gamma(text: str) -> float | GammaRule:
-    """A number, or the rule ``step-ratio-P`` or ``smoothed-RULE``."""
+    """A number, a rule by its name, or the file of a calibrated one; see `GAMMAS`."""
     if text.startswith("smoothed-"):
         return SmoothedOutput(gamma(text.removeprefix("smoothed-")))
+    if text.endswith(".json"):
+        return Calibrated.load(text)
     power = text.removeprefix("step-ratio-")
     try:
+        if text.startswith("damped-"):
+            cutoff, _, damping = text.removeprefix("damped-").partition("-")
+            return DampedStepRatio(float(cutoff), float(damping))
         return StepRatio(float(power)) if power != text else ConstantGamma(float(text)).gamma
     except ValueError as error:
         forms = " or ".join(f"{form} ({meaning})" for form, meaning in GAMMAS.items())

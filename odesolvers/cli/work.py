@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import BDIA, InversionWarning, Solution, State, storage
+from .. import BDIA, Calibrated, InversionWarning, Solution, State, calibrate, storage
 from ..models import ClassifierFreeGuidance
 from . import choices
 from .choices import Model, Options, Settings
@@ -249,6 +249,24 @@ class Edit:
     """One for each target label, of the shape of `images`."""
 
     nfe: int
+
+
+def calibrated(
+    setup: Setup, settings: Settings, count: int, seed: int, max_runs: int
+) -> Calibrated:
+    """Weights for the approximator of `settings`, learnt on `count` draws of noise."""
+    noise = setup.noise(count, seed)
+    denoiser, extra_args = setup.conditioned(settings, count)
+    base = settings.solver().approximator
+    return calibrate(
+        denoiser,
+        noise,
+        setup.sigmas,
+        base=base,
+        extra_args=extra_args,
+        max_runs=max_runs,
+        progress=True,
+    )
 
 
 def edit(

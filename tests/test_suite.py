@@ -1,0 +1,466 @@
+"""The benchmark suite: what it measures is right, what it drives is driven as published, it resumes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.linalg
+import suite
+import suite_measures
+import suite_problems
+import suite_report
+import suite_rows
+import suite_solvers
+import torch
+from scipy.stats import norm
+from suite_problems import Instance, Problem, Reference
+from suite_rows import Row, Rows
+from suite_solvers import Diffusers, KDiffusion, Sample, plain
+from torch import Tensor
+
+from odesolvers import BDIA, DDIM, Denoiser, Euler, StepRatio, calibrate
+from odesolvers.models import Gaussian
+
+from .problems import gaussian, mixture, noise, relative_error
+
+# Measures.
+
+
+def test_relative_errors_are_relative_to_the_truth() -> None:
+    truth = torch.tensor([[3.0, 4.0], [0.0, 5.0], [5.0, 0.0]])
+    found = truth + torch.tensor([[0.5, 0.0], [0.0, 1.0], [math.nan, 0.0]])
+    assert suite_measures.relative_errors(found, truth).tolist() == pytest.approx(
+        [0.1, 0.2, math.inf]
+    )
+
+
+def test_percentile_is_reached_by_that_fraction() -> None:
+    errors = torch.arange(100, 0, -1, dtype=torch.float64)
+    assert suite_measures.percentile(errors, 0.5) == 50
+    assert suite_measures.percentile(errors, 0.95) == 95
+    errors[:6] = math.inf
+    assert suite_measures.percentile(errors, 0.95) == math.inf
+    assert suite_measures.percentile(errors, 0.94) == 94
+
+
+def test_frechet_distance_of_stretched_and_shifted_points() -> None:
+    """The stretch is along the axes of the covariance: ``|m - n|² + Σ (s - t)²``."""
+    x = noise(500, 3)
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
+    stretch, shift = torch.tensor([1.0, 2.0, 0.5]).double(), torch.tensor([0.3, 0.0, -1.0]).double()
+    expected = float(shift.square().sum() + (stretch - 1).square().sum())
+    assert suite_measures.frechet_distance(x, x * stretch + shift) == pytest.approx(expected)
+    assert suite_measures.frechet_distance(x, x) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_frechet_distance_against_scipys_root() -> None:
+    x, y = noise(400, 4), noise(300, 4, seed=1) @ noise(4, 4, seed=2) + 0.5
+    A, B = np.cov(x.numpy().T), np.cov(y.numpy().T)
+    root = scipy.linalg.sqrtm(A @ B).real
+    expected = float((x.mean(0) - y.mean(0)).square().sum()) + np.trace(A + B - 2 * root)
+    assert suite_measures.frechet_distance(x, y) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.7])
+def test_normality_of_quantiles(shift: float) -> None:
+    """The largest gap between Φ(z) and Φ(z - m) is at m/2: ``2 Φ(m/2) - 1``."""
+    quantiles = torch.from_numpy(norm.ppf((np.arange(2000) + 0.5) / 2000))
+    expected = 2 * norm.cdf(shift / 2) - 1
+    assert suite_measures.normality(quantiles + shift) == pytest.approx(expected, abs=1e-3)
+
+
+# Peers: driven over the levels they are given.
+
+
+def levels(steps: int) -> Tensor:
+    return Problem("any", lambda states: (Gaussian(), {}), (1,), 1).sigmas(steps)
+
+
+@pytest.mark.parametrize(
+    "peer", [KDiffusion("sample_euler"), Diffusers("DDIMScheduler")], ids=lambda p: type(p).__name__
+)
+@pytest.mark.parametrize("steps", [2, 7, 20])
+def test_first_order_peers_are_ddim(peer: suite_solvers.Sampler, steps: int) -> None:
+    x, sigmas = noise(16, 3, sigma=80.0), levels(steps)
+    ours = DDIM().sample(mixture(), x, sigmas).x
+    assert relative_error(peer.sample(mixture(), x, sigmas).x, ours) < 1e-10
+
+
+@pytest.mark.parametrize("steps", [15, 40])
+def test_dpm_solver_of_diffusers_is_that_of_k_diffusion(steps: int) -> None:
+    """To float32, in which diffusers keeps its state."""
+    x, sigmas = noise(16, 3, sigma=80.0), levels(steps)
+    theirs = KDiffusion("sample_dpmpp_2m").sample(mixture(), x, sigmas).x
+    ours = Diffusers("DPMSolverMultistepScheduler").sample(mixture(), x, sigmas).x
+    assert relative_error(ours, theirs) < 1e-5
+
+
+def test_dpm_solver_of_diffusers_ends_with_order_one_below_15_steps() -> None:
+    x, sigmas = noise(16, 3, sigma=80.0), levels(10)
+    theirs = KDiffusion("sample_dpmpp_2m").sample(mixture(), x, sigmas).x
+    scheduler = "DPMSolverMultistepScheduler"
+    as_it_comes = Diffusers(scheduler).sample(mixture(), x, sigmas).x
+    otherwise = Diffusers(scheduler, (("lower_order_final", False),)).sample(mixture(), x, sigmas).x
+    assert relative_error(otherwise, theirs) < 1e-5
+    assert relative_error(as_it_comes, theirs) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("peer", "order"),
+    [
+        (KDiffusion("sample_heun"), 2),
+        (KDiffusion("sample_dpm_2"), 2),
+        (KDiffusion("sample_dpmpp_2m"), 2),
+        (KDiffusion("sample_lms"), 4),
+        (Diffusers("UniPCMultistepScheduler"), 3),  # the corrector adds one to the predictor's two
+    ],
+    ids=lambda value: getattr(value, "sampler", getattr(value, "scheduler", str(value))),
+)
+def test_orders_of_peers_against_the_exact_flow(peer: suite_solvers.Sampler, order: int) -> None:
+    """A peer that met other levels than the flow's would not converge."""
+    x = noise(4, 5, sigma=80.0)
+    exact = gaussian().flow(x, 80.0, 0.02)
+    steps = [80, 160, 320]
+    errors = [relative_error(peer.sample(gaussian(), x, levels(n)).x, exact) for n in steps]
+    slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    assert slope == pytest.approx(order, abs=0.2)
+
+
+def test_peers_keep_float32() -> None:
+    x = noise(4, 5, sigma=80.0, dtype=torch.float32)
+    for entry in suite_solvers.entries():
+        if entry.family in ("k-diffusion", "diffusers"):
+            solver = entry.make(Instance(tiny(), gaussian()), levels(6))
+            assert solver.sample(gaussian(), x, levels(6)).x.dtype == torch.float32
+
+
+def test_steps_are_the_most_within_the_budget() -> None:
+    instance = tiny().load()
+    for entry in suite_solvers.entries():
+        spent = []
+        for steps in (entry.steps(20), entry.steps(20) + 1):
+            meter, sigmas = suite_measures.Meter(instance.denoiser), instance.problem.sigmas(steps)
+            entry.make(instance, sigmas).sample(meter, instance.problem.noise(0), sigmas)
+            spent.append(meter.calls)
+        assert spent[0] <= 20 < spent[1], entry.name
+
+
+# Fine solutions.
+
+
+def tiny(**changes: Any) -> Problem:
+    problem = Problem("tiny", lambda states: (gaussian(), {}), (5,), 4, fine=400, version=0)
+    return replace(problem, **changes)
+
+
+def test_fine_solution_is_the_exact_flow_and_is_solved_once(tmp_path: Path) -> None:
+    problem = tiny(data=lambda n: noise(1000, 5), frechet_states=50)
+    instance = problem.load()
+    solved = suite_problems.reference(instance, 3, tmp_path)
+    exact = gaussian().flow(problem.noise(3), 80.0, 0.02)
+    assert relative_error(solved.clean, exact) < 1e-7
+    assert 0 < solved.convergence < 1e-5
+    assert solved.frechet is not None
+
+    def refuse(x: Tensor, sigma: Tensor) -> Tensor:
+        raise AssertionError
+
+    again = suite_problems.reference(replace(instance, denoiser=refuse), 3, tmp_path)
+    assert torch.equal(again.clean, solved.clean)
+    assert torch.equal(again.noise, problem.noise(3))
+    assert (again.convergence, again.frechet) == (solved.convergence, solved.frechet)
+
+
+# Rows.
+
+
+def measure(solver: suite_solvers.Sampler, problem: Problem | None = None, budget: int = 12) -> Row:
+    problem = problem or tiny()
+    instance = problem.load()
+    x = problem.noise(0)
+    truth = Reference(x, gaussian().flow(x, 80.0, 0.02), 0.0, None)
+    run = suite.Run(problem, plain("solver", "test", solver), budget, 0)
+    return suite.measure(run, instance, truth, None)
+
+
+def test_row_of_an_invertible_solver_against_the_exact_flow() -> None:
+    row = measure(BDIA(Euler(), StepRatio(1)))
+    x = tiny().noise(0)
+    sigmas = tiny().sigmas(12)
+    solver = BDIA(Euler(), StepRatio(1))
+    clean = gaussian().flow(x, 80.0, 0.02)
+    there = solver.sample(gaussian(), x, sigmas).x
+    code = solver.invert(gaussian(), clean, sigmas).x
+    size = clean.norm(dim=1).square().mean().sqrt()
+    errors = ((there - clean).norm(dim=1) / size).sort().values
+    assert row.sampling_median == pytest.approx(float(errors[1]))
+    assert row.sampling_95 == pytest.approx(float(errors[-1]))
+    errors = ((code - x).norm(dim=1) / x.norm(dim=1).square().mean().sqrt()).sort().values
+    assert row.encoding_median == pytest.approx(float(errors[1]))
+    assert row.code_std == pytest.approx(float(code.std() / x.std()))
+    assert row.code_mean == pytest.approx(float(code.mean() / 80))
+    assert row.round_trip is None  # they are measured at some budgets alone
+    assert (row.evaluations, row.encoding_evaluations) == (12, 12)
+    assert row.diverged == ""
+
+
+def test_round_trips_are_measured_where_asked_for() -> None:
+    row = measure(BDIA(Euler(), StepRatio(1)), budget=tiny().dear[0])
+    assert row.round_trip is not None
+    assert row.round_trip < 1e-12
+    assert row.image_round_trip is not None
+    assert row.image_round_trip < 1e-12
+    assert row.inversion_evaluations == tiny().dear[0] - 1
+
+
+def test_row_of_a_sampler_has_no_code() -> None:
+    row = measure(KDiffusion("sample_lms"))
+    assert row.encoding_median is None
+    assert row.round_trip is None
+    assert row.sampling_median is not None
+    assert row.sampling_median < measure(DDIM()).sampling_median  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Leaves the numbers, with an error or without."""
+
+    error: type[Exception] | None
+
+    def sample(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        sigmas: Tensor,
+        *,
+        extra_args: Mapping[str, Any] | None = None,
+    ) -> Sample:
+        if self.error is not None and len(x) > 2:  # the count of evaluations goes well
+            raise self.error
+        for sigma in sigmas[:-1]:
+            denoiser(x, sigma.expand(len(x)))
+        return Sample(x * math.nan)
+
+
+@pytest.mark.parametrize("error", [FloatingPointError, OverflowError, None])
+def test_divergence_is_a_result(error: type[Exception] | None) -> None:
+    row = measure(Lost(error))
+    assert row.sampling_median == row.sampling_95 == math.inf
+    assert row.diverged == "sampling"
+
+
+def fitted(instance: Instance, sigmas: Tensor) -> suite_solvers.Sampler:
+    """Weights fitted on a batch that no measured seed has; refused above 5 steps."""
+    if len(sigmas) > 6:
+        raise OverflowError
+    x = instance.problem.calibration_noise()
+    rule = calibrate(instance.denoiser, x, sigmas, max_runs=1, reference_steps=2)
+    return BDIA(Euler(), rule)
+
+
+def test_calibration_is_counted_apart() -> None:
+    entry = suite_solvers.Entry("fitted", "test", fitted, "fitted")
+    x = tiny().noise(0)
+    truth = Reference(x, gaussian().flow(x, 80.0, 0.02), 0.0, None)
+    row = suite.measure(suite.Run(tiny(), entry, 5, 0), tiny().load(), truth, None)
+    fine, own, runs, alone = 20, 5, 2 * (5 + 5), 5  # RK4; each step's own; two rules; Euler
+    assert (row.evaluations, row.calibration_evaluations) == (5, fine + own + runs + alone)
+    row = suite.measure(suite.Run(tiny(), entry, 6, 0), tiny().load(), truth, None)
+    assert (row.diverged, row.sampling_median) == ("calibration", math.inf)
+
+
+def test_learnt_weights_are_kept_and_serve_longer_grids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite_solvers, "CACHE", tmp_path)
+    make = suite_solvers.CalibratedBDIA(Euler(), states=2)
+    instance = tiny(version=1, calibration_runs=12, learnt_steps=3).load()
+    first = make.rule(instance, 3)
+    longer = make.rule(instance, 7)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert (len(first.values), len(longer.values)) == (2, 6)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert make(instance, tiny().sigmas(7)) == BDIA(Euler(), longer)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == written
+
+
+def test_ddim_upwards_asks_for_the_noise_where_it_stands() -> None:
+    x, sigmas = noise(3, 5), torch.tensor([4.0, 2.0, 0.5], dtype=torch.float64)
+    code = suite_solvers.UpwardDDIM().invert(gaussian(), x, sigmas).x
+    y = x
+    for sigma, target in ((0.5, 2.0), (2.0, 4.0)):
+        d = (y - gaussian()(y, torch.full((3,), sigma, dtype=torch.float64))) / sigma
+        y = y + (target - sigma) * d
+    assert relative_error(code, y) < 1e-14
+
+
+def test_other_errors_are_not_swallowed() -> None:
+    with pytest.raises(TypeError):
+        measure(Lost(TypeError))
+
+
+def test_rows_come_back_from_the_file(tmp_path: Path) -> None:
+    row = measure(BDIA(Euler(), StepRatio(1)))
+    lost = replace(measure(Lost(None)), solver="lost")
+    rows = Rows(tmp_path)
+    rows.append(row)
+    rows.append(lost)
+    again = {found.solver: found for found in Rows(tmp_path)}
+    assert again["lost"] == replace(lost, **shortened(lost))
+    assert again["solver"] == replace(row, **shortened(row))
+
+
+def shortened(row: Row) -> dict[str, float]:
+    """Its numbers in the six digits of the file."""
+    return {key: float(f"{v:.6g}") for key, v in vars(row).items() if isinstance(v, float)}
+
+
+def test_a_row_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
+    rows = Rows(tmp_path)
+    rows.append(measure(DDIM()))
+    whole = rows.path.read_text()
+    rows.path.write_text(whole + whole.splitlines()[1][:-5])
+    again = Rows(tmp_path)
+    assert len(list(again)) == 1
+    again.append(replace(measure(DDIM()), solver="next"))
+    assert [row.solver for row in Rows(tmp_path)] == ["solver", "next"]
+
+
+def test_a_file_with_other_columns_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "suite.csv").write_text("problem,solver\nmixture,DDIM\n")
+    with pytest.raises(ValueError, match="has the columns"):
+        Rows(tmp_path)
+
+
+# All of it.
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Names and budgets of the rows that are measured."""
+    calls: list[tuple[str, int]] = []
+    original = suite.measure
+
+    def counting(run: suite.Run, *rest: Any) -> Row:
+        calls.append((run.entry.name, run.budget))
+        return original(run, *rest)
+
+    monkeypatch.setattr(suite, "measure", counting)
+    return calls
+
+
+def test_end_to_end_and_again(
+    tmp_path: Path, counted: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    command = ["--quick", "--problems", "mixture", "--solvers", "DDIM", "BDIA Euler StepRatio(1)"]
+    command += ["--out", str(out), "--cache", str(cache)]
+    suite.main(command)
+    names = ["DDIM", "BDIA Euler StepRatio(1)"]
+    assert counted == [(name, budget) for budget in (10, 20) for name in names]
+    text = (out / "tables" / "suite.md").read_text()
+    for name in ("suite_mixture_errors.png", "suite_mixture_pareto.png"):
+        assert name in text
+        assert (out / "images" / name).stat().st_size > 1000
+    notes = json.loads((out / "tables" / "suite_references.json").read_text())
+    assert [note["convergence"] < 1e-3 for note in notes.values()] == [True]
+
+    monkeypatch.setattr(suite, "report", lambda *arguments: None)  # once is enough
+    counted.clear()
+    suite.main(command)
+    assert counted == []
+    suite.main([*command, "--budgets", "10", "15"])
+    assert counted == [(name, 15) for name in names]
+
+    counted.clear()
+    changed = plain("BDIA Euler StepRatio(1)", "BDIA", BDIA(Euler(), StepRatio(1.5)))
+    entries = [plain("DDIM", "one-step", DDIM()), changed]
+    monkeypatch.setattr(suite, "entries", lambda: entries)
+    suite.main(command)
+    assert counted == [(changed.name, budget) for budget in (10, 20)]
+
+    counted.clear()
+    problems = [replace(problem, version=99) for problem in suite.PROBLEMS]
+    monkeypatch.setattr(suite, "PROBLEMS", problems)
+    suite.main(command)
+    assert len(counted) == 4
+
+
+def test_unknown_names_are_refused_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"no solver is called 'DDPM'; there are: .*DDIM"):
+        suite.main(["--quick", "--solvers", "DDPM", "--out", str(tmp_path)])
+
+
+# The report.
+
+
+def synthetic(name: str, budget: int, sampling: float, encoding: float | None, **more: Any) -> Row:
+    values = {"evaluations": budget, "encoding_evaluations": budget, **more}
+    values.update(sampling_median=sampling, encoding_median=encoding)
+    return Row("tiny", tiny().setting, name, "s", budget, values.pop("seed", 0), 4, 5, **values)
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> suite_report.Results:
+    rows = Rows(tmp_path)
+    for row in (
+        synthetic("DDIM", 10, 0.2, None),
+        synthetic(suite_solvers.RECOMMENDED, 10, 0.1, 0.3),
+        synthetic("ahead", 10, 0.04, 0.2),
+        synthetic("ahead", 10, 0.06, 0.2, seed=1),
+        synthetic("ahead", 10, 0.05, 0.2, seed=2),
+        synthetic("dear", 10, 0.01, 0.01, encoding_evaluations=90),
+        replace(synthetic("ahead", 10, 9.0, 9.0), solver_setting="of yesterday"),
+    ):
+        rows.append(row)
+    names = ("DDIM", suite_solvers.RECOMMENDED, "ahead", "dear")
+    entries = [replace(plain(name, "test", DDIM()), setting="s") for name in names]
+    return suite_report.Results(rows, [tiny()], entries)
+
+
+def test_tables_mark_the_best_within_the_budget(results: suite_report.Results) -> None:
+    assert suite_report.by_budget(results, tiny(), "encoding_median") == [
+        [suite_solvers.RECOMMENDED, "3.0e-01"],
+        ["ahead", "**2.0e-01 ±0%**"],
+        ["dear", "1.0e-02 (90)"],
+    ]
+    sampling = dict(suite_report.by_budget(results, tiny(), "sampling_median"))
+    assert sampling["ahead"] == "5.0e-02 ±20%"
+    assert sampling["dear"] == "**1.0e-02**"
+
+
+def test_summary_counts_and_names(results: suite_report.Results) -> None:
+    lines = suite_report.summary(results).splitlines()[2:]
+    cells = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:] for line in lines}
+    assert cells["ahead"] == ["test", "1 of 1", "", "", "tiny 10 |"]
+    assert cells["dear"] == ["test", "1 of 1", "", "", " |"]  # its encoding costs too much
+    assert "DDIM" not in cells
+
+
+def test_worst_cases_are_the_largest_ratios_and_say_where(results: suite_report.Results) -> None:
+    (line,) = suite_report.worst_cases(results).splitlines()[2:]
+    cells = line.strip("| ").split(" | ")
+    assert cells[:3] == [suite_solvers.RECOMMENDED, "tiny", "0.500 (at 10)"]
+    assert "DPM" not in line
+
+
+def test_ratios_are_best_near_one() -> None:
+    assert suite_report.off(1.1, True) < suite_report.off(0.8, True)
+    assert suite_report.off(1.1, True) > suite_report.off(0.95, True)
+    assert suite_report.off(math.inf, True) == math.inf
+
+
+def test_settings_name_what_changes() -> None:
+    assert tiny().setting != tiny(version=2).setting
+    assert tiny().setting != tiny(fine=401).setting
+    names = [entry.name for entry in suite_solvers.entries()]
+    assert len(names) == len(set(names))
+    assert {*suite_report.BASELINES, suite_solvers.RECOMMENDED} <= set(names)
+    assert suite_rows.Row.__dataclass_fields__.keys() >= {"encoding_median", "code_std"}
