@@ -106,7 +106,7 @@ class Candidate:
     name: str
     solver: Any
     spare: int = 0
-    """Evaluations that it spends beside those of its steps."""
+    """Evaluations of the first step beyond those of the others; negative for fewer."""
     per_step: int = 1
 
     def steps(self, budget: int) -> int:
@@ -115,7 +115,9 @@ class Candidate:
 
 def over(base: IntegrationApproximator, rule: float | GammaRule, per_step: int = 1) -> Candidate:
     shown = f"γ = {rule:g}" if isinstance(rule, float) else repr(rule)
-    return Candidate(f"{base!r}, {shown}", BDIA(base, rule), per_step=per_step)
+    # The first step has nothing behind it to evaluate.
+    spare = base.evaluations - per_step
+    return Candidate(f"{base!r}, {shown}", BDIA(base, rule), spare, per_step)
 
 
 def candidates() -> list[Candidate]:

@@ -240,7 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.report:
         runs = missing(problems, solvers, options.budgets, options.seeds, rows)
         measure_all(runs, rows, options.cache)
-    report(rows, everything, entries(), out)
+    # Read again: another run may have been measuring other problems into the same file.
+    report(Rows(out / "tables"), everything, entries(), out)
     print(f"tables in {out / 'tables'}, plots in {out / 'images'}")
 
 

@@ -89,6 +89,9 @@ class BDIA(InvertibleSolver):
         """
         return leaving(sigma, self.approximator).start(sigma, target)
 
+    def known_encoding_error(self, grid: Grid) -> float | None:
+        return as_rule(self.gamma).encoding_error(grid)
+
     def steps(self, grid: Grid) -> list[tuple[Step, ...]]:
         weights = as_rule(self.gamma).checked_weights(grid, self.approximator.scale)
         s = grid.levels

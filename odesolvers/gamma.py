@@ -39,6 +39,11 @@ class GammaRule(ABC):
         """Refuse an approximator that the rule was not made for, with a ValueError."""
         del approximator
 
+    def encoding_error(self, grid: Grid) -> float | None:
+        """What is known by measurement of the relative error of codes on `grid`; None for nothing."""
+        del grid
+        return None
+
     def checked_weights(self, grid: Grid, scale: Callable[[float], float]) -> list[float]:
         """`weights`, refused where there are too few or too many or one is not usable."""
         try:

@@ -69,6 +69,11 @@ class Solver(ABC):
         """Whether a run carries the states at two neighbouring levels."""
         return self.states == 2 and not self.coupled
 
+    def known_encoding_error(self, grid: Grid) -> float | None:
+        """What is known by measurement of the relative error of codes on `grid`; None for nothing."""
+        del grid
+        return None
+
     @abstractmethod
     def start(self, sigma: float, target: float) -> Step:
         """The step, in either direction, of a run that has one state only."""

@@ -31,6 +31,9 @@ ROUND_TRIP_LIMIT: Final = 1e-2
 ENCODING_LIMIT: Final = 0.3
 """Relative error of a code above which it is no longer called noise."""
 
+STD_LIMIT: Final = 0.1
+"""How far from 1 the standard deviation of a code may be, over the true one's."""
+
 _DATA_STD: Final = 0.5
 _ROUNDING: Final = 0.4
 """Root mean square error of rounding, over unit roundoff and the root mean square of what is rounded."""
@@ -56,7 +59,8 @@ class StabilityReport:
         sampling_error: the expected relative error of a sample: of each step the error that it makes
             from exact states, as if independent of the others, carried to the end. Of a coupled
             solver, the error of the run itself.
-        encoding_error: likewise of the code of a lone image, relative to its true code.
+        encoding_error: likewise of the code of a lone image, relative to its true code. Of calibrated
+            weights on their own grid, what the calibration measured.
         code_std: the standard deviation of that code over that of the true one, by the exact
             recurrence.
         side_information: bits for each element that sampling destroys, see
@@ -101,7 +105,7 @@ class StabilityReport:
     @property
     def encoding(self) -> str:
         """The verdict on `invert` from a lone image."""
-        if self.encoding_error <= ENCODING_LIMIT:
+        if self.encoding_error <= ENCODING_LIMIT and abs(self.code_std - 1) <= STD_LIMIT:
             return "encodes lone images to noise"
         return "does not encode lone images to noise"
 
@@ -126,7 +130,7 @@ class StabilityReport:
             "The code of a lone image is expected to have a relative error of "
             f"{self.encoding_error:.0e}."
         )
-        if self.encoding_error > ENCODING_LIMIT:
+        if not self.encoding.startswith("encodes"):
             advice.append(
                 "to encode images use StepRatio(1), or a gamma nearer to 1, in any arithmetic"
             )
@@ -175,10 +179,12 @@ def stability_report(
     grid = Grid.of(sigmas)
     if not (math.isfinite(data_std) and data_std > 0):
         raise ValueError(f"data_std must be a positive number, got {data_std}")
+    if not hasattr(solver, "exact"):
+        raise TypeError(f"stability_report is for solvers that can be inverted, got {solver!r}")
     if not solver.exact:
         raise ValueError(
-            f"{solver} undoes its steps by iteration, whose outcome is known from a run alone: see "
-            "solution.convergence"
+            f"{solver} does not undo its steps exactly, and what comes of it is known from a run alone: "
+            "see solution.convergence of those that iterate"
         )
     steps = planned_steps(solver, grid)
     for k, step in enumerate(steps[1:], start=1):
@@ -347,6 +353,10 @@ class _Model:
         no sum of independent ones, and those of whole runs are taken.
         """
         path, size, lone = self.path(last, stop), self.size(stop), self.lone(solver, last)
+        if (last, stop) == (self.grid.steps, 0):
+            measured = solver.known_encoding_error(self.grid)
+            if measured is not None:
+                return measured
         if self.two_step:
             return _undo(path, _truncated, lone - self.size(last - 1)) / size
         return abs(_encode(path, lone, self.size(last)) - size) / size

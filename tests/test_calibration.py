@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,13 +14,17 @@ import torch
 
 from odesolvers import (
     BDIA,
+    DDIM,
     RK4,
     Calibrated,
+    CalibrationReport,
+    ConstantGamma,
     DampedStepRatio,
     Euler,
     GammaRule,
     Grid,
     HeunEDM,
+    InversionWarning,
     InvertibleSolver,
     Objective,
     PerStep,
@@ -27,9 +32,10 @@ from odesolvers import (
     StepRatio,
     calibrate,
     karras_sigmas,
+    stability_report,
 )
 from odesolvers.calibration import _Fit, _sketch
-from odesolvers.models import IdealDenoiser, load_digits
+from odesolvers.models import Gaussian, IdealDenoiser, load_digits
 
 from .problems import Recorder, mixture, noise, relative_error
 from .test_order import BOTTOM, TOP, fitted_order
@@ -154,7 +160,7 @@ def test_amplification_stays_below_the_bound_or_that_of_the_neutral_rule(bound: 
 
     def brute_force(log_g: np.ndarray) -> float:
         s = [1 / math.sqrt(1 + sigma**2) for sigma in grid.levels]
-        factors = [s[k] / s[k + 2] / math.exp(g) for k, g in enumerate(log_g)]
+        factors = [s[k] / s[k + 1] / math.exp(g) for k, g in enumerate(log_g)]
         runs = (factors[i:j] for i in range(7) for j in range(i + 1, 8))
         return max(1.0, *(math.prod(run) for run in runs))
 
@@ -164,7 +170,10 @@ def test_amplification_stays_below_the_bound_or_that_of_the_neutral_rule(bound: 
         log_g = generator.normal(-2.0, 1.5, 7)
         kept = fit.admissible(log_g)
         clipped = np.clip(log_g, math.log(0.01), math.log(2.0))
-        assert fit.log_amplification(log_g) == pytest.approx(math.log(brute_force(log_g)))
+        amplification = math.exp(fit.log_amplification(log_g))
+        assert amplification == pytest.approx(brute_force(log_g))
+        report = stability_report(BDIA(Euler(), PerStep(np.exp(log_g).tolist())), GRID)
+        assert amplification == pytest.approx(report.amplification_inverting_vp)
         assert brute_force(kept) <= max(bound, brute_force(neutral)) * (1 + 1e-6)
         if brute_force(clipped) <= bound:
             assert np.array_equal(kept, clipped)
@@ -306,6 +315,115 @@ def test_sketches_keep_lengths_and_angles() -> None:
     whole, sketched = rows @ rows.T / 50_000, _sketch(rows) @ _sketch(rows).T / 50_000
     assert float((whole - sketched).abs().max()) < 0.1
     assert torch.equal(_sketch(rows[:, :4096]), rows[:, :4096])
+
+
+def test_gradients_are_not_recorded() -> None:
+    """Of a denoiser with parameters that could be trained."""
+    network = torch.nn.Linear(3, 3).double()
+    recorded = []
+
+    def denoiser(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        denoised = mixture()(x, sigma) + 0.0 * network(x)
+        recorded.append(denoised.requires_grad)
+        return denoised
+
+    calibrate(denoiser, noise(2, 3, sigma=20.0), GRID, reference_steps=8, max_runs=14)
+    assert not any(recorded)
+
+
+def test_half_precision_states_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"fitted to their rounding.*InDtype"):
+        calibrate(mixture(), noise(2, 3, sigma=20.0, dtype=torch.bfloat16), GRID)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(8, 3), (8, 1, 3)])
+def test_grids_that_end_in_zero(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    sigmas = karras_sigmas(6, 0.05, 20.0)
+    denoiser = Gaussian(std=0.5)
+    x = noise(*shape, sigma=20.0, dtype=dtype)
+    report = calibrate(denoiser, x, sigmas, **SMALL).report
+    assert report is not None
+    assert report.sampling[1] * report.encoding[1] < report.sampling[0] * report.encoding[0]
+    neutral = BDIA(Euler(), StepRatio(1)).sample(denoiser, x, sigmas).x
+    end = denoiser.flow(x, 20.0, 0.0)
+    size = float(end.norm() / math.sqrt(len(end)))
+    before = float((neutral - end).reshape(8, -1).norm(dim=1).log().mean().exp()) / size
+    assert report.sampling[0] == pytest.approx(before, rel=0.05)
+
+
+def test_long_grids_are_fitted_too() -> None:
+    sigmas = karras_sigmas(71, 0.05, 20.0, append_zero=False)
+    report = calibrate(mixture(), noise(2, 3, sigma=20.0), sigmas, reference_steps=70).report
+    assert report is not None
+    assert report.moves > 0
+    few = calibrate(mixture(), noise(2, 3, sigma=20.0), GRID, reference_steps=8, max_runs=20)
+    assert few.report is not None
+    assert few.report.moves == 0
+    assert " 0 moves" in str(few.report)
+
+
+def test_starts_are_rules_or_numbers_in_the_scale_of_the_base() -> None:
+    x = noise(4, 3, sigma=20.0)
+    options = {"base": DDIM(), "reference_steps": 16, "max_runs": 1}
+    rule = calibrate(mixture(), x, GRID, starts=[0.9], **options)  # type: ignore[arg-type]
+    assert rule.values == pytest.approx(ConstantGamma(0.9).weights(Grid.of(GRID), DDIM().scale))
+    with pytest.raises(TypeError, match="gamma must be a number"):
+        calibrate(mixture(), x, GRID, starts=["a"], **options)  # type: ignore[arg-type, list-item]
+    with pytest.raises(ValueError, match="gives 1 weights"):
+        calibrate(mixture(), x, GRID, starts=[PerStep([1.0])], **options)  # type: ignore[arg-type]
+
+
+def test_no_warning_where_the_calibration_knows_better() -> None:
+    """The model of the stability report is a Gaussian; weights that suit another flow look bad to it."""
+    sigmas = karras_sigmas(7, 0.02, 80.0, append_zero=False)
+    values = (0.9, 0.02, 0.02, 0.3, 0.01)
+    grid = Grid.of(sigmas)
+    known = CalibrationReport((0.1, 0.1), (0.1, 0.04), 0.1, 1, 1)
+    image = noise(2, 3)
+    for report, expected in ((None, True), (known, False)):
+        solver = BDIA(Euler(), Calibrated("Euler()", grid.levels, values, report))
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always", InversionWarning)
+            solver.invert(mixture(), image, sigmas)
+        assert bool(seen) == expected
+    assert stability_report(solver, sigmas).encoding_error == 0.04
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"values": None},
+        {"values": ["0x1p-1"]},
+        {"values": ["nan"] * 7},
+        {"levels": [1.0, 0.5]},
+        {"report": {"runs": 1}},
+    ],
+)
+def test_damaged_files_are_refused(
+    change: dict[str, object], learnt: Calibrated, tmp_path: Path
+) -> None:
+    path = tmp_path / "rule.json"
+    learnt.save(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match="damaged calibration"):
+        Calibrated.load(path)
+
+
+def test_what_was_not_asked_for_is_null_in_the_file(tmp_path: Path) -> None:
+    rule = calibrate(
+        mixture(),
+        noise(2, 3, sigma=20.0),
+        GRID,
+        objective=Objective(encoding=0.0),
+        reference_steps=8,
+        max_runs=1,
+    )
+    rule.save(tmp_path / "rule.json")
+    assert "NaN" not in (tmp_path / "rule.json").read_text()
+    again = Calibrated.load(tmp_path / "rule.json").report
+    assert again is not None
+    assert all(math.isnan(value) for value in again.encoding)
 
 
 @pytest.mark.parametrize(

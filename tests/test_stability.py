@@ -255,7 +255,7 @@ def test_amplification_of_a_coupled_step_is_that_of_its_stages() -> None:
 
 
 def test_iteration_has_no_stability_of_its_own() -> None:
-    with pytest.raises(ValueError, match=r"by iteration.*solution\.convergence"):
+    with pytest.raises(ValueError, match=r"does not undo.*solution\.convergence"):
         stability_report(FixedPointInversion(Euler()), karras_sigmas(5))
 
 

@@ -338,7 +338,7 @@ def calibrate(
     """Learn the weights of BDIA for a model: then give the file as --gamma."""
     options = Options(
         model or choices.default_model(),
-        approximator,
+        approximator or "euler",
         None,
         labels,
         grid,
