@@ -237,8 +237,8 @@ def warn_before_inverting(
             )
             _warn(
                 f"the code of a lone image is expected to be off by {_times(error)} its true size, by "
-                f"truncation errors that {solver} amplifies over the {last - stop} steps up this grid: it "
-                f"will not look like noise, in any arithmetic. Use {remedy}"
+                f"truncation errors that {solver} amplifies over the {last - stop} steps up this grid: "
+                f"it will not look like noise, in any arithmetic. Use {remedy}"
             )
         return
     rounded = error * _unit_roundoff(dtype)
