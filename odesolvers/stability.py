@@ -197,7 +197,7 @@ def stability_report(
     model = _Model.of(steps, grid, data_std)
     undone = model.path(grid.steps, 0)
     top, bottom = model.size(0), model.size(grid.steps)
-    exact = solver.arithmetic.exact
+    exact, known = solver.arithmetic.exact, solver.known_encoding_error(grid)
     return StabilityReport(
         solver=repr(solver),
         steps=grid.steps,
@@ -209,7 +209,7 @@ def stability_report(
         amplification_inverting_vp=_largest(_up(step, 1.0) for step in reversed(model.undoable)),
         rounding=0.0 if exact else _undo(undone, _rounded) / top,
         sampling_error=model.sampling_error(),
-        encoding_error=model.encoding_error(solver, grid.steps, 0),
+        encoding_error=model.encoding_error(solver, grid.steps, 0) if known is None else known,
         code_std=_encode(undone, model.lone(solver, grid.steps), bottom) / top,
         side_information=side_information_bound(solver, grid),
         exact=exact,
@@ -227,8 +227,10 @@ def warn_before_inverting(
     """
     if not lone and solver.arithmetic.exact:
         return
+    known = solver.known_encoding_error(grid) if (last, stop) == (grid.steps, 0) else None
     error = _expected_error(solver, grid, last, stop, lone)
     if lone:
+        error = error if known is None else known
         if not error <= ENCODING_LIMIT:
             remedy = (
                 "StepRatio(1), a gamma nearer to 1 or more even steps"
@@ -353,10 +355,6 @@ class _Model:
         no sum of independent ones, and those of whole runs are taken.
         """
         path, size, lone = self.path(last, stop), self.size(stop), self.lone(solver, last)
-        if (last, stop) == (self.grid.steps, 0):
-            measured = solver.known_encoding_error(self.grid)
-            if measured is not None:
-                return measured
         if self.two_step:
             return _undo(path, _truncated, lone - self.size(last - 1)) / size
         return abs(_encode(path, lone, self.size(last)) - size) / size
