@@ -209,14 +209,16 @@ class CalibratedBDIA:
     def rule(self, instance: Instance, steps: int) -> Calibrated:
         problem = instance.problem
         kept = problem.version > 0
-        path = CACHE / f"{problem.name.replace(' ', '_')}-v{problem.version}-weights-{steps}.json"
-        if kept and path.exists():
-            return Calibrated.load(path)
         longer = steps > problem.learnt_steps
         runs = STARTS if longer else max(problem.calibration_runs, 2 * steps)
+        x = problem.calibration_noise()[: self.states]
+        name = f"{problem.name.replace(' ', '_')}-v{problem.version}"
+        path = CACHE / f"{name}-weights-{steps}-of-{len(x)}-in-{runs}.json"
+        if kept and path.exists():
+            return Calibrated.load(path)
         rule = calibrate(
             instance.denoiser,
-            problem.calibration_noise()[: self.states],
+            x,
             problem.sigmas(steps),
             base=self.approximator,
             starts=[self.rule(instance, problem.learnt_steps)] if longer else [],
