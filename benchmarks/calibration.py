@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markdown_table import table
 from suite_problems import CACHE, PROBLEMS, Instance, reference
 from suite_solvers import UpwardDDIM
 from torch import Tensor
@@ -54,7 +55,7 @@ def errors(solver: Any, instance: Instance, sigmas: Tensor) -> tuple[float, floa
 def main() -> None:
     names = ["DDIM", "`StepRatio(1)`", "each step on its own", "`calibrate`"]
     header = ["problem", "evaluations", *(f"{name}: {way}" for name in names for way in "se")]
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
+    lines = []
     problems = [problem for problem in PROBLEMS if problem.name in ("mixture", "digits")]
     with tqdm(total=len(problems) * len(BUDGETS)) as bar, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of inversions that are not to be trusted
@@ -73,7 +74,7 @@ def main() -> None:
                 cells = [f"{error:.1e}" for pair in found for error in pair]
                 lines.append([problem.name, str(budget), *cells])
                 bar.update()
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text = table(header, lines)
     print(text)
     TABLE.write_text(text + "\n")
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import markdown_table
 import torch
 from exact_problems import PROBLEMS, Problem
 from torch import Tensor
@@ -183,8 +184,7 @@ def problems_table(device: str, quick: bool) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table.table(header, rows, words=range(len(header)))
 
 
 def number(error: float) -> str:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, final
 
+from markdown_table import table
 from suite_problems import CACHE, PROBLEMS, Instance, Problem, reference
 from suite_solvers import UpwardDDIM
 from torch import Tensor
@@ -206,13 +207,13 @@ def main() -> None:
         warnings.simplefilter("ignore")  # of inversions that are not to be trusted
         columns = [ratios(problem.load(), tried, bar) for problem in problems]
     header = ["candidate", *(f"{p.name}: {way}" for p in problems for way in ("s", "e"))]
-    lines = [[*header, "worst s", "worst e"], ["---"] + ["---:"] * (2 * len(problems) + 2)]
+    lines = []
     for k, candidate in enumerate(tried):
         pairs = [column[k] for column in columns]
         cells = [number(ratio) for pair in pairs for ratio in pair]
         worst = [number(max(pair[way] for pair in pairs)) for way in (0, 1)]
         lines.append([f"`{candidate.name}`", *cells, *worst])
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text = table([*header, "worst s", "worst e"], lines)
     print(text)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(text + "\n")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from exact_problems import PROBLEMS, Problem
+from markdown_table import table
 from tqdm.auto import tqdm
 
 from odesolvers import (
@@ -63,10 +64,8 @@ def row(problem: Problem, name: str, solver: BDIA) -> list[str]:
 
 def main() -> None:
     header = ["model", "BDIA over", "round trip, float32", "float64", "code mean", "code std"]
-    lines = [header, ["---"] * 2 + ["---:"] * 4]
     pairs = [(problem, *item) for problem in PROBLEMS for item in SOLVERS.items()]
-    lines += [row(*pair) for pair in tqdm(pairs)]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text = table(header, [row(*pair) for pair in tqdm(pairs)], words=(0, 1))
     print(text)
     TABLE.write_text(text + "\n")
 

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from markdown_table import table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -241,11 +242,6 @@ def gpu(repeats: int) -> str:
             + [f"{found[name] / found['bare']:.3f}" for name in list(runs)[1:]]
         )
     return table(["network", "50 bare calls, ms", *list(runs)[1:]], rows)
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def machine() -> str:

@@ -20,6 +20,7 @@ import platform
 from pathlib import Path
 
 import torch
+from markdown_table import table
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -78,7 +79,7 @@ def distance(x: Tensor, y: Tensor) -> float:
 
 def rows(steps: int) -> list[list[str]]:
     """One row for each problem, method and gamma."""
-    table = []
+    found = []
     pairs = [(a, g) for a in APPROXIMATORS for g in GAMMAS] + MORE
     sigmas, fine = karras_sigmas(steps), karras_sigmas(2000)
     for name, (denoiser, noise) in problems().items():
@@ -93,7 +94,7 @@ def rows(steps: int) -> list[list[str]]:
             ]
             row += [str(there.nfe), f"{distance(there.x, reference):.1e}"]
             if gamma == 0.0:
-                table.append([*row, "", "", "", ""])
+                found.append([*row, "", "", "", ""])
                 continue
             for dtype in (torch.float32, torch.float64):
                 start = noise.to(dtype)
@@ -105,16 +106,15 @@ def rows(steps: int) -> list[list[str]]:
                 row += [f"{distance(code, noise):.1e}", f"{float(code.std() / sigmas[0]):.3g}"]
             else:
                 row += ["", ""]
-            table.append(row)
-    return table
+            found.append(row)
+    return found
 
 
-def markdown(table: list[list[str]]) -> str:
+def markdown(lines: list[list[str]]) -> str:
     """A table of the rows, after the header."""
     header = ["problem", "method", "gamma", "evaluations", "sampling error", "round trip float32"]
     header += ["round trip float64", "encoding error", "code std"]
-    lines = [header, ["---"] * 3 + ["---:"] * 6, *table]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return table(header, lines, words=range(3))
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from markdown_table import table
 from round_trip import distance, problems
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -58,7 +59,7 @@ def round_trip(solver: BDIA, denoiser: torch.nn.Module, noise: Tensor, sigmas: T
 
 def rows(steps: list[int]) -> list[list[str]]:
     """One row for each grid, method and gamma."""
-    table = []
+    found = []
     models = problems()
     mixture, start = models["mixture"]
     images = RK4().sample(mixture, start, karras_sigmas(1000)).x
@@ -76,18 +77,17 @@ def rows(steps: list[int]) -> list[list[str]]:
             ]
         code = solver.invert(mixture, images, sigmas).x
         row += [f"{report.encoding_error:.0e}", f"{distance(code, start):.0e}"]
-        table.append([*row, f"{float(code.std() / start.std()):.3g}"])
-    return table
+        found.append([*row, f"{float(code.std() / start.std()):.3g}"])
+    return found
 
 
-def markdown(table: list[list[str]]) -> str:
+def markdown(lines: list[list[str]]) -> str:
     """A table of the rows, after the header."""
     header = ["steps", "method", "gamma"]
     for dtype in ("float32", "float64"):
         header += [f"round trip, {dtype}: expected", "Gaussian", "mixture", "digits"]
     header += ["encoding error: expected", "mixture", "code std, mixture"]
-    lines = [header, ["---"] * 3 + ["---:"] * 11, *table]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return table(header, lines, words=range(3))
 
 
 def main() -> None:

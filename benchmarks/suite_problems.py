@@ -225,44 +225,29 @@ def stable_diffusion(states: int) -> Model:
     return exact_problems.stable_diffusion(CPU), {}
 
 
+NETWORK: dict[str, Any] = {
+    "dtype": torch.float32,
+    "seeds": 2,
+    "fine": 300,
+    "dear": (20,),
+    "calibration_runs": 40,
+}
+"""What evaluations of tens of milliseconds allow."""
+
 # Networks: eight states are too few for a Fréchet distance, and random weights have no data.
 PROBLEMS = (
     Problem("mixture", mixture, (8,), 256, data=mixture_data, frechet_states=2048, learnt_steps=40),
     Problem("digits", digits, (1, 8, 8), 64, data=digits_data, frechet_states=512, learnt_steps=40),
-    Problem(
-        "letters",
-        letters,
-        (3, 32, 32),
-        8,
-        dtype=torch.float32,
-        seeds=2,
-        fine=300,
-        dear=(20,),
-        calibration_runs=40,
-    ),
-    Problem(
-        "guided letters",
-        guided_letters,
-        (3, 32, 32),
-        4,
-        dtype=torch.float32,
-        seeds=2,
-        fine=300,
-        dear=(20,),
-        calibration_runs=40,
-    ),
+    Problem("letters", letters, (3, 32, 32), 8, **NETWORK),
+    Problem("guided letters", guided_letters, (3, 32, 32), 4, **NETWORK),
     Problem(
         "tiny Stable Diffusion",
         stable_diffusion,
         (4, 8, 8),
         4,
-        dtype=torch.float32,
         bottom=0.03,
         top=14.6,
-        seeds=2,
-        fine=300,
-        dear=(20,),
-        calibration_runs=40,
         learnt_steps=40,
+        **NETWORK,
     ),
 )

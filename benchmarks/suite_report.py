@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from markdown_table import table
 from suite_problems import Problem
 from suite_rows import Row, Rows
 from suite_solvers import RECOMMENDED, Entry
@@ -138,14 +139,6 @@ def slug(problem: Problem) -> str:
 def number(value: float) -> str:
     """Two digits; in words what is not a number any more."""
     return f"{value:.1e}" if math.isfinite(value) else "diverged"
-
-
-def table(
-    header: Sequence[str], lines: Sequence[Sequence[str]], words: Sequence[int] = (0,)
-) -> str:
-    """Markdown; the columns `words` to the left, numbers to the right."""
-    rule = ["---" if k in words else "---:" for k in range(len(header))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
 
 
 def references(results: Results, rows: Rows) -> str:

@@ -8,6 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,9 @@ from .approximators import RK4, Euler, IntegrationApproximator
 from .bdia import BDIA
 from .gamma import DampedStepRatio, GammaRule, PerStep, StepRatio, as_rule
 from .grids import Grid, Sigmas
-from .solver import Denoiser, Solver
+from .progress import progress_bar
+from .solver import Denoiser, InvertibleSolver, Solver
+from .stability import largest_product
 
 Vector = npt.NDArray[np.float64]
 
@@ -323,7 +326,7 @@ def calibrate(
         best = fit.improve(best, max_runs)
     alone = math.nan
     if fit.objective.sampling:
-        alone = float(fit.sampling_error(base).log().mean().exp())
+        alone = float(_lengths(fit.sampled(base)).log().mean().exp())
     report = CalibrationReport(
         sampling=(before.sampling, best.sampling),
         encoding=(before.encoding, best.encoding),
@@ -375,15 +378,9 @@ class _Fit:
 
     def bar(self, total: int | None) -> Any:
         """A context with a progress bar over the runs."""
-        from contextlib import nullcontext
-
         if total is None:
             return nullcontext()
-        try:
-            from tqdm.auto import tqdm
-        except ImportError as error:
-            raise ImportError("progress=True needs tqdm: pip install tqdm") from error
-        self._progress = tqdm(total=total, desc="calibrate", unit="run")
+        self._progress = progress_bar(total=total, desc="calibrate", unit="run")
         return self._progress
 
     def solve_finely(self, steps: int) -> None:
@@ -433,8 +430,7 @@ class _Fit:
 
     def log_amplification(self, log_g: Vector) -> float:
         """The largest sum of consecutive log 1/g_i going up, in variance-preserving units."""
-        up = np.cumsum((-log_g + self._log_scale)[::-1])
-        return float(max(0.0, np.max(up - np.minimum.accumulate(np.concatenate([[0.0], up[:-1]])))))
+        return math.log(largest_product(np.exp(self._log_scale - log_g)[::-1].tolist()))
 
     def admissible(self, log_g: Vector) -> Vector:
         """`log_g` within its range, drawn towards `StepRatio(1)` as far as the bound asks for."""
@@ -452,55 +448,49 @@ class _Fit:
         between: Vector = self.neutral + share * (log_g - self.neutral)
         return between
 
-    def sampling_error(self, solver: Solver) -> Tensor:
-        """Relative distance of each sample to where it should end, ``(B,)``."""
-        there = solver.sample(self.denoiser, self.x, self.grid, extra_args=self.extra_args)
-        self.evaluations += there.nfe
-        return _lengths(_rows(there.x - self.target, self.target))
+    def sampled(self, solver: Solver) -> Tensor:
+        """Errors of the batch, sampled from its noise; see `_rows`."""
+        end = solver.sample(self.denoiser, self.x, self.grid, extra_args=self.extra_args)
+        self.evaluations += end.nfe
+        return _rows(end.x - self.target, self.target)
+
+    def encoded(self, solver: InvertibleSolver) -> Tensor:
+        """Errors of the codes of where the batch should have ended."""
+        code = solver.invert(self.denoiser, self.target, self.grid, extra_args=self.extra_args)
+        self.evaluations += code.nfe
+        return _rows(code.x - self.x, self.x)
 
     def run(self, log_g: Vector) -> _Run:
         """Sample the batch and encode where it should have ended."""
         solver = BDIA(self.base, PerStep(np.exp(log_g).tolist()))
-        parts: list[tuple[float, Tensor]] = []
+        weights = {name: w for name, w in asdict(self.objective).items() if w}
         self.runs += 1
         if self._progress is not None:
             self._progress.update()
+        errors: dict[str, Tensor] = {}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of weights that amplify: that is measured here
-                if self.objective.sampling:
-                    end = solver.sample(
-                        self.denoiser, self.x, self.grid, extra_args=self.extra_args
-                    )
-                    self.evaluations += end.nfe
-                    error = _rows(end.x - self.target, self.target)
-                    parts.append((self.objective.sampling, error))
-                if self.objective.encoding:
-                    code = solver.invert(
-                        self.denoiser, self.target, self.grid, extra_args=self.extra_args
-                    )
-                    self.evaluations += code.nfe
-                    parts.append((self.objective.encoding, _rows(code.x - self.x, self.x)))
+                if "sampling" in weights:
+                    errors["sampling"] = self.sampled(solver)
+                if "encoding" in weights:
+                    errors["encoding"] = self.encoded(solver)
         except FloatingPointError:
             nothing = torch.zeros(0, 0, dtype=torch.float64)
             return _Run(log_g, math.inf, math.inf, math.inf, nothing, nothing)
-        sizes = [_lengths(rows) for _, rows in parts]
-        means = [float(size.log().mean()) for size in sizes]
-        total = sum(weight for weight, _ in parts)
-        named = dict(zip(self._names(), np.exp(means), strict=True))
+        sizes = {name: _lengths(rows) for name, rows in errors.items()}
+        means = {name: float(size.log().mean()) for name, size in sizes.items()}
+        total = sum(weights.values())
         return _Run(
             log_g=log_g,
-            value=sum(w * m for (w, _), m in zip(parts, means, strict=True)) / total,
-            sampling=float(named.get("sampling", math.nan)),
-            encoding=float(named.get("encoding", math.nan)),
-            residual=torch.cat([_sketch(rows) for _, rows in parts]),
+            value=sum(w * means[name] for name, w in weights.items()) / total,
+            sampling=math.exp(means.get("sampling", math.nan)),
+            encoding=math.exp(means.get("encoding", math.nan)),
+            residual=torch.cat([_sketch(rows) for rows in errors.values()]),
             importance=torch.cat(
-                [w / total / len(z) / z.square() for (w, _), z in zip(parts, sizes, strict=True)]
+                [w / total / len(sizes[name]) / sizes[name].square() for name, w in weights.items()]
             ),
         )
-
-    def _names(self) -> list[str]:
-        return [name for name in ("sampling", "encoding") if getattr(self.objective, name)]
 
     def best_of(self, starts: Iterable[Vector], max_runs: int) -> _Run:
         """The best of the weights to start from, the first at least."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from numbers import Real
 
-from .approximators import IntegrationApproximator
+from .approximators.base import IntegrationApproximator
 from .arithmetic import Arithmetic
 
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .batching import join
 from .execution import Execution
 from .grids import Grid, level_dtype
+from .progress import progress_bar
 from .stability import warn_before_inverting
 from .state import Convergence, Solution, State, check_pair, describe
 from .step import Evaluation, Step, planned_start, planned_steps
@@ -318,11 +319,9 @@ class Run:
         """`path`, with a progress bar where one was asked for."""
         if not self._progress:
             return path
-        try:
-            from tqdm.auto import tqdm
-        except ImportError as error:
-            raise ImportError("progress=True needs tqdm: pip install tqdm") from error
-        bar: Iterable[tuple[int, tuple[Step, ...]]] = tqdm(path, desc=type(self.solver).__name__)
+        bar: Iterable[tuple[int, tuple[Step, ...]]] = progress_bar(
+            path, desc=type(self.solver).__name__
+        )
         return bar
 
     def forward(self, stage: Step, pair: Pair, k: int) -> Pair:

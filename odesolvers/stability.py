@@ -203,10 +203,14 @@ def stability_report(
         steps=grid.steps,
         sigmas=(grid.levels[0], grid.levels[-1]),
         data_std=float(data_std),
-        amplification_sampling=_largest(_down(step, 0.0) for step in model.steps),
-        amplification_inverting=_largest(_up(step, 0.0) for step in reversed(model.undoable)),
-        amplification_sampling_vp=_largest(_down(step, 1.0) for step in model.steps),
-        amplification_inverting_vp=_largest(_up(step, 1.0) for step in reversed(model.undoable)),
+        amplification_sampling=largest_product(_down(step, 0.0) for step in model.steps),
+        amplification_inverting=largest_product(
+            _up(step, 0.0) for step in reversed(model.undoable)
+        ),
+        amplification_sampling_vp=largest_product(_down(step, 1.0) for step in model.steps),
+        amplification_inverting_vp=largest_product(
+            _up(step, 1.0) for step in reversed(model.undoable)
+        ),
         rounding=0.0 if exact else _undo(undone, _rounded) / top,
         sampling_error=model.sampling_error(),
         encoding_error=model.encoding_error(solver, grid.steps, 0) if known is None else known,
@@ -227,10 +231,10 @@ def warn_before_inverting(
     """
     if not lone and solver.arithmetic.exact:
         return
-    known = solver.known_encoding_error(grid) if (last, stop) == (grid.steps, 0) else None
-    error = _expected_error(solver, grid, last, stop, lone)
+    whole = (last, stop) == (grid.steps, 0)
+    known = solver.known_encoding_error(grid) if lone and whole else None
+    error = _expected_error(solver, grid, last, stop, lone) if known is None else known
     if lone:
-        error = error if known is None else known
         if not error <= ENCODING_LIMIT:
             remedy = (
                 "StepRatio(1), a gamma nearer to 1 or more even steps"
@@ -456,7 +460,7 @@ def _scale(sigma: float, target: float, unit: float) -> float:
     return math.hypot(1.0, unit * sigma) / math.hypot(1.0, unit * target)
 
 
-def _largest(factors: Iterable[float]) -> float:
+def largest_product(factors: Iterable[float]) -> float:
     """The largest product of consecutive factors, 1 for none."""
     worst = product = 1.0
     for factor in factors:

@@ -37,7 +37,7 @@ from odesolvers import (
     vp_sigmas,
 )
 from odesolvers.models import Gaussian, GaussianMixture
-from odesolvers.stability import _largest
+from odesolvers.stability import largest_product
 
 from .problems import noise, relative_error
 
@@ -203,9 +203,9 @@ def test_given_weights_and_smoothing() -> None:
 
 
 def test_largest_product_of_consecutive_factors() -> None:
-    assert _largest([]) == 1.0
-    assert _largest([0.5, 4.0, 0.5, 3.0, 0.1]) == 6.0
-    assert _largest([0.0, 2.0]) == 2.0
+    assert largest_product([]) == 1.0
+    assert largest_product([0.5, 4.0, 0.5, 3.0, 0.1]) == 6.0
+    assert largest_product([0.0, 2.0]) == 2.0
 
 
 COUPLED = [

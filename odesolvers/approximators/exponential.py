@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+from ..checks import check_approximator
 from ..combination import Combination
 from .base import Denoise, IntegrationApproximator, euler
 from .euler import variance_preserving
@@ -61,11 +62,7 @@ class Exponential(IntegrationApproximator):
     approximator: IntegrationApproximator
 
     def __post_init__(self) -> None:
-        if not isinstance(self.approximator, IntegrationApproximator):
-            raise TypeError(
-                "Exponential wraps an IntegrationApproximator instance such as HeunEDM(), got "
-                f"{self.approximator!r}"
-            )
+        check_approximator(self, self.approximator)
 
     @property
     def order(self) -> int:
