@@ -25,6 +25,13 @@ class Factored(NamedTuple):
     others: tuple[tuple[int, float], ...]
 
 
+class Mean(NamedTuple):
+    """A weighted mean: ``v_first``, moved by each ``(j, w)`` in turn, from m to ``m + w (v_j - m)``."""
+
+    first: int
+    moves: tuple[tuple[int, float], ...]
+
+
 class Combination:
     """An immutable linear combination ``Σ_k c_k v_k``.
 
@@ -64,6 +71,32 @@ class Combination:
             return None
         k, c = max(self, key=lambda term: abs(term[1]))
         return Factored(c, k, tuple((j, d / c) for j, d in self if j != k))
+
+    @cached_property
+    def mean(self) -> Mean | None:
+        """The combination as a mean with its coefficients as weights; None unless they add up to 1."""
+        return self.mean_over(1.0)
+
+    def mean_over(self, total: float) -> Mean | None:
+        """``Σ_k c_k v_k / total``; None unless the coefficients add up to `total`, up to rounding.
+
+        Moving a mean takes one operation for each term but the first, where a sum takes one more. The
+        terms come in the order in which no part of the sum is smaller than the whole or the largest
+        term, so that nothing cancels on the way. Where the whole is nothing beside the terms, that is
+        None too.
+        """
+        size = max((abs(c) for _, c in self), default=0.0)
+        rest = math.fsum(c for _, c in self) - total
+        if not abs(rest) <= 1e-12 * max(size, 1.0) or not abs(total) > 1e-7 * size:
+            return None
+        # What the coefficients lack to the total is rounding, and the first term takes it.
+        (first, _), *others = sorted(self, key=lambda term: -term[1] / total)
+        so_far = 1.0 - math.fsum(c / total for _, c in others)
+        moves = []
+        for k, c in others:
+            so_far += c / total
+            moves.append((k, c / total / so_far))
+        return Mean(first, tuple(moves))
 
     def __add__(self, other: Combination) -> Combination:
         if not isinstance(other, Combination):

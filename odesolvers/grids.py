@@ -8,6 +8,7 @@ discrete schedule come from `sigmas_from_alphas_cumprod`.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -33,6 +34,9 @@ class Grid:
     levels: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        s = self.levels
+        if len(s) >= 2 and s[0] < math.inf and s[-1] >= 0 and all(map(operator.gt, s, s[1:])):
+            return
         if len(self.levels) < 2:
             raise ValueError(
                 f"a grid needs at least two noise levels (one step), got {len(self.levels)}"
@@ -55,7 +59,9 @@ class Grid:
         """Read a grid given as a tensor, an array or a sequence of numbers."""
         if isinstance(sigmas, Grid):
             return sigmas
-        levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").detach()
+        if not isinstance(sigmas, Tensor) or sigmas.dtype != torch.float64:
+            sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+        levels = sigmas
         if levels.ndim != 1:
             raise ValueError(
                 f"sigmas must be one row of noise levels, got shape {tuple(levels.shape)}"

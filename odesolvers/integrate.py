@@ -13,11 +13,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .batching import join
 from .execution import Execution
-from .grids import Grid, level_dtype
+from .grids import Grid
+from .levels import Levels, level_tensors
 from .progress import progress_bar
+from .route import Route, route_down, route_up
 from .stability import warn_before_inverting
 from .state import Convergence, Solution, State, check_pair, describe
-from .step import Evaluation, Step, planned_start, planned_steps
+from .step import Evaluation, Step
 
 if TYPE_CHECKING:
     from .arithmetic.stack import Stack
@@ -27,12 +29,6 @@ if TYPE_CHECKING:
 Pair: TypeAlias = "tuple[Tensor | None, Tensor]"
 """Two stored states as a stage takes them, ``(a, b)`` of ``(a, b) -> (b, gain · a + rest(b))``."""
 
-
-Path: TypeAlias = "list[tuple[int, tuple[Step, ...]]]"
-"""Steps in the order of a run, each with its number."""
-
-Levels: TypeAlias = "tuple[float, ...]"
-"""The noise levels of the states that one call of the denoiser is made at."""
 
 Walk: TypeAlias = "Callable[[Pair], Pair]"
 """From the pair at the start of a run to that at its end."""
@@ -49,24 +45,22 @@ def descend(run: Run, state: State, stop: int) -> Solution:
             if first < run.grid.steps
             else f"the state stands at the last level already (index {first}): nothing to sample"
         )
-    path = list(enumerate(planned_steps(solver, run.grid)))[first:stop]
     alone = solver.two_step and state.partner is None
-    if alone:
-        path[0] = first, planned_start(solver, run.grid, first, first + 1)
+    route = route_down(solver, run.grid, first, stop, alone)
 
     def walk(pair: Pair) -> Pair:
-        for k, stages in run.track(path):
+        for k, stages in run.track(route):
             for stage in stages:
                 pair = run.forward(stage, pair, k)
         return pair
 
-    return run.go(walk, path, state, first + 1 if alone else first, stop, stop)
+    return run.go(walk, route, state, first + 1 if alone else first, stop, stop)
 
 
 def ascend(run: Run, solver: InvertibleSolver, state: State, stop: int) -> Solution:
     """Invert: undo the steps from where `state` stands, one by one up to level `stop`."""
     _check_stop(stop)
-    last, s = state.index, run.grid.levels
+    last = state.index
     if not 0 <= stop < last:
         raise ValueError(
             f"inverting goes up the grid: from level {last} it can stop at {last - 1} to 0, got "
@@ -76,16 +70,14 @@ def ascend(run: Run, solver: InvertibleSolver, state: State, stop: int) -> Solut
         )
     # The pair of a two-step solver reaches one level up.
     end = stop + 1 if solver.two_step else stop
-    path = list(enumerate(planned_steps(solver, run.grid)))[end:last][::-1]
+    alone = solver.two_step and state.partner is None
+    route = route_up(solver, run.grid, last, end, alone, solver.exact)
     if solver.exact:
-        _check_gains(solver, path, s)
         lone = state.partner is None or state.partner is state.current
         warn_before_inverting(solver, run.grid, last, stop, lone=lone, dtype=run.dtype)
-    if solver.two_step and state.partner is None:
-        path.insert(0, (last, planned_start(solver, run.grid, last, last - 1)))
 
     def walk(pair: Pair) -> Pair:
-        for k, stages in run.track(path):
+        for k, stages in run.track(route):
             if k == last:  # the step of a lone state to its neighbour
                 (_, current), (_, neighbour) = pair, run.forward(stages[0], pair, k)
                 pair = neighbour, current
@@ -93,7 +85,7 @@ def ascend(run: Run, solver: InvertibleSolver, state: State, stop: int) -> Solut
                 pair = solver.undo(run, k, stages, pair)
         return pair
 
-    return run.go(walk, path, state, last, end, stop, look=not solver.exact)
+    return run.go(walk, route, state, last, end, stop, look=not solver.exact)
 
 
 class Run:
@@ -149,7 +141,6 @@ class Run:
         self._callback = callback
         self._progress = progress
         self._keeps = callback is not None or differentiable
-        self._begin(look=False)
 
     def _begin(self, look: bool) -> None:
         """Forget an earlier attempt at the run; `look` at every value on the way."""
@@ -171,8 +162,7 @@ class Run:
         solver = self.solver
         if not isinstance(x, State):
             _check_tensor(x)
-            x = x if self.differentiable else x.detach()
-            state = State(x, None, index, self.grid.levels, self._name)
+            current, partner = x if self.differentiable else x.detach(), None
         else:
             x.check(self.grid, self._name)
             check_pair(x)
@@ -188,19 +178,20 @@ class Run:
             for tensor in (x.current, x.partner):
                 if tensor is not None:
                     _check_tensor(tensor)
-            state = x
-        self.dtype = state.current.dtype
-        current, partner = self.arithmetic.store(state.current), None
-        if solver.states == 2 and state.partner is not None:
-            partner = self.arithmetic.store(state.partner)
-        elif solver.coupled:  # a lone state is its own companion
-            partner = current
-        return replace(state, current=current, partner=partner, coupled=solver.coupled)
+            current, partner, index = x.current, x.partner, x.index
+        self.dtype = current.dtype
+        current = self.arithmetic.store(current)
+        if solver.states == 2 and partner is not None:
+            partner = self.arithmetic.store(partner)
+        else:  # of a coupled solver a lone state is its own companion
+            partner = current if solver.coupled else None
+        levels, coupled = self.grid.levels, solver.coupled
+        return State(current, partner, index, levels, self._name, coupled=coupled)
 
     def go(
         self,
         walk: Walk,
-        path: Path,
+        route: Route,
         state: State,
         origin: int,
         index: int,
@@ -214,12 +205,11 @@ class Run:
         the step. With `look`, and in an arithmetic that hides it, each value is looked at at once.
         """
         self._begin(look or not self.arithmetic.keeps_nan)
-        stages = [stage for _, stages in path for stage in stages]
-        self._sigmas = self._levels(stages, state.current.shape[0], state.current.device)
+        self._sigmas = level_tensors(route.calls, state.current, self.dtype)
         if self._execution is None:
             pair = walk(self.prepare(state, origin))
         else:
-            pair = self._replay(self._execution, walk, path, state, origin)
+            pair = self._replay(self._execution, walk, route, state, origin)
         seen = [*(x for x in pair if x is not None), *(probe for _, probe in self._probes)]
         if not self._looks and not all(map(_is_finite, seen)):
             self._callback, self._progress = None, False
@@ -232,7 +222,7 @@ class Run:
         return self.finish(pair, index, stop)
 
     def _replay(
-        self, execution: Execution, walk: Walk, path: Path, state: State, origin: int
+        self, execution: Execution, walk: Walk, route: Route, state: State, origin: int
     ) -> Pair:
         """`walk` from `state`, recorded if it is not yet: the pair, and the probes of the run."""
         if self._callback is not None or self._progress or self.differentiable or self._looks:
@@ -264,7 +254,7 @@ class Run:
             self._name,
             self.grid,
             walk.__qualname__,
-            tuple(k for k, _ in path),
+            tuple(k for k, _ in route.steps),
             origin,
             lone,
             fixed,
@@ -291,54 +281,54 @@ class Run:
         if partner is not None:
             partner = current if partner is state.current else partner.clone()
         self._scratch = self._room(current)
+        self._shape, self._device = current.shape, current.device
         self._stack = self.arithmetic.open(current, partner, state.side, origin)
+        self._versioned = not current.is_inference()
+        self._direct = (
+            self._stack is None
+            and not self.solver.coupled
+            and not (self._keeps or self._looks or self._twice)
+        )
         if self.solver.coupled:
             assert partner is not None
             return current, partner
         return partner, current
 
-    def _levels(self, stages: list[Step], n: int, device: torch.device) -> dict[Levels, Tensor]:
-        """The noise levels of all calls as they are handed to the denoiser, in one transfer."""
-        keys: list[Levels] = list(
-            dict.fromkeys((c.sigma,) for stage in stages for c in stage.evaluations)
-        )
-        if self._stacks:
-            stacks: set[Levels] = {
-                tuple(stage.evaluations[number - 1].sigma for number in numbers)
-                for stage in stages
-                for numbers in stage.rounds
-            }
-            keys += stacks - set(keys)
-        flat = torch.tensor([sigma for key in keys for sigma in key], dtype=level_dtype(self.dtype))
-        rows = flat.to(device).unsqueeze(1).expand(-1, n).contiguous()
-        if not self._stacks:
-            return dict(zip(keys, rows.unbind(), strict=True))
-        return dict(zip(keys, torch.split(rows.flatten(), [n * len(k) for k in keys]), strict=True))
-
-    def track(self, path: Path) -> Iterable[tuple[int, tuple[Step, ...]]]:
-        """`path`, with a progress bar where one was asked for."""
+    def track(self, route: Route) -> Iterable[tuple[int, tuple[Step, ...]]]:
+        """The steps of `route`, with a progress bar where one was asked for."""
         if not self._progress:
-            return path
+            return route.steps
         bar: Iterable[tuple[int, tuple[Step, ...]]] = progress_bar(
-            path, desc=type(self.solver).__name__
+            route.steps, desc=type(self.solver).__name__
         )
         return bar
 
     def forward(self, stage: Step, pair: Pair, k: int) -> Pair:
         """``(a, b) -> (b, gain · a + rest(b))``, a stage of the step from level `k`."""
         a, b = pair
-        if stage.exchanges and a is not None:
+        values: Sequence[Tensor]
+        levels = stage.only
+        if levels is not None and self._direct:
+            values, out = (b, self._denoise(b, levels, k)), a
+        elif stage.exchanges and a is not None:
             return b, a
-        values, out = self.evaluate(stage, b, k), self._out(stage, a, b)
+        else:
+            values, out = self.evaluate(stage, b, k), self._out(stage, a, b)
         return b, self.arithmetic.forward(stage, a, values, self._stack, out, self._scratch)
 
     def inverse(self, stage: Step, pair: Pair, k: int) -> Pair:
         """``(b, c) -> ((c - rest(b)) / gain, b)``: the pair that `forward` was given."""
         b, c = pair
         assert b is not None
-        if stage.exchanges:
+        values: Sequence[Tensor]
+        out: Tensor | None
+        levels = stage.only
+        if levels is not None and self._direct:
+            values, out = (b, self._denoise(b, levels, k)), c
+        elif stage.exchanges:
             return c, b
-        values, out = self.evaluate(stage, b, k), self._out(stage, c, b)
+        else:
+            values, out = self.evaluate(stage, b, k), self._out(stage, c, b)
         return self.arithmetic.inverse(stage, c, values, self._stack, out, self._scratch), b
 
     def _out(self, stage: Step, done: Tensor | None, needed: Tensor) -> Tensor | None:
@@ -367,6 +357,7 @@ class Run:
         values, last, self._last = [x], self._last, None
         if last is not None and first.here and last[0] is stored and last[1] == first.sigma:
             values.append(last[2])
+        del last  # an output less, while the next is made
         if self._stacks and len(stage.evaluations) > 1:
             self._evaluate_stacked(stage, values, k)
         else:
@@ -379,7 +370,7 @@ class Run:
         if not self._looks:
             for term in stage.forgets:
                 self._probes.append(("", torch.linalg.vector_norm(values[term], math.inf)))
-        if first.here:
+        if first.here and self.solver.coupled:
             self._last = stored, first.sigma, values[1]
         if self._callback is not None and self._reported != k:
             self._reported = k
@@ -392,14 +383,14 @@ class Run:
     def _output(self, call: Evaluation, values: list[Tensor], k: int) -> Tensor:
         """The output of `call`, from the state and the outputs before it."""
         if call.here:
-            denoised = self._denoise(values[0], (call,), k)
+            denoised = self._denoise(values[0], call.levels, k)
         else:
             point = self.arithmetic.combine(call.point, values, self._scratch)
-            denoised = self._denoise(point, (call,), k)
+            denoised = self._denoise(point, call.levels, k)
             if _share_storage(denoised, point):
                 self._scratch = self._room(values[0])  # the output lies in the old one
         if len(values) > 1:
-            _check_new(denoised, values[1:], (call,), k)
+            _check_new(denoised, values[1:], call.levels, k)
         return denoised
 
     def _evaluate_stacked(self, stage: Step, values: list[Tensor], k: int) -> None:
@@ -419,10 +410,11 @@ class Run:
                 for call, place in zip(calls, places, strict=True)
             ]
             stack = torch.cat(points) if stack is None else stack
-            denoised = self._denoise(stack, calls, k)
+            levels = tuple(call.sigma for call in calls)
+            denoised = self._denoise(stack, levels, k)
             if _share_storage(denoised, stack):
                 self._rooms.clear()
-            _check_new(denoised, [values[n] for n in range(1, numbers[0])], calls, k)
+            _check_new(denoised, [values[n] for n in range(1, numbers[0])], levels, k)
             for number, output in zip(numbers, denoised.chunk(len(calls)), strict=True):
                 values[number] = output
 
@@ -458,41 +450,43 @@ class Run:
         state = State(current, partner, index, levels, self._name, side, solver.coupled)
         return Solution(x, state, self.nfe, tuple(self.convergence))
 
-    def _denoise(self, x: Tensor, calls: tuple[Evaluation, ...], k: int) -> Tensor:
-        """The outputs of `calls` at the states `x`, which are stacked along the batch."""
-        before = None if x.is_inference() else x._version
-        sigma = self._sigmas[tuple([call.sigma for call in calls])]
-        denoised = self._denoiser(x, sigma, **self._arguments(len(calls), x))
-        self.nfe += len(calls)
+    def _denoise(self, x: Tensor, levels: Levels, k: int) -> Tensor:
+        """The denoiser's outputs at `levels` for the states `x`, which are stacked along the batch."""
+        n = len(levels)
+        before = x._version if self._versioned else 0
+        arguments = self._extra_args if n == 1 else self._joined_args(n, x)
+        sigma = self._sigmas[levels]
+        denoised = self._denoiser(x, sigma, **arguments)
+        self.nfe += n
         if not isinstance(denoised, Tensor):
             raise TypeError(
-                f"the denoiser must return a tensor, got {type(denoised).__name__} {_at(calls, k)}"
+                f"the denoiser must return a tensor, got {type(denoised).__name__} {_at(levels, k)}"
             )
-        if before is not None and x._version != before:
+        if self._versioned and (x._version != before or sigma._version):
             raise ValueError(
-                f"the denoiser wrote to its input {_at(calls, k)}: work on a copy, x.clone()"
+                f"the denoiser wrote to its input {_at(levels, k)}: work on copies, x.clone() and "
+                "sigma.clone()"
             )
-        if denoised.shape != x.shape or denoised.device != x.device:
+        shape = self._shape if n == 1 else x.shape
+        if denoised.shape != shape or denoised.device != self._device:
             raise ValueError(
                 f"the denoiser must return the form of its input, {describe(x)}, got "
-                f"{describe(denoised)} {_at(calls, k)}"
+                f"{describe(denoised)} {_at(levels, k)}"
             )
-        if denoised.dtype != x.dtype:
+        if denoised.dtype is not self.dtype:
             raise TypeError(
-                f"the denoiser returned {denoised.dtype} for a state in {x.dtype} {_at(calls, k)}: "
+                f"the denoiser returned {denoised.dtype} for a state in {x.dtype} {_at(levels, k)}: "
                 "dtypes are never mixed silently; wrap it as "
                 f"odesolvers.models.InDtype(denoiser, {denoised.dtype}) to keep the network in "
                 "that dtype and the state in its own, or convert x"
             )
         if self._looks:
-            message = f"the denoiser's output is not finite {_at(calls, k)}; {_OVERFLOW}"
+            message = f"the denoiser's output is not finite {_at(levels, k)}; {_OVERFLOW}"
             self._probe(denoised, message, at=x)
         return denoised
 
-    def _arguments(self, n: int, x: Tensor) -> dict[str, Any]:
+    def _joined_args(self, n: int, x: Tensor) -> dict[str, Any]:
         """The keyword arguments of a call that stacks `n` states for each of the batch."""
-        if n == 1:
-            return self._extra_args
         if n not in self._joined:
             self._joined[n] = join([self._extra_args] * n, x.shape[0] // n, "extra_args")
         return self._joined[n]
@@ -514,17 +508,15 @@ _OVERFLOW = (
 )
 
 
-def _at(calls: tuple[Evaluation, ...], k: int) -> str:
-    sigmas = " and ".join(f"{call.sigma:.6g}" for call in calls)
+def _at(levels: Levels, k: int) -> str:
+    sigmas = " and ".join(f"{sigma:.6g}" for sigma in levels)
     return f"at level {k} of the grid, sigma = {sigmas}"
 
 
-def _check_new(
-    denoised: Tensor, outputs: list[Tensor], calls: tuple[Evaluation, ...], k: int
-) -> None:
+def _check_new(denoised: Tensor, outputs: list[Tensor], levels: Levels, k: int) -> None:
     if any(_share_storage(denoised, output) for output in outputs):
         raise ValueError(
-            f"the denoiser returned the storage of an earlier output again, {_at(calls, k)}: a step "
+            f"the denoiser returned the storage of an earlier output again, {_at(levels, k)}: a step "
             "needs several outputs at once; return a new tensor, such as output.clone()"
         )
 
@@ -543,17 +535,6 @@ def _check_probe(probe: Tensor, message: str) -> None:
 
 def _share_storage(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
-def _check_gains(solver: InvertibleSolver, path: Path, s: tuple[float, ...]) -> None:
-    for k, stages in path:
-        if any(stage.gain == 0.0 for stage in stages):
-            raise ValueError(
-                f"{solver} cannot be inverted: its step from sigmas[{k}] = {s[k]:.6g} to "
-                f"sigmas[{k + 1}] = {s[k + 1]:.6g} has the weight g = 0 and keeps nothing of the "
-                "state before; inversion needs gamma in (0, 1] and a state scale that is finite "
-                "at every level"
-            )
 
 
 def _check_stop(stop: object) -> None:

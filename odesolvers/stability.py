@@ -20,7 +20,8 @@ import torch
 
 from .arithmetic import side_information_bound
 from .grids import Grid, Sigmas
-from .step import Step, once_per_grid, planned_steps
+from .route import once_per_grid, planned_steps
+from .step import Step
 from .trust import InversionWarning
 
 if TYPE_CHECKING:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, wraps
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from functools import cached_property
+from typing import NamedTuple
 
-from .combination import HERE, NOTHING, STATE, Combination
-
-if TYPE_CHECKING:
-    from .grids import Grid
-    from .solver import Solver
+from .combination import HERE, NOTHING, STATE, Combination, Mean
+from .levels import Levels
 
 
 @dataclass(frozen=True)
@@ -25,6 +21,19 @@ class Evaluation:
     def here(self) -> bool:
         """Whether `point` is the state itself."""
         return self.point == HERE
+
+    @cached_property
+    def levels(self) -> Levels:
+        """`sigma`, as the levels of one call."""
+        return (self.sigma,)
+
+
+class Blend(NamedTuple):
+    """How far a state is moved towards the mean of others: by a step, and by its inverse."""
+
+    mean: Mean
+    ahead: float
+    back: float
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,22 @@ class Step:
         return self.gain == 1.0 and self.rest == NOTHING
 
     @cached_property
+    def only(self) -> Levels | None:
+        """The levels of its only call, where that is at b and neither b nor the output is forgotten."""
+        if len(self.evaluations) == 1 and self.evaluations[0].here and not self.forgets:
+            return self.evaluations[0].levels
+        return None
+
+    @cached_property
+    def blend(self) -> Blend | None:
+        """The stage as ``(a, b) -> (b, a + (1 - gain) (m - a))``, with the mean m of `rest`; or None.
+
+        So is every stage that leaves the states alone where the denoiser returns just them.
+        """
+        mean = self.rest.mean_over(1.0 - self.gain) if self.gain else None
+        return mean and Blend(mean, 1.0 - self.gain, (self.gain - 1.0) / self.gain)
+
+    @cached_property
     def rounds(self) -> tuple[tuple[int, ...], ...]:
         """The outputs, by number, that need nothing but outputs of earlier rounds; the first is 1."""
         depth = [0]
@@ -67,38 +92,3 @@ class Step:
         """
         terms = range(STATE, len(self.evaluations) + 1)
         return () if self.exchanges else tuple(k for k in terms if self.rest[k] == 0.0)
-
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def once_per_grid(function: Function) -> Function:
-    """Keeps what a function of a solver, a grid and other settings has returned."""
-
-    @lru_cache(maxsize=128)
-    def kept(name: str, *args: Any) -> Any:
-        del name
-        return function(*args)
-
-    @wraps(function)
-    def wrapper(solver: Solver, grid: Grid, *settings: Any) -> Any:
-        try:
-            hash(solver)
-        except TypeError:  # a setting is of a class that has no hash
-            return function(solver, grid, *settings)
-        # The description tells settings apart where a class compares by identity.
-        return kept(repr(solver), solver, grid, *settings)
-
-    return cast(Function, wrapper)
-
-
-@once_per_grid
-def planned_steps(solver: Solver, grid: Grid) -> tuple[tuple[Step, ...], ...]:
-    """``solver.steps(grid)``, worked out once."""
-    return tuple(solver.steps(grid))
-
-
-@once_per_grid
-def planned_start(solver: Solver, grid: Grid, k: int, target: int) -> tuple[Step]:
-    """``solver.start`` from one level of the grid to another, worked out once."""
-    return (solver.start(grid.levels[k], grid.levels[target]),)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base import check_device
+from ..base import can_look_at, check_device
 from ..kdiffusion import import_k_diffusion
 from .data import LETTERS, SIZE
 
@@ -59,7 +59,9 @@ class LettersDenoiser(nn.Module):
 
         Raises:
             TypeError: if `x` is not floating point or `class_labels` are not integers.
-            ValueError: for another shape of `x` or `class_labels`, or a label out of range.
+            ValueError: for another shape of `x` or `class_labels`, or a label out of range; on a GPU,
+                whose values cannot be looked at without waiting for them, the output is NaN then, which
+                the solvers report.
         """
         if not x.is_floating_point():
             raise TypeError(f"x must be a floating point tensor, got {x.dtype}")
@@ -73,7 +75,7 @@ class LettersDenoiser(nn.Module):
                 f"sigma must have shape ({x.shape[0]},), one for each picture, got "
                 f"{tuple(sigma.shape)}"
             )
-        if x.device.type == "cpu" and not bool((sigma > 0).all()):  # elsewhere it would be a wait
+        if can_look_at(sigma) and not bool((sigma > 0).all()):
             raise ValueError(f"sigma must be above 0, got {sigma.min().item()}")
         condition = self._condition(x, class_labels)
         denoised: Tensor = self.denoiser(x, sigma, mapping_cond=condition)
@@ -98,12 +100,13 @@ class LettersDenoiser(nn.Module):
         # As a one-hot row: comparing, where looking up would read out of bounds.
         known = torch.arange(UNCONDITIONAL, len(LETTERS), device=x.device)
         rows = class_labels.unsqueeze(1) == known
-        if not rows.any(1).all():
+        known_labels = rows.any(1, keepdim=True)
+        if can_look_at(class_labels) and not bool(known_labels.all()):
             raise ValueError(
                 f"class_labels must be 0 to {len(LETTERS) - 1}, or -1 for no label, got "
                 f"{class_labels.tolist()}"
             )
-        return rows
+        return torch.where(known_labels, rows.to(torch.float32), torch.nan)
 
 
 class _InOwnDtype(nn.Module):

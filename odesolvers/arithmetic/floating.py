@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..combination import Combination, Factored
+from ..combination import Combination, Factored, Mean
 from ..step import Step
 from .base import Arithmetic
 from .stack import Stack
+
+_NARROW = torch.float16
+"""Whose range a mean of states may leave, where the states do not: its weights may be large."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,9 @@ class FloatingPoint(Arithmetic):
     def combine(
         self, combination: Combination, values: Sequence[Tensor], out: Tensor | None = None
     ) -> Tensor:
+        mean = combination.mean
+        if mean is not None and mean.moves:
+            return _mean(mean, values, out)
         factored = combination.factored
         if factored is None:
             return torch.zeros_like(values[0])
@@ -45,13 +51,20 @@ class FloatingPoint(Arithmetic):
     ) -> Tensor:
         if older is None or step.gain == 0.0:
             return self.combine(step.rest, values, out)
+        blend = step.blend
+        if blend is not None and older.dtype is not _NARROW:
+            middle = _mean(blend.mean, values, scratch)
+            if out is older:
+                return older.lerp_(middle, blend.ahead)
+            return torch.lerp(older, middle, blend.ahead, out=out)
         gain, factored = step.gain, step.rest.factored
         if factored is None:
             return torch.mul(older, gain, out=out)
         rest, factor = _sum(factored, values, scratch)
         if gain == 1.0:
+            if out is older:
+                return older.add_(rest, alpha=factor)
             return torch.add(older, rest, alpha=factor, out=out)
-        # A multiplication in place is faster than one with `out`, even into the same storage.
         scaled = older.mul_(gain) if out is older else torch.mul(older, gain, out=out)
         return scaled.add_(rest, alpha=factor)
 
@@ -64,12 +77,33 @@ class FloatingPoint(Arithmetic):
         out: Tensor | None = None,
         scratch: Tensor | None = None,
     ) -> Tensor:
+        blend = step.blend
+        if blend is not None and newer.dtype is not _NARROW:
+            middle = _mean(blend.mean, values, scratch)
+            if out is newer:
+                return newer.lerp_(middle, blend.back)
+            return torch.lerp(newer, middle, blend.back, out=out)
         factored = step.rest.factored
         if factored is None:
             return torch.div(newer, step.gain, out=out)
         rest, factor = _sum(factored, values, scratch)
-        older = torch.sub(newer, rest, alpha=factor, out=out)
+        if out is newer:
+            older = newer.sub_(rest, alpha=factor)
+        else:
+            older = torch.sub(newer, rest, alpha=factor, out=out)
         return older if step.gain == 1.0 else older.div_(step.gain)
+
+
+def _mean(mean: Mean, values: Sequence[Tensor], out: Tensor | None) -> Tensor:
+    """A tensor that is the mean; of one term, the value itself."""
+    first, moves = mean
+    if not moves:
+        return values[first]
+    (second, weight), *later = moves
+    moved = torch.lerp(values[first], values[second], weight, out=out)
+    for k, weight in later:
+        moved.lerp_(values[k], weight)
+    return moved
 
 
 def _sum(factored: Factored, values: Sequence[Tensor], out: Tensor | None) -> tuple[Tensor, float]:
