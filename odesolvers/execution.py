@@ -22,11 +22,13 @@ class Recording:
         replay: the run as a program, which returns storage of its own each time.
         nfe: denoiser evaluations of a replay.
         denoiser: kept, so that no other object is taken for it.
+        program: what was recorded, kept with the tensors that it reads.
     """
 
     replay: Program
     nfe: int
     denoiser: object
+    program: Program
 
 
 class Execution(ABC):
@@ -35,7 +37,7 @@ class Execution(ABC):
     An object of this kind owns its recordings, with their memory, for as long as it lives; it serves one
     thread at a time. A run is the same if its solver, grid, direction, levels, denoiser (with the
     addresses of its parameters and its training flag) and all of `extra_args` that is not a tensor
-    are, and all tensors have their shapes, dtypes and devices. What else the denoiser reads, such as
+    are, all tensors have their shapes, dtypes and devices, and `torch.autocast` is set alike. What else the denoiser reads, such as
     numbers among its attributes, stays as it was when the run was recorded.
     """
 
@@ -60,10 +62,14 @@ class Execution(ABC):
     ) -> Recording:
         """The recording of `program`, made now if there is none; ``run.nfe`` counts what it does."""
         form = tuple((x.shape, x.stride(), x.dtype, x.device) for x in inputs)
-        whole = key, id(denoiser), _weights(denoiser), form
+        kind = inputs[0].device.type
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        whole = key, id(denoiser), _weights(denoiser), form, autocast
         if whole not in self._recordings:
-            replay = self.record(program, inputs)
-            self._recordings[whole] = Recording(replay, run.nfe, denoiser)
+            # What a cache of autocast holds would be gone when the recording is replayed.
+            with torch.autocast(kind, autocast or None, bool(autocast), cache_enabled=False):
+                replay = self.record(program, inputs)
+            self._recordings[whole] = Recording(replay, run.nfe, denoiser, program)
         return self._recordings[whole]
 
 
@@ -91,11 +97,7 @@ class CUDAGraph(Execution):
 
     def record(self, program: Program, inputs: Sequence[Tensor]) -> Program:
         device = inputs[0].device
-        if device.type != "cuda":
-            raise ValueError(
-                f"CUDAGraph() needs the state on a GPU, got {device}: move x and the denoiser there, or "
-                "use Compiled() or no execution"
-            )
+        _check_on_gpu(device)
         places = [x.clone() for x in inputs]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device):
@@ -106,7 +108,7 @@ class CUDAGraph(Execution):
                     program(*places)
             torch.cuda.current_stream().wait_stream(ahead)
             try:
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     results = program(*places)
             except RuntimeError as error:
                 raise RuntimeError(
@@ -160,6 +162,14 @@ class Compiled(Execution):
             traced, backend=self.backend, fullgraph=True, dynamic=False
         )
         return compiled
+
+
+def _check_on_gpu(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ValueError(
+            f"CUDAGraph() needs the state on a GPU, got {device}: move x and the denoiser there, or "
+            "use Compiled() or no execution"
+        )
 
 
 def _weights(denoiser: object) -> Hashable:

@@ -1,4 +1,4 @@
-"""What a run does beside the denoiser: operations, memory, work on the host; and recorded runs."""
+"""What a run does beside the denoiser: operations, memory, work on the host."""
 
 from __future__ import annotations
 
@@ -18,13 +18,10 @@ from odesolvers import (
     EDICT,
     RK4,
     Combination,
-    Compiled,
     CoupledSolver,
-    CUDAGraph,
     DPMSolverPP2S,
     Euler,
     FixedPoint,
-    FixedPointInversion,
     Grid,
     HeunEDM,
     IntegrationApproximator,
@@ -35,7 +32,6 @@ from odesolvers import (
     karras_sigmas,
 )
 from odesolvers.combination import HERE
-from odesolvers.models import Gaussian
 from odesolvers.step import Evaluation, Step
 
 from .problems import gaussian, mixture, noise, relative_error
@@ -308,108 +304,6 @@ def test_gradients_on_request(solver: InvertibleSolver) -> None:
         BDIA(Euler(), arithmetic=FixedPoint()).sample(mixture(), x, grid, differentiable=True)
 
 
-@pytest.mark.filterwarnings("ignore::odesolvers.InversionWarning")  # of three long steps
-@pytest.mark.parametrize(
-    "solver",
-    [BDIA(Euler(), 0.96), BDIA(HeunEDM(), batched=True), BDIA(DPMSolverPP2S()), EDICT(), RK4()],
-    ids=repr,
-)
-def test_a_compiled_run_serves_other_values(solver: Solver) -> None:
-    """Traced, and executed operation by operation: the same bits."""
-    grid, compiled = karras_sigmas(3), Compiled(backend="aot_eager")
-    network = gaussian()
-
-    def denoiser(x: Tensor, sigma: Tensor, shift: Tensor, power: int) -> Tensor:
-        return network(x, sigma) + shift**power
-
-    for n, power in ((1, 1), (2, 1), (3, 2)):
-        x = noise(2, 5, sigma=80.0, seed=n)
-        args = {"shift": torch.full((2, 1), float(n), dtype=torch.float64), "power": power}
-        plain = solver.sample(denoiser, x, grid, extra_args=args)
-        replayed = solver.sample(denoiser, x, grid, extra_args=args, execution=compiled)
-        assert torch.equal(replayed.x, plain.x)
-        assert replayed.nfe == plain.nfe
-        assert len(compiled) == power
-        if isinstance(solver, InvertibleSolver) and n == 3:
-            options: dict[str, Any] = {"extra_args": args, "execution": compiled}
-            back = solver.invert(denoiser, replayed.state, grid, **options)
-            assert relative_error(back.x, x) < 1e-10
-            code = solver.invert(denoiser, plain.x, grid, **options)
-            expected = solver.invert(denoiser, plain.x, grid, extra_args=args)
-            assert torch.equal(code.x, expected.x)
-            assert len(compiled) == 4
-
-
-def test_weights_that_change_in_place_are_seen_and_new_ones_are_recorded() -> None:
-    network, grid, compiled = Gaussian(std=0.5), karras_sigmas(3), Compiled("aot_eager")
-    x = noise(2, 5, sigma=80.0)
-    solver = BDIA(Euler())
-    solver.sample(network, x, grid, execution=compiled)
-    network.std.fill_(1.0)
-    expected = solver.sample(network, x, grid).x
-    assert torch.equal(solver.sample(network, x, grid, execution=compiled).x, expected)
-    assert len(compiled) == 1
-    network.std = network.std * 2.0
-    expected = solver.sample(network, x, grid).x
-    assert torch.equal(solver.sample(network, x, grid, execution=compiled).x, expected)
-    assert len(compiled) == 2
-
-
-def test_runs_that_cannot_be_recorded() -> None:
-    x, grid, compiled = noise(2, 5, sigma=80.0), karras_sigmas(3), Compiled("aot_eager")
-    with pytest.raises(ValueError, match="needs the state on a GPU, got cpu"):
-        BDIA(Euler()).sample(mixture(), x[:, :3], grid, execution=CUDAGraph())
-    with pytest.raises(ValueError, match="warmups >= 1"):
-        CUDAGraph(warmups=0)
-    with pytest.raises(TypeError, match="execution must be an instance"):
-        BDIA(Euler()).sample(gaussian(), x, grid, execution=Compiled)  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match=r"cannot be traced.*without execution=Compiled"):
-        BDIA(Euler()).sample(lambda x, s: x * s[0].item(), x, grid, execution=compiled)
-    for solver, options in (
-        (BDIA(Euler()), {"callback": print}),
-        (BDIA(Euler()), {"progress": True}),
-        (BDIA(Euler()), {"differentiable": True}),
-        (BDIA(Euler(), arithmetic=FixedPoint()), {}),
-    ):
-        with pytest.raises(ValueError, match="leaves no place for a callback"):
-            solver.sample(gaussian(), x, grid, execution=compiled, **options)
-    iterative = FixedPointInversion(Euler())
-    state = iterative.sample(gaussian(), x, grid, execution=compiled).state
-    with pytest.raises(ValueError, match="iteration that stops by itself"):
-        iterative.invert(gaussian(), state, grid, execution=compiled)
-    with pytest.raises(ValueError, match="must have a hash"):
-        BDIA(Euler()).sample(
-            lambda x, s, y: 0.5 * x, x, grid, extra_args={"y": {1}}, execution=compiled
-        )
-
-
-def test_a_recorded_run_that_is_not_finite_names_the_step() -> None:
-    compiled, grid = Compiled("aot_eager"), karras_sigmas(4)
-
-    def denoiser(x: Tensor, sigma: Tensor, top: Tensor) -> Tensor:
-        return torch.where((sigma < top).unsqueeze(1), torch.full_like(x, float("nan")), 0.5 * x)
-
-    x = noise(2, 5, sigma=80.0)
-    options: dict[str, Any] = {"execution": compiled}
-    BDIA(Euler()).sample(denoiser, x, grid, extra_args={"top": torch.tensor(0.0)}, **options)
-    with pytest.raises(FloatingPointError, match="output is not finite at level 2"):
-        BDIA(Euler()).sample(
-            denoiser, x, grid, extra_args={"top": 0.99 * grid[1].float()}, **options
-        )
-    assert len(compiled) == 1
-
-
-@pytest.mark.slow
-def test_inductor_fuses_a_run() -> None:
-    x, grid, compiled = noise(4, 16, sigma=80.0, dtype=torch.float32), karras_sigmas(5), Compiled()
-    solver, denoiser = BDIA(Euler(), 0.96), Gaussian(std=0.5)
-    for scale in (1.0, 0.5):
-        there = solver.sample(denoiser, scale * x, grid, execution=compiled)
-        assert relative_error(there.x, solver.sample(denoiser, scale * x, grid).x) < 1e-4
-        back = solver.invert(denoiser, there.state, grid, execution=compiled)
-        assert relative_error(back.x, scale * x) < 1e-5
-
-
 @pytest.mark.cuda
 @needs_gpu
 @pytest.mark.parametrize("solver", [BDIA(Euler(), 0.96), BDIA(HeunEDM()), EDICT()], ids=repr)
@@ -446,23 +340,3 @@ def test_memory_on_the_gpu(n: int) -> None:
     before = torch.cuda.memory_allocated()
     solver.sample(lambda x, sigma: x, x, grid)
     assert torch.cuda.max_memory_allocated() - before <= 3.1 * x.nbytes
-
-
-@pytest.mark.cuda
-@needs_gpu
-@pytest.mark.parametrize("solver", [BDIA(Euler(), 0.96), BDIA(HeunEDM(), batched=True)], ids=repr)
-def test_a_cuda_graph_serves_other_values(solver: BDIA) -> None:
-    grid, graph = karras_sigmas(10), CUDAGraph()
-    denoiser = Gaussian(std=0.5).cuda()
-    for seed in (0, 1):
-        x = noise(4, 64, sigma=80.0, seed=seed, dtype=torch.float32).cuda()
-        plain = solver.sample(denoiser, x, grid)
-        replayed = solver.sample(denoiser, x, grid, execution=graph)
-        torch.testing.assert_close(replayed.x, plain.x)
-        kept = replayed.x.clone()
-        back = solver.invert(denoiser, replayed.state, grid, execution=graph)
-        assert relative_error(back.x, x) < 1e-5
-        assert torch.equal(replayed.x, kept)
-    assert len(graph) == 2
-    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
-        solver.sample(lambda x, sigma: x * sigma[0].item(), x, grid, execution=graph)
