@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from odesolvers import (
@@ -29,6 +30,7 @@ from odesolvers import (
     ReversibleHeun,
     Solver,
     StepRatio,
+    integrate,
     karras_sigmas,
 )
 from odesolvers.combination import HERE
@@ -37,6 +39,7 @@ from odesolvers.step import Evaluation, Step
 from .problems import gaussian, mixture, noise, relative_error
 
 VIEWS = {"aten.detach", "aten.alias", "aten.slice", "aten.split", "aten.unbind", "aten.view"}
+SIX_STEPS = Grid.of(karras_sigmas(6))
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -340,3 +343,59 @@ def test_memory_on_the_gpu(n: int) -> None:
     before = torch.cuda.memory_allocated()
     solver.sample(lambda x, sigma: x, x, grid)
     assert torch.cuda.max_memory_allocated() - before <= 3.1 * x.nbytes
+
+
+@pytest.fixture
+def imagined_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """Tensors without values or addresses, on a GPU that need not be there: to read one is an error.
+
+    The states at both ends of a run are read, and nothing else is.
+    """
+    monkeypatch.setattr(integrate, "_is_finite", lambda x: True)
+    monkeypatch.setattr(integrate, "_share_storage", lambda a, b: False)
+    with FakeTensorMode():
+        yield torch.device("cuda")
+
+
+@pytest.mark.filterwarnings("ignore::odesolvers.InversionWarning")
+@pytest.mark.parametrize(
+    "solver",
+    [Euler(), BDIA(Euler(), 0.96), BDIA(HeunEDM(), batched=True), BDIA(DPMSolverPP2S()), EDICT()],
+    ids=repr,
+)
+def test_no_value_is_read_on_a_gpu(imagined_gpu: torch.device, solver: Solver) -> None:
+    x, grid = torch.randn(2, 3, device=imagined_gpu), SIX_STEPS
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        assert sigma.device.type == "cuda"
+        return x / (1 + sigma.unsqueeze(1) ** 2)
+
+    there = solver.sample(denoiser, x, grid)
+    if isinstance(solver, InvertibleSolver):
+        solver.invert(denoiser, there.state, grid)
+        solver.invert(denoiser, there.x, grid)
+    with pytest.raises(DataDependentOutputException):
+        solver.sample(lambda x, sigma: x * sigma[0].item(), x, grid)
+
+
+def test_the_letters_read_no_value_on_a_gpu(imagined_gpu: torch.device) -> None:
+    pytest.importorskip("k_diffusion")
+    from odesolvers.models.letters.network import LettersDenoiser
+
+    with imagined_gpu:
+        model = LettersDenoiser()
+    x = torch.randn(2, 3, 32, 32, device=imagined_gpu)
+    labels = {"class_labels": torch.tensor([0, 3], device=imagined_gpu)}
+    there = BDIA(Euler()).sample(model, x, SIX_STEPS, extra_args=labels)
+    BDIA(Euler()).invert(model, there.state, SIX_STEPS, extra_args=labels)
+
+
+def test_levels_that_were_written_to_are_not_used_again() -> None:
+    x, grid = noise(2, 5), karras_sigmas(4)
+    expected = BDIA(Euler()).sample(gaussian(), x, grid).x
+    with pytest.raises(ValueError, match=r"wrote to its input at level 0.*sigma.clone\(\)"):
+        BDIA(Euler()).sample(lambda x, sigma: x * sigma.mul_(0.5).unsqueeze(1), x, grid)
+    handed: list[Tensor] = []
+    BDIA(Euler()).sample(lambda x, sigma: handed.append(sigma) or 0.5 * x, x, grid)
+    handed[2].zero_()  # after the run
+    assert torch.equal(BDIA(Euler()).sample(gaussian(), x, grid).x, expected)

@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from odesolvers.models import Gaussian, GaussianMixture, IdealDenoiser, InDtype, load_digits
+from odesolvers.models import (
+    Gaussian,
+    GaussianMixture,
+    IdealDenoiser,
+    InDtype,
+    closed_form,
+    load_digits,
+)
 
 from ..problems import gaussian, mixture, noise, reference, relative_error
 
@@ -145,6 +152,13 @@ def test_bad_class_labels(labels: torch.Tensor, message: str) -> None:
         model(noise(2, 1, 8, 8), levels(1.0, 2), labels)
     with pytest.raises(ValueError, match="made without"):
         IdealDenoiser(load_digits()[0])(noise(2, 1, 8, 8), levels(1.0, 2), torch.tensor([0, 1]))
+
+
+def test_where_labels_cannot_be_read_wrong_ones_give_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(closed_form, "can_look_at", lambda x: False)
+    out = IdealDenoiser(*load_digits())(noise(2, 1, 8, 8), levels(1.0, 2), torch.tensor([3, 12]))
+    assert bool(out[0].isfinite().all())
+    assert bool(out[1].isnan().all())
 
 
 def test_another_device_is_named() -> None:

@@ -10,6 +10,7 @@ import torch
 from odesolvers import BDIA, Euler, HeunEDM, StepRatio, karras_sigmas
 from odesolvers.models import InDtype, load_letters, random_letters, render_letter
 from odesolvers.models.letters import LETTERS, Style
+from odesolvers.models.letters import network as letters_network
 from odesolvers.models.letters.data import FONTS, random_colours, render_mask
 from odesolvers.models.letters.network import WEIGHTS, training_log
 
@@ -182,6 +183,13 @@ class TestNetwork:
     def test_wrong_labels_are_refused(self, letters, labels, error, message):
         with pytest.raises(error, match=message):
             letters(torch.zeros(2, 3, 32, 32), torch.ones(2), class_labels=labels)
+
+    def test_where_labels_cannot_be_read_wrong_ones_give_nan(self, letters, monkeypatch):
+        monkeypatch.setattr(letters_network, "can_look_at", lambda x: False)
+        x, sigma = torch.randn(2, 3, 32, 32), torch.ones(2)
+        out = letters(x, sigma, torch.tensor([0, 26]))
+        assert bool(out[1].isnan().all())
+        torch.testing.assert_close(out[0], letters(x, sigma, torch.tensor([0, 3]))[0])
 
     @pytest.mark.parametrize("shape", [(2, 1, 32, 32), (2, 3, 64, 64), (3, 32, 32)])
     def test_other_pictures_are_refused(self, letters, shape):
