@@ -3,22 +3,26 @@
 Measures, with a denoiser of one operation and 50 steps on one CPU thread: microseconds a step beyond
 those of a loop that does nothing but call the denoiser; tensor operations a step, views left out; and
 the largest number of states alive outside the denoiser. Then how the time grows with the batch, the
-size of the image and the steps, with the straight line through it; fixed point against floating point;
-and on a GPU a network of convolutions in half precision, step by step and as a CUDA graph.
+size of the image and the steps, with the straight line through it; and a whole run compiled.
 
 Against: the least that a two-step recurrence needs, ``a.mul_(g).add_(x, alpha=c).add_(d, alpha=e)``;
 k-diffusion's `sample_euler` and `sample_heun`; diffusers' `DDIMScheduler` and
-`DPMSolverMultistepScheduler`. All in one process, taking turns; the medians of their times.
+`DPMSolverMultistepScheduler`. All in one process, taking turns; each turn runs twice and the second
+is timed; the medians. The C library keeps the memory it has, for when it gives some back is chance.
 
-Run: python benchmarks/overhead.py [--write]        (a minute; --write makes docs/tables/overhead.md)
+Networks, and all that needs a GPU, are in `networks.py`.
+
+Run: python benchmarks/overhead.py [--write]    (four minutes; --write makes docs/tables/overhead.md)
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import platform
 import statistics
+import sys
 import time
 import warnings
 import weakref
@@ -33,11 +37,13 @@ from markdown_table import table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from odesolvers import BDIA, DDIM, CUDAGraph, Euler, FixedPoint, HeunEDM, Solver, karras_sigmas
+from odesolvers import BDIA, DDIM, Compiled, Euler, FixedPoint, HeunEDM, Solver, karras_sigmas
 
 TABLE = Path(__file__).parent.parent / "docs" / "tables" / "overhead.md"
 SHAPES = [(1, 4, 64, 64), (16, 4, 64, 64)]
 STEPS = 50
+KEPT = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
+"""Settings under which glibc does not return what is freed to the system."""
 MINIMUM = "three operations in place"
 Run = Callable[[Callable[..., Tensor], Tensor], Any]
 VIEWS = {"aten.detach", "aten.alias", "aten.slice", "aten.split", "aten.unbind", "aten.view"}
@@ -63,6 +69,7 @@ def minimum(denoiser: Callable[..., Tensor], x: Tensor) -> Tensor:
         denoised = denoiser(x, sigma)
         older.mul_(0.9).add_(x, alpha=0.06).add_(denoised, alpha=0.04)
         older, x = x, older
+        del denoised  # as we do: its memory is that of the next
     return x
 
 
@@ -77,12 +84,12 @@ def back(solver: BDIA, x: Tensor) -> Run:
     return lambda denoiser, x: solver.invert(denoiser, state, sigmas)
 
 
-def k_diffusion(name: str) -> Run:
+def k_diffusion(name: str, sigmas: Tensor | None = None) -> Run:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         sampler = getattr(importlib.import_module("k_diffusion.sampling"), name)
-    sigmas = karras_sigmas(STEPS).float()
-    return lambda denoiser, x: sampler(denoiser, x, sigmas, disable=True)
+    grid = (karras_sigmas(STEPS) if sigmas is None else sigmas).float()
+    return lambda denoiser, x: sampler(denoiser, x, grid.to(x.device), disable=True)
 
 
 def diffusers(name: str) -> Run:
@@ -104,6 +111,7 @@ def contestants(x: Tensor) -> dict[str, Run]:
         "BDIA(Euler())": ours(BDIA(Euler())),
         "BDIA(Euler(), 0.96)": ours(BDIA(Euler(), 0.96)),
         "BDIA(DDIM())": ours(BDIA(DDIM())),
+        "BDIA(Euler(), 0.96), inverting": back(BDIA(Euler(), 0.96), x),
         "BDIA(DDIM()), inverting": back(BDIA(DDIM()), x),
         "BDIA(DDIM(), arithmetic=FixedPoint())": ours(BDIA(DDIM(), arithmetic=FixedPoint())),
         "HeunEDM()": ours(HeunEDM()),
@@ -123,6 +131,7 @@ def seconds(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
+            run()
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)
@@ -163,7 +172,8 @@ def overhead(repeats: int) -> str:
     for shape in SHAPES:
         x = torch.randn(shape)
         runs = {"bare": bare, **contestants(x)}
-        times = seconds({k: partial(run, half, x) for k, run in runs.items()}, repeats)
+        often = repeats * (8 if shape is SHAPES[0] else 1)
+        times = seconds({k: partial(run, half, x) for k, run in runs.items()}, often)
         beyond = {k: (t - times["bare"]) / STEPS * 1e6 for k, t in times.items()}
         for name in runs:
             if name == "bare":
@@ -205,43 +215,29 @@ def scaling(repeats: int) -> str:
     return table(["n", "at", "ms a run", "line", "R²"], rows)
 
 
-def gpu(repeats: int) -> str:
-    """Whole runs of networks in half precision, over 50 bare calls of them."""
-    if not torch.cuda.is_available():
-        return "No GPU where this was run: graphs and half precision were not measured."
-    rows, solver = [], BDIA(DDIM())
-    sigmas = karras_sigmas(STEPS)
-    for width, dtype in ((32, torch.float16), (1024, torch.float16), (1024, torch.bfloat16)):
-        layers = [torch.nn.Conv2d(4, width, 3, padding=1)]
-        layers += [torch.nn.Conv2d(width, width, 3, padding=1) for _ in range(6)]
-        layers += [torch.nn.Conv2d(width, 4, 3, padding=1)]
-        network = torch.nn.Sequential(*layers).to("cuda", dtype)
-        x = torch.randn(1, 4, 64, 64, device="cuda", dtype=dtype)
+def compiled(repeats: int) -> str:
+    """A convolution, step by step and as one program."""
+    network = torch.nn.Conv2d(4, 4, 3, padding=1).requires_grad_(False)
+    solver, sigmas, rows = BDIA(DDIM()), karras_sigmas(20), []
 
-        def denoiser(x: Tensor, sigma: Tensor, network: torch.nn.Module = network) -> Tensor:
-            return network(x)  # type: ignore[no-any-return]
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        return network(x)  # type: ignore[no-any-return]
 
-        sample = partial(solver.sample, denoiser, x, sigmas)
+    for shape in SHAPES:
+        x, whole = torch.randn(shape), Compiled()
+        start = time.perf_counter()
+        solver.sample(denoiser, x, sigmas, execution=whole)
+        spent = time.perf_counter() - start
         runs: dict[str, Callable[[], Any]] = {
-            "bare": partial(bare, denoiser, x),
-            "step by step": sample,
-            "graph": partial(sample, execution=CUDAGraph()),
-            "k-diffusion": partial(k_diffusion("sample_euler"), denoiser, x),
+            "plain": partial(solver.sample, denoiser, x, sigmas),
+            "compiled": partial(solver.sample, denoiser, x, sigmas, execution=whole),
         }
-
-        def waited(run: Callable[[], Any]) -> Callable[[], None]:
-            def wait() -> None:
-                run()
-                torch.cuda.synchronize()
-
-            return wait
-
-        found = seconds({name: waited(run) for name, run in runs.items()}, repeats)
-        rows.append(
-            [f"8 convolutions of {width}, {dtype}", f"{found['bare'] * 1e3:.1f}"]
-            + [f"{found[name] / found['bare']:.3f}" for name in list(runs)[1:]]
-        )
-    return table(["network", "50 bare calls, ms", *list(runs)[1:]], rows)
+        times = seconds(runs, repeats)
+        ratio = times["compiled"] / times["plain"]
+        rows.append([str(shape), *(f"{t * 1e3:.2f}" for t in times.values()), f"{ratio:.2f}"])
+        rows[-1].append(f"{spent:.0f}")
+    header = ["a convolution, 20 steps", "step by step, ms", "Compiled(), ms", "ratio"]
+    return table([*header, "compiling, s"], rows)
 
 
 def machine() -> str:
@@ -261,10 +257,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
     options = parser.parse_args()
+    if not KEPT.items() <= os.environ.items():  # read when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEPT)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of grids that amplify: that is not what is measured
     parts = [machine() + ".", overhead(options.repeats), scaling(options.repeats)]
-    text = "\n\n".join([*parts, gpu(options.repeats)]) + "\n"
+    text = "\n\n".join([*parts, compiled(options.repeats)]) + "\n"
     print(text)
     if options.write:
         TABLE.parent.mkdir(parents=True, exist_ok=True)

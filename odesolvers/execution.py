@@ -37,8 +37,8 @@ class Execution(ABC):
     An object of this kind owns its recordings, with their memory, for as long as it lives; it serves one
     thread at a time. A run is the same if its solver, grid, direction, levels, denoiser (with the
     addresses of its parameters and its training flag) and all of `extra_args` that is not a tensor
-    are, all tensors have their shapes, dtypes and devices, and `torch.autocast` is set alike. What else the denoiser reads, such as
-    numbers among its attributes, stays as it was when the run was recorded.
+    are, all tensors have their shapes, dtypes and devices, and `torch.autocast` is set alike. What else
+    the denoiser reads, such as numbers among its attributes, stays as it was when the run was recorded.
     """
 
     def __init__(self) -> None:

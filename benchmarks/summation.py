@@ -1,0 +1,122 @@
+"""Three ways to form a step from the same coefficients, by their rounding.
+
+A step ``x_{i-1} = g x_{i+1} + b x_i + c D`` has g + b + c = 1. As *sums*, ``c (D + (b / c) x_i)`` is
+added to ``g x_{i+1}``. As a *mean*, x_{i+1} is moved by 1 - g towards the mean of x_i and D: what this
+package does. As *moves*, x_{i+1} is moved towards D and then towards x_i, and no scratch tensor is
+needed. On a mixture of Gaussians in float32, whose denoiser is evaluated in float64; samples against
+those of a run in float64, and the noise that comes back against the noise.
+
+Run: python benchmarks/summation.py [--write]     (seconds; --write makes docs/tables/summation.md)
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from markdown_table import table
+from torch import Tensor
+
+from odesolvers import BDIA, DDIM, Euler, GammaRule, Grid, StepRatio, karras_sigmas
+from odesolvers.models import GaussianMixture
+
+TABLE = Path(__file__).parent.parent / "docs" / "tables" / "summation.md"
+MIXTURE = GaussianMixture(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), 0.3)
+Step = tuple[float, float, float, float]
+"""The level of x_i, g, b and c."""
+Way = Callable[[Step, Tensor, Tensor, Tensor], Tensor]
+
+
+def denoise(x: Tensor, sigma: float) -> Tensor:
+    """In float64, so that the rounding is that of the steps."""
+    return MIXTURE(x.double(), torch.full(x.shape[:1], sigma, dtype=torch.float64)).to(x.dtype)
+
+
+def sums_ahead(step: Step, older: Tensor, x: Tensor, D: Tensor) -> Tensor:
+    _, g, b, c = step
+    return (older * g).add_(torch.add(D, x, alpha=b / c), alpha=c)
+
+
+def sums_back(step: Step, newer: Tensor, x: Tensor, D: Tensor) -> Tensor:
+    _, g, b, c = step
+    return torch.sub(newer, torch.add(D, x, alpha=b / c), alpha=c) / g
+
+
+def mean_ahead(step: Step, older: Tensor, x: Tensor, D: Tensor) -> Tensor:
+    _, g, _, c = step
+    return torch.lerp(older, torch.lerp(x, D, c / (1 - g)), 1 - g)
+
+
+def mean_back(step: Step, newer: Tensor, x: Tensor, D: Tensor) -> Tensor:
+    _, g, _, c = step
+    return torch.lerp(newer, torch.lerp(x, D, c / (1 - g)), (g - 1) / g)
+
+
+def moves_ahead(step: Step, older: Tensor, x: Tensor, D: Tensor) -> Tensor:
+    _, g, b, c = step
+    return torch.lerp(older, D, c / (g + c)).lerp_(x, b)
+
+
+def moves_back(step: Step, newer: Tensor, x: Tensor, D: Tensor) -> Tensor:
+    _, g, b, c = step
+    return torch.lerp(newer, x, -b / (g + c)).lerp_(D, -c / g)
+
+
+WAYS: dict[str, tuple[Way, Way]] = {
+    "sums": (sums_ahead, sums_back),
+    "mean": (mean_ahead, mean_back),
+    "moves": (moves_ahead, moves_back),
+}
+
+
+def there_and_back(way: tuple[Way, Way], steps: list[Step], x: Tensor) -> tuple[Tensor, Tensor]:
+    """The sample, and the noise again."""
+    ahead, back = way
+    (sigma, _, _, c), *later = steps
+    older, here = x, torch.lerp(x, denoise(x, sigma), c)
+    for step in later:
+        older, here = here, ahead(step, older, here, denoise(here, step[0]))
+    sample = here
+    for step in reversed(later):
+        older, here = back(step, here, older, denoise(older, step[0])), older
+    return sample, older
+
+
+def coefficients(solver: BDIA, grid: Grid) -> list[Step]:
+    """Of every step; the first has g = 0."""
+    found = []
+    for (step,) in solver.steps(grid):
+        (call,) = step.evaluations
+        found.append((call.sigma, step.gain, step.rest[0], step.rest[1]))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
+    options = parser.parse_args()
+    noise = 80 * torch.randn(256, 3, generator=torch.Generator().manual_seed(1))
+    gammas: list[float | GammaRule] = [0.96, 0.9, StepRatio(1), StepRatio(2)]
+    lines = []
+    for solver in [BDIA(base, gamma) for base in (Euler(), DDIM()) for gamma in gammas]:
+        for n in (18, 50):
+            steps = coefficients(solver, Grid.of(karras_sigmas(n)))
+            exact, _ = there_and_back(WAYS["mean"], steps, noise.double())
+            row = [f"{solver.approximator}, {solver.gamma}, {n}"]
+            for way in WAYS.values():
+                sample, back = there_and_back(way, steps, noise)
+                off = float((sample - exact).norm() / exact.norm())
+                row += [f"{off:.1e}", f"{float((back - noise).norm() / noise.norm()):.1e}"]
+            lines.append(row)
+    header = ["method, gamma, steps"]
+    header += [f"{name}, {what}" for name in WAYS for what in ("sample", "round trip")]
+    text = table(header, lines) + "\n"
+    print(text)
+    if options.write:
+        TABLE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
