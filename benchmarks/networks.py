@@ -101,7 +101,8 @@ def measure(name: str, denoiser: Denoiser, form: Tensor, repeats: int) -> list[l
         if on_gpu and how == "as it is":
             runs["graph"] = partial(runs["ours"], execution=CUDAGraph())
         memory = {key: _peak(run, form.device) for key, run in runs.items()}
-        found = seconds({key: _waited(run, form.device) for key, run in runs.items()}, repeats)
+        waited = {key: _waited(run, form.device) for key, run in runs.items()}
+        found = seconds(waited, repeats, twice=False)
         calls = found["bare"]
         row = [name, how, f"{calls / STEPS * 1e3:.2f}", f"{found['k-diffusion'] / calls:.3f}"]
         row += [f"{found['ours'] / calls:.3f}", f"{(found['ours'] - calls) / STEPS * 1e6:.0f}"]
@@ -126,7 +127,7 @@ def stacked(name: str, denoiser: Denoiser, form: Tensor, repeats: int) -> list[s
         key: _waited(partial(solver.sample, denoiser, x, sigmas), form.device)
         for key, solver in solvers.items()
     }
-    found = seconds(runs, repeats)
+    found = seconds(runs, repeats, twice=False)
     plain = found["HeunEDM"]
     return [name, f"{plain * 1e3:.0f}", *(f"{found[key] / plain:.2f}" for key in list(found)[1:])]
 
@@ -163,7 +164,7 @@ def _short(dtype: torch.dtype) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--full", action="store_true", help="the full-size network on a CPU too")
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")

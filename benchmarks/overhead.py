@@ -124,14 +124,17 @@ def contestants(x: Tensor) -> dict[str, Run]:
     }
 
 
-def seconds(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """The median time of each, all taking turns."""
+def seconds(
+    runs: dict[str, Callable[[], Any]], repeats: int, *, twice: bool = True
+) -> dict[str, float]:
+    """The median time of each, all taking turns; of two runs a turn, that of the second."""
     for run in runs.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            run()
+            if twice:
+                run()
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)

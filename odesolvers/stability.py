@@ -290,7 +290,7 @@ class _Stage:
     """One stage over Gaussian data: ``newer = gain · older + slope · here``.
 
     `older`, `here` and `newer` are the levels of the three states, `spread` the sum of squares of the
-    terms that `slope` is added up from.
+    terms that `slope` is added up from. `blended` says whether it is formed as a mean, see `Step.blend`.
     """
 
     gain: float
@@ -300,6 +300,7 @@ class _Stage:
     here: float
     newer: float
     data_std: float
+    blended: bool
 
     @property
     def sizes(self) -> tuple[float, float, float]:
@@ -323,7 +324,10 @@ class _Model:
             stages = []
             for stage in step:
                 slope, spread = _slope(stage, data_std)
-                stages.append(_Stage(stage.gain, slope, spread, older, here, newer, data_std))
+                blended = stage.blend is not None
+                stages.append(
+                    _Stage(stage.gain, slope, spread, older, here, newer, data_std, blended)
+                )
                 older, here = here, newer
             linear.append(stages)
         return cls(linear, grid, data_std)
@@ -389,17 +393,26 @@ def _slope(step: Step, data_std: float) -> tuple[float, float]:
 def _rounded(stage: _Stage, variance: float) -> float:
     """Variance of what rounding adds to `older` between a stage and its undoing, in squared roundoffs.
 
-    Both ways one product and one sum are rounded; where the weight is 1 or near it, the roundings back
-    undo most of those on the way, and this is too high by a factor of 3 or more. `rest` is the same to
-    the bit both ways where `here` is: its rounding counts in the share of elements that are off by a
-    bit or more.
+    Both ways one product and one sum are rounded, or, of a mean, one difference, one product and one
+    sum. Where the weight is 1 or near it, the roundings back undo most of those on the way, and this is
+    too high by a factor of 3 or more. `rest` is the same to the bit both ways where `here` is: its
+    rounding counts in the share of elements that are off by a bit or more.
     """
     older, here, newer = stage.sizes
-    g = abs(stage.gain)
-    inexact = 0.0 if math.frexp(g)[0] == 0.5 else 1.0  # multiplying by a power of two is exact
+    g = stage.gain
     share = min(1.0, variance / (_ROUNDING * here) ** 2)
-    sums = newer**2 + (1.0 + inexact) * (g * older) ** 2 + 2.0 * share * stage.spread * here**2
-    return _ROUNDING**2 * (sums / (g * g) + inexact * older**2)
+    rest = 2.0 * share * stage.spread * here**2
+    if stage.blended:  # as torch.lerp does it, from the end that the result is nearer to
+        mean = (newer - g * older) / (1.0 - g)
+        ahead = newer - (older if abs(1.0 - g) < 0.5 else mean)
+        back = older - (newer if abs(1.0 - 1.0 / g) < 0.5 else mean)
+        there, again = newer**2 + 2.0 * ahead**2, older**2 + 2.0 * back**2
+    else:
+        inexact = (
+            0.0 if math.frexp(g)[0] in (0.5, -0.5) else 1.0
+        )  # products with powers of 2 are exact
+        there, again = newer**2 + (1.0 + inexact) * (g * older) ** 2, inexact * older**2
+    return _ROUNDING**2 * ((there + rest) / (g * g) + again)
 
 
 def _truncated(stage: _Stage, variance: float) -> float:

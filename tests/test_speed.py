@@ -133,6 +133,22 @@ def test_tensors_alive_do_not_grow_with_the_steps(solver: Solver, most: int) -> 
             assert watched(solver.invert, state, n, 1000).peak <= most * x.nbytes
 
 
+@pytest.mark.parametrize("solver", [BDIA(Euler(), 0.96), BDIA(DDIM())], ids=repr)
+def test_an_output_is_given_back_before_the_next_is_asked_for(solver: BDIA) -> None:
+    outputs: list[weakref.ref[Tensor]] = []
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        assert all(output() is None for output in outputs)
+        denoised = 0.5 * x
+        outputs.append(weakref.ref(denoised))
+        return denoised
+
+    x, grid = noise(2, 5, sigma=80.0), karras_sigmas(6)
+    there = solver.sample(denoiser, x, grid)
+    solver.invert(denoiser, there.state, grid)
+    assert len(outputs) == 11
+
+
 def test_coefficients_are_worked_out_once_for_a_grid() -> None:
     traced = []
 
