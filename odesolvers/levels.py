@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import chain
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +15,13 @@ Levels: TypeAlias = "tuple[float, ...]"
 """The noise levels of the states that one call of the denoiser is made at."""
 
 
+_KEPT: Final = 2**16
+"""Elements of level tensors that are kept from run to run, at most."""
+
+_WRITTEN_OUT: Final = 2**22
+"""Elements up to which each state of a batch has a number of its own in memory."""
+
+
 def level_tensors(calls: tuple[Levels, ...], x: Tensor, dtype: torch.dtype) -> dict[Levels, Tensor]:
     """For the levels of each of `calls` a tensor of as many times the batch of `x`, in one transfer.
 
@@ -23,13 +30,14 @@ def level_tensors(calls: tuple[Levels, ...], x: Tensor, dtype: torch.dtype) -> d
     steps; elsewhere they may belong to a stream, or to a graph that is being captured, and with
     gradients to whoever asks for those.
     """
-    shared = x.device.type == "cpu" and type(x) is Tensor
+    n = len(x)
+    shared = x.device.type == "cpu" and type(x) is Tensor and n * len(calls) <= _KEPT
     if not shared or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-        return dict(zip(calls, _rows(calls, len(x), dtype, x.device), strict=True))
-    rows = _kept(calls, len(x), dtype)
+        return dict(zip(calls, _rows(calls, n, dtype, x.device), strict=True))
+    rows = _kept(calls, n, dtype)
     if any(row._version for row in rows[:1]):  # by somebody who was handed it by an earlier run
         _kept.cache_clear()
-        rows = _kept(calls, len(x), dtype)
+        rows = _kept(calls, n, dtype)
     return dict(zip(calls, rows, strict=True))
 
 
@@ -37,10 +45,11 @@ def _rows(
     calls: tuple[Levels, ...], n: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, ...]:
     flat = torch.tensor(list(chain.from_iterable(calls)), dtype=level_dtype(dtype)).to(device)
-    rows = flat.unsqueeze(1).expand(-1, n).contiguous()
-    if len(flat) == len(calls):
-        return rows.unbind()
-    return torch.split(rows.flatten(), [n * len(levels) for levels in calls])
+    rows = flat.unsqueeze(1).expand(-1, n)
+    if len(flat) > len(calls):
+        return torch.split(rows.flatten(), [n * len(levels) for levels in calls])
+    # Of a batch of millions, as of points in a plane, they would outgrow the states.
+    return (rows.contiguous() if rows.numel() <= _WRITTEN_OUT else rows).unbind()
 
 
 @lru_cache(maxsize=64)

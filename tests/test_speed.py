@@ -415,3 +415,17 @@ def test_levels_that_were_written_to_are_not_used_again() -> None:
     BDIA(Euler()).sample(lambda x, sigma: handed.append(sigma) or 0.5 * x, x, grid)
     handed[2].zero_()  # after the run
     assert torch.equal(BDIA(Euler()).sample(gaussian(), x, grid).x, expected)
+
+
+def test_levels_of_a_large_batch_take_no_memory() -> None:
+    x, grid = noise(2**17, 2, sigma=80.0), karras_sigmas(40)
+    sizes = []
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        assert sigma.shape == x.shape[:1]
+        sizes.append(sigma.untyped_storage().nbytes())
+        return x / (1 + sigma.unsqueeze(1) ** 2)
+
+    large = BDIA(Euler()).sample(denoiser, x, grid).x
+    assert set(sizes) == {8 * 40}
+    assert torch.equal(BDIA(Euler()).sample(denoiser, x[:3], grid).x, large[:3])

@@ -23,7 +23,8 @@ class FloatingPoint(Arithmetic):
 
     `rest` is formed first and on its own, up to a factor. It is a function of the current state alone,
     computed in the same order in both directions, so its rounding is the same to the bit and drops out
-    of a round trip: what remains is the rounding of one multiplication and one addition a step.
+    of a round trip: what remains is that of moving the other state towards the mean that it is, by
+    `torch.lerp`, or of one multiplication and one addition where it is none, see `Step.blend`.
     """
 
     def combine(
