@@ -24,8 +24,8 @@ class Denoiser(Protocol):
 
     `x` has shape ``(B, ...)``; `sigma` has shape ``(B,)``, is float64 where `x` is and float32
     otherwise, and lives on the device of `x`. The result has the shape, dtype and device of `x`, in
-    storage that no later call of the same step writes to; `x` is left as it is. A denoiser that keeps
-    `x` beyond the call keeps a copy: the run writes to it later.
+    storage that no later call of the same step writes to; `x` and `sigma` are left as they are. A
+    denoiser that keeps `x` beyond the call keeps a copy: the run writes to it later.
     """
 
     def __call__(self, x: Tensor, sigma: Tensor, /, **extra_args: Any) -> Tensor: ...
