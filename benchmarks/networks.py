@@ -50,8 +50,10 @@ def stable_diffusion(device: torch.device, dtype: torch.dtype, full: bool) -> St
 
 def networks(device: torch.device, full: bool) -> dict[str, Callable[[], tuple[Denoiser, Tensor]]]:
     """What makes each network, as a denoiser, and the form of its states."""
-    half, brain = torch.float16, torch.bfloat16  # which a CPU computes in several times slower
-    cases = [(1, half), (1, brain), (8, half)] if device.type == "cuda" else [(1, torch.float32)]
+    halves = [torch.float16, torch.bfloat16]  # several times slower on a CPU
+    cases = [(1, torch.float32)]
+    if device.type == "cuda":
+        cases = [*((1, dtype) for dtype in halves), (8, torch.float16)]
 
     def letters(batch: int, dtype: torch.dtype) -> tuple[Denoiser, Tensor]:
         return load_letters(device, dtype), torch.empty(batch, 3, 32, 32, device=device)
@@ -62,10 +64,10 @@ def networks(device: torch.device, full: bool) -> dict[str, Callable[[], tuple[D
         text = torch.randn(1, 77, width, device=device, dtype=dtype)
         channels, rows, columns = model.latent_shape()
         x = torch.empty(batch, channels, rows, columns, device=device)
-        return _with_text(model, text), x
+        return _WithText(model, text), x
 
     made: dict[str, Callable[[], tuple[Denoiser, Tensor]]] = {}
-    for dtype in [torch.float32, half, brain] if device.type == "cuda" else [torch.float32]:
+    for dtype in [torch.float32, *halves] if device.type == "cuda" else [torch.float32]:
         made[f"letters, 1, {_short(dtype)}"] = partial(letters, 1, dtype)
     name = "Stable Diffusion 1.5" if full else "Stable Diffusion in miniature"
     for batch, dtype in cases:
@@ -73,7 +75,7 @@ def networks(device: torch.device, full: bool) -> dict[str, Callable[[], tuple[D
     return made
 
 
-class _with_text(torch.nn.Module):
+class _WithText(torch.nn.Module):
     """A model with its prompt, for samplers that know of none."""
 
     def __init__(self, model: StableDiffusion, text: Tensor) -> None:

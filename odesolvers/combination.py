@@ -86,17 +86,16 @@ class Combination:
         None too.
         """
         size = max((abs(c) for _, c in self), default=0.0)
-        rest = math.fsum(c for _, c in self) - total
-        if not abs(rest) <= 1e-12 * max(size, 1.0) or not abs(total) > 1e-7 * size:
+        missing = total - math.fsum(c for _, c in self)
+        if not abs(missing) <= 1e-12 * max(size, 1.0) or not abs(total) > 1e-7 * size > 0.0:
             return None
-        # What the coefficients lack to the total is rounding, and the first term takes it.
         (first, _), *others = sorted(self, key=lambda term: -term[1] / total)
-        so_far = 1.0 - math.fsum(c / total for _, c in others)
-        moves = []
-        for k, c in others:
-            so_far += c / total
+        # From the end, where the whole is known: what is missing is rounding, and left to the first.
+        moves, so_far = [], 1.0
+        for k, c in reversed(others):
             moves.append((k, c / total / so_far))
-        return Mean(first, tuple(moves))
+            so_far -= c / total
+        return Mean(first, tuple(reversed(moves)))
 
     def __add__(self, other: Combination) -> Combination:
         if not isinstance(other, Combination):

@@ -64,7 +64,8 @@ class Execution(ABC):
         form = tuple((x.shape, x.stride(), x.dtype, x.device) for x in inputs)
         kind = inputs[0].device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        whole = key, id(denoiser), _weights(denoiser), form, autocast
+        mode = autocast, torch.is_inference_mode_enabled()
+        whole = key, id(denoiser), _weights(denoiser), form, mode
         if whole not in self._recordings:
             # What a cache of autocast holds would be gone when the recording is replayed.
             with torch.autocast(kind, autocast or None, bool(autocast), cache_enabled=False):
@@ -85,7 +86,8 @@ class CUDAGraph(Execution):
         warmups: runs before the recording, 1 or more, which let libraries choose their kernels.
 
     Raises:
-        ValueError: at construction, if `warmups` is less than 1; in a run, if the state is not on a GPU.
+        ValueError: at construction, if `warmups` is less than 1; in a run, if the state, or a tensor of
+            `extra_args`, is not on the GPU.
         RuntimeError: in a run, if the denoiser cannot be captured.
     """
 
@@ -98,6 +100,12 @@ class CUDAGraph(Execution):
     def record(self, program: Program, inputs: Sequence[Tensor]) -> Program:
         device = inputs[0].device
         _check_on_gpu(device)
+        for x in inputs:
+            if x.device != device:
+                raise ValueError(
+                    f"a CUDA graph reads its tensors on {device}, and extra_args has one on {x.device}, "
+                    "which would keep the value it has now: move it there, or pass a number"
+                )
         places = [x.clone() for x in inputs]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device):
@@ -108,8 +116,14 @@ class CUDAGraph(Execution):
                     program(*places)
             torch.cuda.current_stream().wait_stream(ahead)
             try:
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                # The outer one is there to return from where a capture that fails leaves the inner.
+                with (
+                    torch.cuda.stream(ahead),
+                    torch.cuda.graph(graph, stream=ahead, capture_error_mode="thread_local"),
+                ):
                     results = program(*places)
+            except torch.cuda.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 raise RuntimeError(
                     "the run cannot be captured in a CUDA graph: the denoiser waits for the device or "
@@ -177,4 +191,5 @@ def _weights(denoiser: object) -> Hashable:
     if not isinstance(denoiser, torch.nn.Module):
         return None
     tensors = [*denoiser.parameters(), *denoiser.buffers()]
-    return denoiser.training, tuple((x.data_ptr(), x.dtype) for x in tensors)
+    forms = ((x.data_ptr(), x.shape, x.stride(), x.dtype) for x in tensors)
+    return denoiser.training, tuple(forms)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .arithmetic import Arithmetic
 from .batching import join
 from .execution import Execution
 from .grids import Grid
@@ -233,7 +234,7 @@ class Run:
             )
         leaves, tree = tree_flatten(self._extra_args)
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        fixed = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        fixed = tuple(None if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves)
         lone = state.partner is None or state.partner is state.current
         own = [state.current] if state.partner is None or lone else [state.current, state.partner]
 
@@ -286,6 +287,7 @@ class Run:
         self._versioned = not current.is_inference()
         self._direct = (
             self._stack is None
+            and type(self.arithmetic).load is Arithmetic.load  # a state is what it is stored as
             and not self.solver.coupled
             and not (self._keeps or self._looks or self._twice)
         )
@@ -306,29 +308,20 @@ class Run:
     def forward(self, stage: Step, pair: Pair, k: int) -> Pair:
         """``(a, b) -> (b, gain · a + rest(b))``, a stage of the step from level `k`."""
         a, b = pair
-        values: Sequence[Tensor]
-        levels = stage.only
-        if levels is not None and self._direct:
-            values, out = (b, self._denoise(b, levels, k)), a
-        elif stage.exchanges and a is not None:
+        if stage.exchanges and a is not None:
             return b, a
-        else:
-            values, out = self.evaluate(stage, b, k), self._out(stage, a, b)
+        values = self.evaluate(stage, b, k)
+        out = a if self._direct else self._out(stage, a, b)
         return b, self.arithmetic.forward(stage, a, values, self._stack, out, self._scratch)
 
     def inverse(self, stage: Step, pair: Pair, k: int) -> Pair:
         """``(b, c) -> ((c - rest(b)) / gain, b)``: the pair that `forward` was given."""
         b, c = pair
         assert b is not None
-        values: Sequence[Tensor]
-        out: Tensor | None
-        levels = stage.only
-        if levels is not None and self._direct:
-            values, out = (b, self._denoise(b, levels, k)), c
-        elif stage.exchanges:
+        if stage.exchanges:
             return c, b
-        else:
-            values, out = self.evaluate(stage, b, k), self._out(stage, c, b)
+        values = self.evaluate(stage, b, k)
+        out = c if self._direct else self._out(stage, c, b)
         return self.arithmetic.inverse(stage, c, values, self._stack, out, self._scratch), b
 
     def _out(self, stage: Step, done: Tensor | None, needed: Tensor) -> Tensor | None:
@@ -348,6 +341,8 @@ class Run:
 
         What the last stage learnt at the same state and level is not asked for again.
         """
+        if self._direct and stage.only is not None:
+            return [stored, self._denoise(stored, stage.only, k)]
         x = self.arithmetic.load(stored, self.dtype)
         if self._stack is not None:
             self._stack.sigma = self.grid.levels[k]
@@ -462,7 +457,7 @@ class Run:
             raise TypeError(
                 f"the denoiser must return a tensor, got {type(denoised).__name__} {_at(levels, k)}"
             )
-        if self._versioned and (x._version != before or sigma._version):
+        if self._versioned and (x._version != before or sigma._version != 0):
             raise ValueError(
                 f"the denoiser wrote to its input {_at(levels, k)}: work on copies, x.clone() and "
                 "sigma.clone()"
@@ -475,7 +470,7 @@ class Run:
             )
         if denoised.dtype is not self.dtype:
             raise TypeError(
-                f"the denoiser returned {denoised.dtype} for a state in {x.dtype} {_at(levels, k)}: "
+                f"the denoiser returned {denoised.dtype} for a state in {self.dtype} {_at(levels, k)}: "
                 "dtypes are never mixed silently; wrap it as "
                 f"odesolvers.models.InDtype(denoiser, {denoised.dtype}) to keep the network in "
                 "that dtype and the state in its own, or convert x"

@@ -228,9 +228,10 @@ def warn_before_inverting(
 
     From the pair of an earlier run that is the state this run came from, within `ROUND_TRIP_LIMIT`;
     from a lone image its code, within `ENCODING_LIMIT`. The data are taken to have a standard
-    deviation of 0.5. Costs some ten microseconds a step, the first time on a grid.
+    deviation of 0.5. Costs some ten microseconds a step, the first time on a grid. Code that
+    `torch.compile` traces is not warned.
     """
-    if not lone and solver.arithmetic.exact:
+    if torch.compiler.is_compiling() or (not lone and solver.arithmetic.exact):
         return
     whole = (last, stop) == (grid.steps, 0)
     known = solver.known_encoding_error(grid) if lone and whole else None

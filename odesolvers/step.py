@@ -29,11 +29,11 @@ class Evaluation:
 
 
 class Blend(NamedTuple):
-    """How far a state is moved towards the mean of others: by a step, and by its inverse."""
+    """A state that is moved towards the mean of others: how much of it is kept, and how far it moves."""
 
     mean: Mean
-    ahead: float
-    back: float
+    kept: float
+    moved: float
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,18 @@ class Step:
 
     @cached_property
     def blend(self) -> Blend | None:
-        """The stage as ``(a, b) -> (b, a + (1 - gain) (m - a))``, with the mean m of `rest`; or None.
+        """The stage as ``(a, b) -> (b, gain a + (1 - gain) m)``, with the mean m of `rest`; or None.
 
         So is every stage that leaves the states alone where the denoiser returns just them.
         """
         mean = self.rest.mean_over(1.0 - self.gain) if self.gain else None
-        return mean and Blend(mean, 1.0 - self.gain, (self.gain - 1.0) / self.gain)
+        return mean and Blend(mean, self.gain, 1.0 - self.gain)
+
+    @cached_property
+    def unblend(self) -> Blend | None:
+        """The inverse of the stage in the same form: ``a = c / gain + (1 - 1 / gain) m``."""
+        blend = self.blend
+        return blend and Blend(blend.mean, 1.0 / self.gain, (self.gain - 1.0) / self.gain)
 
     @cached_property
     def rounds(self) -> tuple[tuple[int, ...], ...]:

@@ -33,7 +33,6 @@ from odesolvers import (
     execution,
     karras_sigmas,
 )
-from odesolvers.levels import _kept
 from odesolvers.models import Gaussian
 
 from .problems import gaussian, mixture, noise, relative_error
@@ -106,8 +105,10 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets `CUDAGraph` record on the CPU."""
 
     @contextlib.contextmanager
-    def capture(graph: StandIn, **options: str) -> Iterator[None]:
-        assert options == {"capture_error_mode": "thread_local"}
+    def capture(graph: StandIn, **options: Any) -> Iterator[None]:
+        assert options.pop("capture_error_mode") == "thread_local"
+        assert isinstance(options.pop("stream"), Stream)
+        assert not options
         with graph.recorder:
             yield
 
@@ -163,7 +164,6 @@ def test_a_graph_that_is_stood_in_for(graphs: None, solver: Solver) -> None:
             code = solver.invert(denoiser, plain.x, grid, **options)
             assert torch.equal(code.x, solver.invert(denoiser, plain.x, grid, extra_args=args).x)
         assert torch.equal(replayed.x, kept)
-        _kept.cache_clear()  # on a GPU nobody else keeps the levels
         gc.collect()
     assert len(graph) == (3 if isinstance(solver, InvertibleSolver) else 1)
 
@@ -204,6 +204,63 @@ def test_autocast_has_recordings_of_its_own() -> None:
     assert not torch.equal(half, plain)
     assert torch.equal(BDIA(Euler()).sample(denoiser, x, grid, execution=compiled).x, plain)
     assert len(compiled) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("solver", [BDIA(Euler(), 0.96), BDIA(HeunEDM())], ids=repr)
+def test_a_run_within_what_the_user_compiles(solver: BDIA) -> None:
+    """Traced in pieces, as Python is that reads versions and addresses of tensors."""
+    x, grid = noise(2, 5), karras_sigmas(3)
+
+    def there_and_back(x: Tensor) -> Tensor:
+        state = solver.sample(lambda x, sigma: 0.5 * x, x, grid).state
+        return solver.invert(lambda x, sigma: 0.5 * x, state, grid).x
+
+    compiled = torch.compile(there_and_back, backend="eager")
+    for scale in (1.0, 2.0):
+        torch.testing.assert_close(compiled(scale * x), scale * x)
+
+
+def test_settings_of_another_type_are_told_apart() -> None:
+    x, grid, compiled = noise(2, 5), karras_sigmas(3), Compiled("aot_eager")
+
+    def denoiser(x: Tensor, sigma: Tensor, flag: object) -> Tensor:
+        return 0.5 * x if flag is True else 0.25 * x
+
+    for flag in (True, 1, 1.0):
+        plain = BDIA(Euler()).sample(denoiser, x, grid, extra_args={"flag": flag}).x
+        args: dict[str, Any] = {"extra_args": {"flag": flag}, "execution": compiled}
+        assert torch.equal(BDIA(Euler()).sample(denoiser, x, grid, **args).x, plain)
+    assert len(compiled) == 3
+
+
+def test_levels_that_somebody_kept_are_not_those_of_a_recording() -> None:
+    x, grid, compiled = noise(2, 5, sigma=80.0), karras_sigmas(4), Compiled("aot_eager")
+    network = gaussian()
+    expected = BDIA(Euler()).sample(network, x, grid, execution=compiled).x
+    kept: list[Tensor] = []
+
+    def keeps(x: Tensor, sigma: Tensor) -> Tensor:
+        kept.append(sigma)
+        return 0.5 * x
+
+    BDIA(Euler()).sample(keeps, x, grid)
+    for sigma in kept:
+        sigma.zero_()
+    assert torch.equal(BDIA(Euler()).sample(network, x, grid, execution=compiled).x, expected)
+
+
+def test_a_graph_needs_all_tensors_on_its_device(graphs: None) -> None:
+    """One on the host is read when the graph is recorded, and never again."""
+    args = {"scale": torch.zeros(1, device="meta")}
+    with pytest.raises(ValueError, match=r"extra_args has one on meta.*or pass a number"):
+        BDIA(Euler()).sample(
+            lambda x, s, scale: 0.5 * x,
+            noise(2, 5),
+            karras_sigmas(3),
+            extra_args=args,
+            execution=CUDAGraph(),
+        )
 
 
 @pytest.mark.slow

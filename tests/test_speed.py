@@ -44,10 +44,16 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 
 class Watch(TorchDispatchMode):
-    """Counts operations outside the denoiser, and the bytes of states that they leave alive."""
+    """Counts operations outside the denoiser, and the bytes of states that they leave alive.
 
-    def __init__(self, denoiser: Callable[..., Tensor], start: Any, elements: int) -> None:
+    With `outputs`, those of the denoiser are counted among the states.
+    """
+
+    def __init__(
+        self, denoiser: Callable[..., Tensor], start: Any, elements: int, outputs: bool
+    ) -> None:
         super().__init__()
+        self._outputs = outputs
         self._theirs = start.untyped_storage().data_ptr() if isinstance(start, Tensor) else 0
         self.operations: Counter[str] = Counter()
         self.peak = 0
@@ -65,6 +71,7 @@ class Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if not self._inside:
             self.operations[".".join(str(func).split(".")[:2])] += 1
+        if self._outputs or not self._inside:
             if isinstance(result, Tensor) and result.numel() >= self._elements:
                 self._made.append(weakref.ref(result))
             alive = [x.untyped_storage() for ref in self._made if (x := ref()) is not None]
@@ -74,8 +81,10 @@ class Watch(TorchDispatchMode):
         return result
 
 
-def watched(run: Callable[..., Any], start: Any, n: int, elements: int) -> Watch:
-    watch = Watch(lambda x, sigma: 0.5 * x, start, elements)
+def watched(
+    run: Callable[..., Any], start: Any, n: int, elements: int, *, outputs: bool = False
+) -> Watch:
+    watch = Watch(lambda x, sigma: 0.5 * x, start, elements, outputs)
     with watch:
         run(watch.denoise, start, karras_sigmas(n))
     return watch
@@ -131,6 +140,18 @@ def test_tensors_alive_do_not_grow_with_the_steps(solver: Solver, most: int) -> 
         if isinstance(solver, InvertibleSolver):
             state = solver.sample(lambda x, sigma: 0.5 * x, x, karras_sigmas(n)).state
             assert watched(solver.invert, state, n, 1000).peak <= most * x.nbytes
+
+
+@pytest.mark.parametrize(
+    ("solver", "most"),
+    [(Euler(), 4), (BDIA(Euler(), 0.96), 4), (BDIA(DDIM()), 4), (BDIA(HeunEDM()), 6)],
+    ids=repr,
+)
+def test_tensors_alive_with_the_outputs(solver: Solver, most: int) -> None:
+    """One beside the three, over a base of one evaluation; over Heun's three evaluations, three."""
+    x = noise(1, 1000, sigma=80.0)
+    for n in (5, 30):
+        assert watched(solver.sample, x, n, 1000, outputs=True).peak <= most * x.nbytes
 
 
 @pytest.mark.parametrize("solver", [BDIA(Euler(), 0.96), BDIA(DDIM())], ids=repr)
@@ -365,7 +386,7 @@ def test_memory_on_the_gpu(n: int) -> None:
 def imagined_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """Tensors without values or addresses, on a GPU that need not be there: to read one is an error.
 
-    The states at both ends of a run are read, and nothing else is.
+    The states at both ends of a run are read, see the next test, and nothing else is.
     """
     monkeypatch.setattr(integrate, "_is_finite", lambda x: True)
     monkeypatch.setattr(integrate, "_share_storage", lambda a, b: False)
@@ -392,6 +413,27 @@ def test_no_value_is_read_on_a_gpu(imagined_gpu: torch.device, solver: Solver) -
         solver.invert(denoiser, there.x, grid)
     with pytest.raises(DataDependentOutputException):
         solver.sample(lambda x, sigma: x * sigma[0].item(), x, grid)
+
+
+@pytest.mark.parametrize("solver", [BDIA(Euler(), 0.96), BDIA(HeunEDM()), EDICT()], ids=repr)
+def test_states_are_looked_at_before_the_first_call_and_after_the_last(
+    monkeypatch: pytest.MonkeyPatch, solver: InvertibleSolver
+) -> None:
+    calls, looks = [], []
+    look = integrate._is_finite
+    monkeypatch.setattr(integrate, "_is_finite", lambda x: looks.append(len(calls)) or look(x))
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        calls.append(sigma)
+        return 0.5 * x
+
+    x, grid = noise(2, 3), karras_sigmas(6)
+    there = solver.sample(denoiser, x, grid)
+    assert set(looks) == {0, there.nfe}
+    calls.clear()
+    looks.clear()
+    back = solver.invert(denoiser, there.state, grid)
+    assert set(looks) == {0, back.nfe}
 
 
 def test_the_letters_read_no_value_on_a_gpu(imagined_gpu: torch.device) -> None:

@@ -124,7 +124,7 @@ class IntegrationApproximator(Solver):
         for call in plan.evaluations:
             level = x.new_full(x.shape[:1], call.sigma, dtype=level_dtype(x.dtype))
             point = self.arithmetic.combine(call.point, values)
-            values.append(denoiser(point, level, **(extra_args or {})))
+            values.append(denoiser(point, level, **(extra_args or {})).to(x.dtype))
         return [self.arithmetic.combine(increment, values) for increment in plan.increments]
 
     @final

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..combination import Combination, Factored, Mean
-from ..step import Step
+from ..step import Blend, Step
 from .base import Arithmetic
 from .stack import Stack
 
@@ -52,12 +52,8 @@ class FloatingPoint(Arithmetic):
     ) -> Tensor:
         if older is None or step.gain == 0.0:
             return self.combine(step.rest, values, out)
-        blend = step.blend
-        if blend is not None and older.dtype is not _NARROW:
-            middle = _mean(blend.mean, values, scratch)
-            if out is older:
-                return older.lerp_(middle, blend.ahead)
-            return torch.lerp(older, middle, blend.ahead, out=out)
+        if step.blend is not None and older.dtype is not _NARROW:
+            return _blended(step.blend, older, values, out, scratch)
         gain, factored = step.gain, step.rest.factored
         if factored is None:
             return torch.mul(older, gain, out=out)
@@ -78,12 +74,8 @@ class FloatingPoint(Arithmetic):
         out: Tensor | None = None,
         scratch: Tensor | None = None,
     ) -> Tensor:
-        blend = step.blend
-        if blend is not None and newer.dtype is not _NARROW:
-            middle = _mean(blend.mean, values, scratch)
-            if out is newer:
-                return newer.lerp_(middle, blend.back)
-            return torch.lerp(newer, middle, blend.back, out=out)
+        if step.unblend is not None and newer.dtype is not _NARROW:
+            return _blended(step.unblend, newer, values, out, scratch)
         factored = step.rest.factored
         if factored is None:
             return torch.div(newer, step.gain, out=out)
@@ -93,6 +85,23 @@ class FloatingPoint(Arithmetic):
         else:
             older = torch.sub(newer, rest, alpha=factor, out=out)
         return older if step.gain == 1.0 else older.div_(step.gain)
+
+
+def _blended(
+    blend: Blend,
+    state: Tensor,
+    values: Sequence[Tensor],
+    out: Tensor | None,
+    scratch: Tensor | None,
+) -> Tensor:
+    """``kept · state + moved · mean``, from the end that it is nearer to."""
+    mean = _mean(blend.mean, values, scratch)
+    # 1 - kept, rounded to the precision of the state, would not know a small share from none.
+    if -0.5 < blend.kept < 0.5:
+        return torch.lerp(mean, state, blend.kept, out=out)
+    if out is state:
+        return state.lerp_(mean, blend.moved)
+    return torch.lerp(state, mean, blend.moved, out=out)
 
 
 def _mean(mean: Mean, values: Sequence[Tensor], out: Tensor | None) -> Tensor:
