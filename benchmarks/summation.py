@@ -46,12 +46,19 @@ def sums_back(step: Step, newer: Tensor, x: Tensor, D: Tensor) -> Tensor:
 
 def mean_ahead(step: Step, older: Tensor, x: Tensor, D: Tensor) -> Tensor:
     _, g, _, c = step
-    return torch.lerp(older, torch.lerp(x, D, c / (1 - g)), 1 - g)
+    return _moved(older, torch.lerp(x, D, c / (1 - g)), g, 1 - g)
 
 
 def mean_back(step: Step, newer: Tensor, x: Tensor, D: Tensor) -> Tensor:
     _, g, _, c = step
-    return torch.lerp(newer, torch.lerp(x, D, c / (1 - g)), (g - 1) / g)
+    return _moved(newer, torch.lerp(x, D, c / (1 - g)), 1 / g, (g - 1) / g)
+
+
+def _moved(state: Tensor, mean: Tensor, kept: float, moved: float) -> Tensor:
+    """From the end that it is nearer to."""
+    if abs(kept) < 0.5:
+        return torch.lerp(mean, state, kept)
+    return torch.lerp(state, mean, moved)
 
 
 def moves_ahead(step: Step, older: Tensor, x: Tensor, D: Tensor) -> Tensor:
@@ -101,7 +108,7 @@ def main() -> None:
     gammas: list[float | GammaRule] = [0.96, 0.9, StepRatio(1), StepRatio(2)]
     lines = []
     for solver in [BDIA(base, gamma) for base in (Euler(), DDIM()) for gamma in gammas]:
-        for n in (18, 50):
+        for n in (5, 18, 50):
             steps = coefficients(solver, Grid.of(karras_sigmas(n)))
             exact, _ = there_and_back(WAYS["mean"], steps, noise.double())
             row = [f"{solver.approximator}, {solver.gamma}, {n}"]
