@@ -1,8 +1,9 @@
 """What a step costs beside the denoiser, in time, operations and memory.
 
 Measures, with a denoiser of one operation and 50 steps on one CPU thread: microseconds a step beyond
-those of a loop that does nothing but call the denoiser; tensor operations a step, views left out; and
-the largest number of states alive outside the denoiser. Then how the time grows with the batch, the
+those of a loop that does nothing but call the denoiser, for a run of 50 steps, with what it does once,
+and for each step that a run of 100 has more; tensor operations a step, views left out; and the largest
+number of states alive outside the denoiser. Then how the time grows with the batch, the
 size of the image and the steps, with the straight line through it; and a whole run compiled.
 
 Against: the least that a two-step recurrence needs, ``a.mul_(g).add_(x, alpha=c).add_(d, alpha=e)``;
@@ -12,7 +13,7 @@ is timed; the medians. The C library keeps the memory it has, for when it gives 
 
 Networks, and all that needs a GPU, are in `networks.py`.
 
-Run: python benchmarks/overhead.py [--write]    (four minutes; --write makes docs/tables/overhead.md)
+Run: python benchmarks/overhead.py [--write]    (six minutes; --write makes docs/tables/overhead.md)
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ import sys
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -45,6 +46,16 @@ STEPS = 50
 KEPT = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
 """Settings under which glibc does not return what is freed to the system."""
 MINIMUM = "three operations in place"
+NAMES = [
+    "BDIA(Euler())",
+    "BDIA(Euler(), 0.96)",
+    "BDIA(DDIM())",
+    "BDIA(DDIM(), arithmetic=FixedPoint())",
+    "HeunEDM()",
+    "BDIA(HeunEDM())",
+    "BDIA(HeunEDM(), batched=True)",
+]
+Key = TypeVar("Key")
 Run = Callable[[Callable[..., Tensor], Tensor], Any]
 VIEWS = {"aten.detach", "aten.alias", "aten.slice", "aten.split", "aten.unbind", "aten.view"}
 VIEWS |= {"aten.select", "aten.unsqueeze", "aten.expand", "aten._local_scalar_dense"}
@@ -56,16 +67,16 @@ def half(x: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 @torch.no_grad()
-def bare(denoiser: Callable[..., Tensor], x: Tensor) -> None:
+def bare(denoiser: Callable[..., Tensor], x: Tensor, steps: int = STEPS) -> None:
     sigma = x.new_ones(len(x))
-    for _ in range(STEPS):
+    for _ in range(steps):
         denoiser(x, sigma)
 
 
 @torch.no_grad()
-def minimum(denoiser: Callable[..., Tensor], x: Tensor) -> Tensor:
+def minimum(denoiser: Callable[..., Tensor], x: Tensor, steps: int = STEPS) -> Tensor:
     older, x, sigma = x.clone(), x.clone(), x.new_ones(len(x))
-    for _ in range(STEPS):
+    for _ in range(steps):
         denoised = denoiser(x, sigma)
         older.mul_(0.9).add_(x, alpha=0.06).add_(denoised, alpha=0.04)
         older, x = x, older
@@ -73,31 +84,29 @@ def minimum(denoiser: Callable[..., Tensor], x: Tensor) -> Tensor:
     return x
 
 
-def ours(solver: Solver) -> Run:
-    sigmas = karras_sigmas(STEPS)
+def ours(solver: Solver, sigmas: Tensor) -> Run:
     return lambda denoiser, x: solver.sample(denoiser, x, sigmas)
 
 
-def back(solver: BDIA, x: Tensor) -> Run:
-    sigmas = karras_sigmas(STEPS)
+def back(solver: BDIA, x: Tensor, sigmas: Tensor) -> Run:
     state = solver.sample(half, x, sigmas).state
     return lambda denoiser, x: solver.invert(denoiser, state, sigmas)
 
 
-def k_diffusion(name: str, sigmas: Tensor | None = None) -> Run:
+def k_diffusion(name: str, sigmas: Tensor) -> Run:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         sampler = getattr(importlib.import_module("k_diffusion.sampling"), name)
-    grid = (karras_sigmas(STEPS) if sigmas is None else sigmas).float()
-    return lambda denoiser, x: sampler(denoiser, x, grid.to(x.device), disable=True)
+    sigmas = sigmas.float()
+    return lambda denoiser, x: sampler(denoiser, x, sigmas.to(x.device), disable=True)
 
 
-def diffusers(name: str) -> Run:
+def diffusers(name: str, steps: int) -> Run:
     scheduler = getattr(importlib.import_module("diffusers"), name)()
 
     @torch.no_grad()
     def run(denoiser: Callable[..., Tensor], x: Tensor) -> Tensor:
-        scheduler.set_timesteps(STEPS)
+        scheduler.set_timesteps(steps)
         for t in scheduler.timesteps:
             x = scheduler.step(denoiser(x, t), t, x).prev_sample
         return x
@@ -105,32 +114,37 @@ def diffusers(name: str) -> Run:
     return run
 
 
-def contestants(x: Tensor) -> dict[str, Run]:
+def contestants(x: Tensor, steps: int) -> dict[str, Run]:
+    """A run of each of so many steps."""
+    sigmas = karras_sigmas(steps)
+    solvers = [
+        BDIA(Euler()),
+        BDIA(Euler(), 0.96),
+        BDIA(DDIM()),
+        BDIA(DDIM(), arithmetic=FixedPoint()),
+        HeunEDM(),
+        BDIA(HeunEDM()),
+        BDIA(HeunEDM(), batched=True),
+    ]
     return {
-        MINIMUM: minimum,
-        "BDIA(Euler())": ours(BDIA(Euler())),
-        "BDIA(Euler(), 0.96)": ours(BDIA(Euler(), 0.96)),
-        "BDIA(DDIM())": ours(BDIA(DDIM())),
-        "BDIA(Euler(), 0.96), inverting": back(BDIA(Euler(), 0.96), x),
-        "BDIA(DDIM()), inverting": back(BDIA(DDIM()), x),
-        "BDIA(DDIM(), arithmetic=FixedPoint())": ours(BDIA(DDIM(), arithmetic=FixedPoint())),
-        "HeunEDM()": ours(HeunEDM()),
-        "BDIA(HeunEDM())": ours(BDIA(HeunEDM())),
-        "BDIA(HeunEDM(), batched=True)": ours(BDIA(HeunEDM(), batched=True)),
-        "k-diffusion sample_euler": k_diffusion("sample_euler"),
-        "k-diffusion sample_heun": k_diffusion("sample_heun"),
-        "diffusers DDIMScheduler": diffusers("DDIMScheduler"),
-        "diffusers DPMSolverMultistepScheduler": diffusers("DPMSolverMultistepScheduler"),
+        "bare": partial(bare, steps=steps),
+        MINIMUM: partial(minimum, steps=steps),
+        **{name: ours(solver, sigmas) for name, solver in zip(NAMES, solvers, strict=True)},
+        **{f"{NAMES[k]}, inverting": back(solvers[k], x, sigmas) for k in (1, 2)},
+        "k-diffusion sample_euler": k_diffusion("sample_euler", sigmas),
+        "k-diffusion sample_heun": k_diffusion("sample_heun", sigmas),
+        "diffusers DDIMScheduler": diffusers("DDIMScheduler", steps),
+        "diffusers DPMSolverMultistepScheduler": diffusers("DPMSolverMultistepScheduler", steps),
     }
 
 
 def seconds(
-    runs: dict[str, Callable[[], Any]], repeats: int, *, twice: bool = True
-) -> dict[str, float]:
+    runs: Mapping[Key, Callable[[], Any]], repeats: int, *, twice: bool = True
+) -> dict[Key, float]:
     """The median time of each, all taking turns; of two runs a turn, that of the second."""
     for run in runs.values():
         run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[Key, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
             if twice:
@@ -174,21 +188,23 @@ def overhead(repeats: int) -> str:
     rows: dict[str, list[str]] = {}
     for shape in SHAPES:
         x = torch.randn(shape)
-        runs = {"bare": bare, **contestants(x)}
-        often = repeats * (8 if shape is SHAPES[0] else 1)
-        times = seconds({k: partial(run, half, x) for k, run in runs.items()}, often)
-        beyond = {k: (t - times["bare"]) / STEPS * 1e6 for k, t in times.items()}
-        for name in runs:
-            if name == "bare":
-                continue
+        runs, longer = contestants(x, STEPS), contestants(x, 2 * STEPS)
+        both = {(name, STEPS): partial(run, half, x) for name, run in runs.items()}
+        both |= {(name, 2 * STEPS): partial(run, half, x) for name, run in longer.items()}
+        times = seconds(both, repeats * (4 if shape is SHAPES[0] else 1))
+        beyond = {key: t - times["bare", key[1]] for key, t in times.items()}
+        whole = {name: beyond[name, STEPS] / STEPS for name in runs}
+        further = {name: (beyond[name, 2 * STEPS] - beyond[name, STEPS]) / STEPS for name in runs}
+        for name in list(runs)[1:]:
             watch = Watch(x)
             with watch:
                 runs[name](watch.denoise, x)
             row = rows.setdefault(name, [f"{watch.operations / STEPS:.1f}", f"{watch.peak:.0f}"])
-            row += [f"{beyond[name]:.0f}", f"{beyond[name] / beyond[MINIMUM]:.2f}"]
+            for cost in (whole, further):
+                row += [f"{cost[name] * 1e6:.0f}", f"{cost[name] / cost[MINIMUM]:.2f}"]
     header = ["50 steps", "operations a step", "states alive"]
     for shape in SHAPES:
-        header += [f"µs a step, {shape}", "over the minimum"]
+        header += [f"µs a step, {shape}", "over the minimum", "a further step", "over the minimum"]
     return table(header, [[name, *row] for name, row in rows.items()])
 
 
