@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import chain
 from typing import Final, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,8 +24,10 @@ def level_tensors(calls: tuple[Levels, ...], x: Tensor, dtype: torch.dtype) -> d
     version says whether any of them was written to.
     """
     n, levels = x.shape[0], list(chain.from_iterable(calls))
-    flat = torch.from_numpy(np.array(levels)).to(x.device, level_dtype(dtype))
-    rows = flat.unsqueeze(1).expand(-1, n)
+    flat = torch.tensor(levels, dtype=level_dtype(dtype), device=x.device)
+    rows = flat.unsqueeze(1)
+    if n > 1:
+        rows = rows.expand(-1, n)
     if len(levels) > len(calls):
         sizes = [n * len(call) for call in calls]
         return dict(zip(calls, torch.split(rows.flatten(), sizes), strict=True))
