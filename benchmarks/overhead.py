@@ -1,10 +1,10 @@
 """What a step costs beside the denoiser, in time, operations and memory.
 
 Measures, with a denoiser of one operation and 50 steps on one CPU thread: microseconds a step beyond
-those of a loop that does nothing but call the denoiser, for a run of 50 steps, with what it does once,
-and for each step that a run of 100 has more; tensor operations a step, views left out; and the largest
-number of states alive outside the denoiser. Then how the time grows with the batch, the
-size of the image and the steps, with the straight line through it; and a whole run compiled.
+those of a loop that does nothing but call the denoiser, with what a run does once; tensor operations a
+step, views left out; and the largest number of states alive outside the denoiser. Then how the time
+grows with the batch, the size of the image and the steps, with the straight line through it; and a
+whole run compiled.
 
 Against: the least that a two-step recurrence needs, ``a.mul_(g).add_(x, alpha=c).add_(d, alpha=e)``;
 k-diffusion's `sample_euler` and `sample_heun`; diffusers' `DDIMScheduler` and
@@ -13,7 +13,7 @@ is timed; the medians. The C library keeps the memory it has, for when it gives 
 
 Networks, and all that needs a GPU, are in `networks.py`.
 
-Run: python benchmarks/overhead.py [--write]    (six minutes; --write makes docs/tables/overhead.md)
+Run: python benchmarks/overhead.py [--write]    (three minutes; --write makes docs/tables/overhead.md)
 """
 
 from __future__ import annotations
@@ -67,16 +67,16 @@ def half(x: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 @torch.no_grad()
-def bare(denoiser: Callable[..., Tensor], x: Tensor, steps: int = STEPS) -> None:
+def bare(denoiser: Callable[..., Tensor], x: Tensor) -> None:
     sigma = x.new_ones(len(x))
-    for _ in range(steps):
+    for _ in range(STEPS):
         denoiser(x, sigma)
 
 
 @torch.no_grad()
-def minimum(denoiser: Callable[..., Tensor], x: Tensor, steps: int = STEPS) -> Tensor:
+def minimum(denoiser: Callable[..., Tensor], x: Tensor) -> Tensor:
     older, x, sigma = x.clone(), x.clone(), x.new_ones(len(x))
-    for _ in range(steps):
+    for _ in range(STEPS):
         denoised = denoiser(x, sigma)
         older.mul_(0.9).add_(x, alpha=0.06).add_(denoised, alpha=0.04)
         older, x = x, older
@@ -101,12 +101,12 @@ def k_diffusion(name: str, sigmas: Tensor) -> Run:
     return lambda denoiser, x: sampler(denoiser, x, sigmas.to(x.device), disable=True)
 
 
-def diffusers(name: str, steps: int) -> Run:
+def diffusers(name: str) -> Run:
     scheduler = getattr(importlib.import_module("diffusers"), name)()
 
     @torch.no_grad()
     def run(denoiser: Callable[..., Tensor], x: Tensor) -> Tensor:
-        scheduler.set_timesteps(steps)
+        scheduler.set_timesteps(STEPS)
         for t in scheduler.timesteps:
             x = scheduler.step(denoiser(x, t), t, x).prev_sample
         return x
@@ -114,9 +114,9 @@ def diffusers(name: str, steps: int) -> Run:
     return run
 
 
-def contestants(x: Tensor, steps: int) -> dict[str, Run]:
-    """A run of each of so many steps."""
-    sigmas = karras_sigmas(steps)
+def contestants(x: Tensor) -> dict[str, Run]:
+    """A run of each, of as many steps."""
+    sigmas = karras_sigmas(STEPS)
     solvers = [
         BDIA(Euler()),
         BDIA(Euler(), 0.96),
@@ -127,14 +127,14 @@ def contestants(x: Tensor, steps: int) -> dict[str, Run]:
         BDIA(HeunEDM(), batched=True),
     ]
     return {
-        "bare": partial(bare, steps=steps),
-        MINIMUM: partial(minimum, steps=steps),
+        "bare": bare,
+        MINIMUM: minimum,
         **{name: ours(solver, sigmas) for name, solver in zip(NAMES, solvers, strict=True)},
         **{f"{NAMES[k]}, inverting": back(solvers[k], x, sigmas) for k in (1, 2)},
         "k-diffusion sample_euler": k_diffusion("sample_euler", sigmas),
         "k-diffusion sample_heun": k_diffusion("sample_heun", sigmas),
-        "diffusers DDIMScheduler": diffusers("DDIMScheduler", steps),
-        "diffusers DPMSolverMultistepScheduler": diffusers("DPMSolverMultistepScheduler", steps),
+        "diffusers DDIMScheduler": diffusers("DDIMScheduler"),
+        "diffusers DPMSolverMultistepScheduler": diffusers("DPMSolverMultistepScheduler"),
     }
 
 
@@ -188,23 +188,19 @@ def overhead(repeats: int) -> str:
     rows: dict[str, list[str]] = {}
     for shape in SHAPES:
         x = torch.randn(shape)
-        runs, longer = contestants(x, STEPS), contestants(x, 2 * STEPS)
-        both = {(name, STEPS): partial(run, half, x) for name, run in runs.items()}
-        both |= {(name, 2 * STEPS): partial(run, half, x) for name, run in longer.items()}
-        times = seconds(both, repeats * (4 if shape is SHAPES[0] else 1))
-        beyond = {key: t - times["bare", key[1]] for key, t in times.items()}
-        whole = {name: beyond[name, STEPS] / STEPS for name in runs}
-        further = {name: (beyond[name, 2 * STEPS] - beyond[name, STEPS]) / STEPS for name in runs}
+        runs = contestants(x)
+        often = repeats * (8 if shape is SHAPES[0] else 1)
+        times = seconds({name: partial(run, half, x) for name, run in runs.items()}, often)
+        beyond = {name: (t - times["bare"]) / STEPS * 1e6 for name, t in times.items()}
         for name in list(runs)[1:]:
             watch = Watch(x)
             with watch:
                 runs[name](watch.denoise, x)
             row = rows.setdefault(name, [f"{watch.operations / STEPS:.1f}", f"{watch.peak:.0f}"])
-            for cost in (whole, further):
-                row += [f"{cost[name] * 1e6:.0f}", f"{cost[name] / cost[MINIMUM]:.2f}"]
+            row += [f"{beyond[name]:.0f}", f"{beyond[name] / beyond[MINIMUM]:.2f}"]
     header = ["50 steps", "operations a step", "states alive"]
     for shape in SHAPES:
-        header += [f"µs a step, {shape}", "over the minimum", "a further step", "over the minimum"]
+        header += [f"µs a step, {shape}", "over the minimum"]
     return table(header, [[name, *row] for name, row in rows.items()])
 
 
