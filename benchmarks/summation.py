@@ -19,13 +19,12 @@ import torch
 from markdown_table import table
 from torch import Tensor
 
-from odesolvers import BDIA, DDIM, Euler, GammaRule, Grid, StepRatio, karras_sigmas
+from odesolvers import BDIA, DDIM, Euler, FloatingPoint, GammaRule, Grid, StepRatio, karras_sigmas
 from odesolvers.models import GaussianMixture
+from odesolvers.step import Step
 
 TABLE = Path(__file__).parent.parent / "docs" / "tables" / "summation.md"
 MIXTURE = GaussianMixture(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), 0.3)
-Step = tuple[float, float, float, float]
-"""The level of x_i, g, b and c."""
 Way = Callable[[Step, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -35,39 +34,30 @@ def denoise(x: Tensor, sigma: float) -> Tensor:
 
 
 def sums_ahead(step: Step, older: Tensor, x: Tensor, D: Tensor) -> Tensor:
-    _, g, b, c = step
+    g, b, c = step.gain, step.rest[0], step.rest[1]
     return (older * g).add_(torch.add(D, x, alpha=b / c), alpha=c)
 
 
 def sums_back(step: Step, newer: Tensor, x: Tensor, D: Tensor) -> Tensor:
-    _, g, b, c = step
+    g, b, c = step.gain, step.rest[0], step.rest[1]
     return torch.sub(newer, torch.add(D, x, alpha=b / c), alpha=c) / g
 
 
 def mean_ahead(step: Step, older: Tensor, x: Tensor, D: Tensor) -> Tensor:
-    _, g, _, c = step
-    return _moved(older, torch.lerp(x, D, c / (1 - g)), g, 1 - g)
+    return FloatingPoint().forward(step, older, [x, D])
 
 
 def mean_back(step: Step, newer: Tensor, x: Tensor, D: Tensor) -> Tensor:
-    _, g, _, c = step
-    return _moved(newer, torch.lerp(x, D, c / (1 - g)), 1 / g, (g - 1) / g)
-
-
-def _moved(state: Tensor, mean: Tensor, kept: float, moved: float) -> Tensor:
-    """From the end that it is nearer to."""
-    if abs(kept) < 0.5:
-        return torch.lerp(mean, state, kept)
-    return torch.lerp(state, mean, moved)
+    return FloatingPoint().inverse(step, newer, [x, D])
 
 
 def moves_ahead(step: Step, older: Tensor, x: Tensor, D: Tensor) -> Tensor:
-    _, g, b, c = step
+    g, b, c = step.gain, step.rest[0], step.rest[1]
     return torch.lerp(older, D, c / (g + c)).lerp_(x, b)
 
 
 def moves_back(step: Step, newer: Tensor, x: Tensor, D: Tensor) -> Tensor:
-    _, g, b, c = step
+    g, b, c = step.gain, step.rest[0], step.rest[1]
     return torch.lerp(newer, x, -b / (g + c)).lerp_(D, -c / g)
 
 
@@ -81,23 +71,19 @@ WAYS: dict[str, tuple[Way, Way]] = {
 def there_and_back(way: tuple[Way, Way], steps: list[Step], x: Tensor) -> tuple[Tensor, Tensor]:
     """The sample, and the noise again."""
     ahead, back = way
-    (sigma, _, _, c), *later = steps
-    older, here = x, torch.lerp(x, denoise(x, sigma), c)
+    first, *later = steps
+    older, here = x, FloatingPoint().combine(first.rest, [x, denoise(x, level(first))])
     for step in later:
-        older, here = here, ahead(step, older, here, denoise(here, step[0]))
+        older, here = here, ahead(step, older, here, denoise(here, level(step)))
     sample = here
     for step in reversed(later):
-        older, here = back(step, here, older, denoise(older, step[0])), older
+        older, here = back(step, here, older, denoise(older, level(step))), older
     return sample, older
 
 
-def coefficients(solver: BDIA, grid: Grid) -> list[Step]:
-    """Of every step; the first has g = 0."""
-    found = []
-    for (step,) in solver.steps(grid):
-        (call,) = step.evaluations
-        found.append((call.sigma, step.gain, step.rest[0], step.rest[1]))
-    return found
+def level(step: Step) -> float:
+    (call,) = step.evaluations
+    return call.sigma
 
 
 def main() -> None:
@@ -109,7 +95,7 @@ def main() -> None:
     lines = []
     for solver in [BDIA(base, gamma) for base in (Euler(), DDIM()) for gamma in gammas]:
         for n in (5, 18, 50):
-            steps = coefficients(solver, Grid.of(karras_sigmas(n)))
+            steps = [step for (step,) in solver.steps(Grid.of(karras_sigmas(n)))]
             exact, _ = there_and_back(WAYS["mean"], steps, noise.double())
             row = [f"{solver.approximator}, {solver.gamma}, {n}"]
             for way in WAYS.values():
