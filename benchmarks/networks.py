@@ -55,8 +55,8 @@ def networks(device: torch.device, full: bool) -> dict[str, Callable[[], tuple[D
     if device.type == "cuda":
         cases = [*((1, dtype) for dtype in halves), (8, torch.float16)]
 
-    def letters(batch: int, dtype: torch.dtype) -> tuple[Denoiser, Tensor]:
-        return load_letters(device, dtype), torch.empty(batch, 3, 32, 32, device=device)
+    def letters(dtype: torch.dtype) -> tuple[Denoiser, Tensor]:
+        return load_letters(device, dtype), torch.empty(1, 3, 32, 32, device=device)
 
     def latents(batch: int, dtype: torch.dtype) -> tuple[Denoiser, Tensor]:
         model = stable_diffusion(device, dtype, full)
@@ -68,7 +68,7 @@ def networks(device: torch.device, full: bool) -> dict[str, Callable[[], tuple[D
 
     made: dict[str, Callable[[], tuple[Denoiser, Tensor]]] = {}
     for dtype in [torch.float32, *halves] if device.type == "cuda" else [torch.float32]:
-        made[f"letters, 1, {_short(dtype)}"] = partial(letters, 1, dtype)
+        made[f"letters, 1, {_short(dtype)}"] = partial(letters, dtype)
     name = "Stable Diffusion 1.5" if full else "Stable Diffusion in miniature"
     for batch, dtype in cases:
         made[f"{name}, {batch}, {_short(dtype)}"] = partial(latents, batch, dtype)
@@ -102,7 +102,6 @@ def measure(name: str, denoiser: Denoiser, form: Tensor, repeats: int) -> list[l
         }
         if on_gpu and how == "as it is":
             runs["graph"] = partial(runs["ours"], execution=CUDAGraph())
-        memory = {key: _peak(run, form.device) for key, run in runs.items()}
         waited = {key: _waited(run, form.device) for key, run in runs.items()}
         found = seconds(waited, repeats, twice=False)
         calls = found["bare"]
@@ -112,8 +111,10 @@ def measure(name: str, denoiser: Denoiser, form: Tensor, repeats: int) -> list[l
         row += (
             [f"{graph / calls:.3f}", f"{found['k-diffusion'] / graph:.2f}"] if graph else ["", ""]
         )
-        states = (memory["ours"] - memory["bare"]) / x.nbytes
-        rows.append([*row, f"{states:.1f}" if on_gpu else ""])
+        if on_gpu:
+            beyond = _peak(runs["ours"], x.device) - _peak(runs["bare"], x.device)
+            row.append(f"{beyond / x.nbytes:.1f}")
+        rows.append(row)
     return rows
 
 
@@ -148,11 +149,7 @@ def _waited(run: Callable[[], Any], device: torch.device) -> Callable[[], None]:
 
 
 def _peak(run: Callable[[], Any], device: torch.device) -> int:
-    """The most memory that a run takes beyond what is there, after one that chooses its kernels."""
-    if device.type != "cuda":
-        run()
-        return 0
-    run()
+    """The most memory on a GPU that a run takes beyond what is there, once it has chosen its kernels."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

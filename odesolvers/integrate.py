@@ -72,7 +72,7 @@ def ascend(run: Run, solver: InvertibleSolver, state: State, stop: int) -> Solut
     # The pair of a two-step solver reaches one level up.
     end = stop + 1 if solver.two_step else stop
     alone = solver.two_step and state.partner is None
-    route = route_up(solver, run.grid, last, end, alone, solver.exact)
+    route = route_up(solver, run.grid, last, end, alone)
     if solver.exact:
         lone = state.partner is None or state.partner is state.current
         warn_before_inverting(solver, run.grid, last, stop, lone=lone, dtype=run.dtype)
@@ -310,8 +310,7 @@ class Run:
         a, b = pair
         if stage.exchanges and a is not None:
             return b, a
-        values = self.evaluate(stage, b, k)
-        out = a if self._direct else self._out(stage, a, b)
+        values, out = self.evaluate(stage, b, k), self._out(stage, a, b)
         return b, self.arithmetic.forward(stage, a, values, self._stack, out, self._scratch)
 
     def inverse(self, stage: Step, pair: Pair, k: int) -> Pair:
@@ -320,8 +319,7 @@ class Run:
         assert b is not None
         if stage.exchanges:
             return c, b
-        values = self.evaluate(stage, b, k)
-        out = c if self._direct else self._out(stage, c, b)
+        values, out = self.evaluate(stage, b, k), self._out(stage, c, b)
         return self.arithmetic.inverse(stage, c, values, self._stack, out, self._scratch), b
 
     def _out(self, stage: Step, done: Tensor | None, needed: Tensor) -> Tensor | None:

@@ -12,7 +12,7 @@ from .step import Step
 
 if TYPE_CHECKING:
     from .grids import Grid
-    from .solver import Solver
+    from .solver import InvertibleSolver, Solver
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -83,15 +83,15 @@ def route_down(solver: Solver, grid: Grid, first: int, stop: int, alone: bool) -
 
 
 @once_per_grid
-def route_up(solver: Solver, grid: Grid, last: int, end: int, alone: bool, exact: bool) -> Route:
+def route_up(solver: InvertibleSolver, grid: Grid, last: int, end: int, alone: bool) -> Route:
     """From level `last` to `end`; `alone`, after a step that supplies the state at the level above.
 
     Raises:
-        ValueError: if the steps are undone by algebra, as `exact` says, and one cannot be.
+        ValueError: if the steps are undone by algebra, see `InvertibleSolver.exact`, and one cannot be.
     """
     steps = list(enumerate(planned_steps(solver, grid)))[end:last][::-1]
     for k, stages in steps:
-        if exact and any(stage.gain == 0.0 for stage in stages):
+        if solver.exact and any(stage.gain == 0.0 for stage in stages):
             raise ValueError(
                 f"{solver} cannot be inverted: its step from sigmas[{k}] = {grid.levels[k]:.6g} to "
                 f"sigmas[{k + 1}] = {grid.levels[k + 1]:.6g} has the weight g = 0 and keeps nothing of "

@@ -409,9 +409,7 @@ def _rounded(stage: _Stage, variance: float) -> float:
         back = older - (newer if abs(1.0 - 1.0 / g) < 0.5 else mean)
         there, again = newer**2 + 2.0 * ahead**2, older**2 + 2.0 * back**2
     else:
-        inexact = (
-            0.0 if math.frexp(g)[0] in (0.5, -0.5) else 1.0
-        )  # products with powers of 2 are exact
+        inexact = 0.0 if abs(math.frexp(g)[0]) == 0.5 else 1.0  # a power of two multiplies exactly
         there, again = newer**2 + (1.0 + inexact) * (g * older) ** 2, inexact * older**2
     return _ROUNDING**2 * ((there + rest) / (g * g) + again)
 
