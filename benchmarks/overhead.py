@@ -1,19 +1,20 @@
 """What a step costs beside the denoiser, in time, operations and memory.
 
-Measures, with a denoiser of one operation and 50 steps on one CPU thread: microseconds a step beyond
-those of a loop that does nothing but call the denoiser, with what a run does once; tensor operations a
-step, views left out; and the largest number of states alive outside the denoiser. Then how the time
-grows with the batch, the size of the image and the steps, with the straight line through it; and a
-whole run compiled.
+Measures, with a denoiser of one operation on one CPU thread: microseconds a step beyond those of a loop
+that does nothing but call the denoiser, from runs of 50 and 200 steps; the same of a run of 50 with all
+that a run does once; tensor operations a step, views left out; and the largest number of states alive
+outside the denoiser. Then how the time grows with the batch, the size of the image and the steps, with
+the straight line through it; and a whole run compiled.
 
-Against: the least that a two-step recurrence needs, ``a.mul_(g).add_(x, alpha=c).add_(d, alpha=e)``;
-k-diffusion's `sample_euler` and `sample_heun`; diffusers' `DDIMScheduler` and
-`DPMSolverMultistepScheduler`. All in one process, taking turns; each turn runs twice and the second
-is timed; the medians. The C library keeps the memory it has, for when it gives some back is chance.
+Against: the least that a two-step recurrence needs, ``a.mul_(g).add_(x, alpha=c).add_(d, alpha=e)``; the
+same as one kernel, made by `torch.compile`; k-diffusion's `sample_euler` and `sample_heun`; diffusers'
+`DDIMScheduler` and `DPMSolverMultistepScheduler`. All in one process, taking turns in an order drawn
+anew for each round; each turn runs twice and the second is timed; the medians. The C library keeps the
+memory it has, for when it gives some back is chance.
 
 Networks, and all that needs a GPU, are in `networks.py`.
 
-Run: python benchmarks/overhead.py [--write]    (three minutes; --write makes docs/tables/overhead.md)
+Run: python benchmarks/overhead.py [--write]    (ten minutes; --write makes docs/tables/overhead.md)
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ import argparse
 import importlib
 import os
 import platform
+import random
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -41,13 +43,15 @@ from odesolvers import BDIA, DDIM, Compiled, Euler, FixedPoint, HeunEDM, Solver,
 
 TABLE = Path(__file__).parent.parent / "docs" / "tables" / "overhead.md"
 SHAPES = [(1, 4, 64, 64), (16, 4, 64, 64)]
-STEPS = 50
+STEPS, MORE = 50, 200
 KEPT = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
 """Settings under which glibc does not return what is freed to the system."""
-MINIMUM = "three operations in place"
+BARE, MINIMUM, FUSED = "bare", "three operations in place", "one, by torch.compile"
+Name = TypeVar("Name", bound=Hashable)
 Run = Callable[[Callable[..., Tensor], Tensor], Any]
 VIEWS = {"aten.detach", "aten.alias", "aten.slice", "aten.split", "aten.unbind", "aten.view"}
-VIEWS |= {"aten.select", "aten.unsqueeze", "aten.expand", "aten._local_scalar_dense"}
+VIEWS |= {"aten.select", "aten.unsqueeze", "aten.expand", "aten.unsafe_split"}
+VIEWS |= {"aten.unsafe_split_with_sizes", "aten._local_scalar_dense"}
 
 
 def half(x: Tensor, sigma: Tensor | float) -> Tensor:
@@ -56,21 +60,42 @@ def half(x: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 @torch.no_grad()
-def bare(denoiser: Callable[..., Tensor], x: Tensor) -> None:
+def bare(denoiser: Callable[..., Tensor], x: Tensor, steps: int = STEPS) -> None:
     sigma = x.new_ones(len(x))
-    for _ in range(STEPS):
+    for _ in range(steps):
         denoiser(x, sigma)
 
 
 @torch.no_grad()
-def minimum(denoiser: Callable[..., Tensor], x: Tensor) -> Tensor:
+def minimum(denoiser: Callable[..., Tensor], x: Tensor, steps: int = STEPS) -> Tensor:
     older, x, sigma = x.clone(), x.clone(), x.new_ones(len(x))
-    for _ in range(STEPS):
+    for _ in range(steps):
         denoised = denoiser(x, sigma)
         older.mul_(0.9).add_(x, alpha=0.06).add_(denoised, alpha=0.04)
         older, x = x, older
         del denoised  # as we do: its memory is that of the next
     return x
+
+
+def fused(steps: int) -> Run:
+    """The recurrence with its combination compiled, for numbers that change from step to step."""
+
+    @torch.compile(dynamic=True)
+    def combine(older: Tensor, x: Tensor, denoised: Tensor, g: Tensor, c: Tensor) -> None:
+        older.copy_(g * older + c * x + (1 - g - c) * denoised)
+
+    @torch.no_grad()
+    def run(denoiser: Callable[..., Tensor], x: Tensor) -> Tensor:
+        older, x, sigma = x.clone(), x.clone(), x.new_ones(len(x))
+        g, c = torch.tensor([0.9, 0.06], dtype=torch.float64)
+        for _ in range(steps):
+            denoised = denoiser(x, sigma)
+            combine(older, x, denoised, g, c)
+            older, x = x, older
+            del denoised
+        return x
+
+    return run
 
 
 def ours(solver: Solver, sigmas: Tensor) -> Run:
@@ -90,12 +115,12 @@ def k_diffusion(name: str, sigmas: Tensor) -> Run:
     return lambda denoiser, x: sampler(denoiser, x, sigmas.to(x.device), disable=True)
 
 
-def diffusers(name: str) -> Run:
+def diffusers(name: str, steps: int) -> Run:
     scheduler = getattr(importlib.import_module("diffusers"), name)()
 
     @torch.no_grad()
     def run(denoiser: Callable[..., Tensor], x: Tensor) -> Tensor:
-        scheduler.set_timesteps(STEPS)
+        scheduler.set_timesteps(steps)
         for t in scheduler.timesteps:
             x = scheduler.step(denoiser(x, t), t, x).prev_sample
         return x
@@ -103,13 +128,14 @@ def diffusers(name: str) -> Run:
     return run
 
 
-def contestants(x: Tensor) -> dict[str, Run]:
+def contestants(x: Tensor, steps: int) -> dict[str, Run]:
     """A run of each, of as many steps."""
-    sigmas = karras_sigmas(STEPS)
+    sigmas = karras_sigmas(steps)
     refined, ddim = BDIA(Euler(), 0.96), BDIA(DDIM())
     return {
-        "bare": bare,
-        MINIMUM: minimum,
+        BARE: partial(bare, steps=steps),
+        MINIMUM: partial(minimum, steps=steps),
+        FUSED: fused(steps),
         "BDIA(Euler())": ours(BDIA(Euler()), sigmas),
         "BDIA(Euler(), 0.96)": ours(refined, sigmas),
         "BDIA(DDIM())": ours(ddim, sigmas),
@@ -123,24 +149,27 @@ def contestants(x: Tensor) -> dict[str, Run]:
         "BDIA(DDIM()), inverting": back(ddim, x, sigmas),
         "k-diffusion sample_euler": k_diffusion("sample_euler", sigmas),
         "k-diffusion sample_heun": k_diffusion("sample_heun", sigmas),
-        "diffusers DDIMScheduler": diffusers("DDIMScheduler"),
-        "diffusers DPMSolverMultistepScheduler": diffusers("DPMSolverMultistepScheduler"),
+        "diffusers DDIMScheduler": diffusers("DDIMScheduler", steps),
+        "diffusers DPMSolverMultistepScheduler": diffusers("DPMSolverMultistepScheduler", steps),
     }
 
 
 def seconds(
-    runs: Mapping[str, Callable[[], Any]], repeats: int, *, twice: bool = True
-) -> dict[str, float]:
-    """The median time of each, all taking turns; of two runs a turn, that of the second."""
+    runs: Mapping[Name, Callable[[], Any]], repeats: int, *, twice: bool = True
+) -> dict[Name, float]:
+    """The median time of each, all taking turns; of two runs a turn, that of the second.
+
+    The order is drawn anew for each round, for a run finds the caches as the one before has left them.
+    """
     for run in runs.values():
         run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[Name, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
-        for name, run in runs.items():
+        for name in random.sample(list(runs), len(runs)):
             if twice:
-                run()
+                runs[name]()
             start = time.perf_counter()
-            run()
+            runs[name]()
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(found) for name, found in times.items()}
 
@@ -150,20 +179,34 @@ def overhead(repeats: int) -> str:
     rows: dict[str, list[str]] = {}
     for shape in SHAPES:
         x = torch.randn(shape)
-        runs = contestants(x)
-        often = repeats * (8 if shape is SHAPES[0] else 1)
-        times = seconds({name: partial(run, half, x) for name, run in runs.items()}, often)
-        beyond = {name: (t - times["bare"]) / STEPS * 1e6 for name, t in times.items()}
-        for name in list(runs)[1:]:
+        entered = {steps: contestants(x, steps) for steps in (STEPS, MORE)}
+        runs = {
+            (name, steps): partial(run, half, x)
+            for steps, entrants in entered.items()
+            for name, run in entrants.items()
+        }
+        times = seconds(runs, repeats * (8 if shape is SHAPES[0] else 1))
+        beyond = {(name, n): (t - times[BARE, n]) * 1e6 for (name, n), t in times.items()}
+        slope = {
+            name: (beyond[name, MORE] - beyond[name, STEPS]) / (MORE - STEPS)
+            for name in entered[STEPS]
+        }
+        for name, run in entered[STEPS].items():
+            if name == BARE:
+                continue
             watch = Watch(half, x, x.numel())
             with watch:
-                runs[name](watch.denoise, x)
+                run(watch.denoise, x)
             made = sum(n for operation, n in watch.operations.items() if operation not in VIEWS)
-            row = rows.setdefault(name, [f"{made / STEPS:.1f}", f"{watch.peak / x.nbytes:.0f}"])
-            row += [f"{beyond[name]:.0f}", f"{beyond[name] / beyond[MINIMUM]:.2f}"]
-    header = ["50 steps", "operations a step", "states alive"]
+            alive = f"{watch.peak / x.nbytes:.0f}"
+            # To an observer of operations a compiled one is made of those it was compiled from.
+            seen = ["1.0", "2"] if name == FUSED else [f"{made / STEPS:.1f}", alive]
+            row = rows.setdefault(name, seen)
+            row += [f"{slope[name]:.0f}", f"{slope[name] / slope[MINIMUM]:.2f}"]
+            row += [f"{beyond[name, STEPS] / beyond[MINIMUM, STEPS]:.2f}"]
+    header = ["one thread", "operations a step", "states alive"]
     for shape in SHAPES:
-        header += [f"µs a step, {shape}", "over the minimum"]
+        header += [f"µs a step, {shape}", "over the minimum", f"in a run of {STEPS}"]
     return table(header, [[name, *row] for name, row in rows.items()])
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -17,7 +18,7 @@ from .execution import Execution
 from .grids import Grid
 from .levels import Levels, level_tensors
 from .progress import progress_bar
-from .route import Route, route_down, route_up
+from .route import Route, Steps, route_down, route_up
 from .stability import warn_before_inverting
 from .state import Convergence, Solution, State, check_pair, describe
 from .step import Evaluation, Step
@@ -50,10 +51,7 @@ def descend(run: Run, state: State, stop: int) -> Solution:
     route = route_down(solver, run.grid, first, stop, alone)
 
     def walk(pair: Pair) -> Pair:
-        for k, stages in run.track(route):
-            for stage in stages:
-                pair = run.forward(stage, pair, k)
-        return pair
+        return run.take(run.track(route), run.arithmetic.forward, *pair)
 
     return run.go(walk, route, state, first + 1 if alone else first, stop, stop)
 
@@ -78,13 +76,11 @@ def ascend(run: Run, solver: InvertibleSolver, state: State, stop: int) -> Solut
         warn_before_inverting(solver, run.grid, last, stop, lone=lone, dtype=run.dtype)
 
     def walk(pair: Pair) -> Pair:
-        for k, stages in run.track(route):
-            if k == last:  # the step of a lone state to its neighbour
-                (_, current), (_, neighbour) = pair, run.forward(stages[0], pair, k)
-                pair = neighbour, current
-            else:
-                pair = solver.undo(run, k, stages, pair)
-        return pair
+        steps = iter(run.track(route))
+        if alone:
+            current, neighbour = run.take(islice(steps, 1), run.arithmetic.forward, *pair)
+            pair = neighbour, current
+        return solver.undo(run, steps, pair)
 
     return run.go(walk, route, state, last, end, stop, look=not solver.exact)
 
@@ -206,7 +202,7 @@ class Run:
         the step. With `look`, and in an arithmetic that hides it, each value is looked at at once.
         """
         self._begin(look or not self.arithmetic.keeps_nan)
-        self._sigmas = level_tensors(route.calls, state.current, self.dtype)
+        self._sigmas = level_tensors(route.calls, route.levels, state.current, self.dtype)
         if self._execution is None:
             pair = walk(self.prepare(state, origin))
         else:
@@ -296,51 +292,57 @@ class Run:
             return current, partner
         return partner, current
 
-    def track(self, route: Route) -> Iterable[tuple[int, tuple[Step, ...]]]:
+    def track(self, route: Route) -> Steps:
         """The steps of `route`, with a progress bar where one was asked for."""
         if not self._progress:
             return route.steps
-        bar: Iterable[tuple[int, tuple[Step, ...]]] = progress_bar(
-            route.steps, desc=type(self.solver).__name__
-        )
+        bar: Steps = progress_bar(route.steps, desc=type(self.solver).__name__)
         return bar
 
-    def forward(self, stage: Step, pair: Pair, k: int) -> Pair:
-        """``(a, b) -> (b, gain · a + rest(b))``, a stage of the step from level `k`."""
-        a, b = pair
-        if stage.exchanges and a is not None:
-            return b, a
-        values, out = self.evaluate(stage, b, k), self._out(stage, a, b)
-        return b, self.arithmetic.forward(stage, a, values, self._stack, out, self._scratch)
+    def take(
+        self,
+        steps: Steps,
+        shear: Callable[..., Tensor],
+        far: Tensor | None,
+        near: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Where `steps` lead from two states: each stage replaces the far one, and they change places.
 
-    def inverse(self, stage: Step, pair: Pair, k: int) -> Pair:
-        """``(b, c) -> ((c - rest(b)) / gain, b)``: the pair that `forward` was given."""
-        b, c = pair
-        assert b is not None
-        if stage.exchanges:
-            return c, b
-        values, out = self.evaluate(stage, b, k), self._out(stage, c, b)
-        return self.arithmetic.inverse(stage, c, values, self._stack, out, self._scratch), b
-
-    def _out(self, stage: Step, done: Tensor | None, needed: Tensor) -> Tensor | None:
-        """Where to put the result of `stage`: over `done`, unless somebody may still look at that."""
-        if done is needed or self._keeps:
-            return None
-        if not stage.evaluations and self._last is not None and self._last[0] is done:
-            self._last = None
-        return done
+        What replaces it is made of it and of what the denoiser says at the near one. By
+        `Arithmetic.forward` that is ``(a, b) -> (b, gain · a + rest(b))``, from far and near to far and
+        near. By `Arithmetic.inverse`, of the same pair turned round, it is ``(c, b) -> (b, a)``. `far`
+        is None at the start of a run that has one state only.
+        """
+        direct, keeps, stack = self._direct, self._keeps, self._stack
+        for k, stages in steps:
+            for stage in stages:
+                if direct and stage.only is not None:
+                    values = [near, self._denoise(near, stage.only, k)]
+                elif stage.exchanges and far is not None:
+                    far, near = near, far
+                    continue
+                else:
+                    values = self.evaluate(stage, near, k)
+                # Over the far one, unless somebody may still look at that.
+                out = None if far is near or keeps else far
+                if self._last is not None and self._last[0] is out:
+                    self._last = None
+                far, near = near, shear(stage, far, values, stack, out, self._scratch)
+                del values  # the outputs, before the next are made
+        assert far is not None
+        return far, near
 
     def _room(self, x: Tensor) -> Tensor | None:
         """Working memory for the sums of a step, in the form of the state `x`."""
-        return None if self.differentiable else torch.empty_like(x, dtype=self.dtype)
+        if self.differentiable:
+            return None
+        return torch.empty_like(x, dtype=None if x.dtype is self.dtype else self.dtype)
 
     def evaluate(self, stage: Step, stored: Tensor, k: int) -> list[Tensor]:
         """A state and the outputs of the denoiser calls of `stage`, in order.
 
         What the last stage learnt at the same state and level is not asked for again.
         """
-        if self._direct and stage.only is not None:
-            return [stored, self._denoise(stored, stage.only, k)]
         x = self.arithmetic.load(stored, self.dtype)
         if self._stack is not None:
             self._stack.sigma = self.grid.levels[k]
@@ -447,31 +449,21 @@ class Run:
         """The denoiser's outputs at `levels` for the states `x`, which are stacked along the batch."""
         n = len(levels)
         before = x._version if self._versioned else 0
-        arguments = self._extra_args if n == 1 else self._joined_args(n, x)
         sigma = self._sigmas[levels]
+        arguments = self._extra_args if n == 1 else self._joined_args(n, x)
         denoised = self._denoiser(x, sigma, **arguments)
         self.nfe += n
-        if not isinstance(denoised, Tensor):
-            raise TypeError(
-                f"the denoiser must return a tensor, got {type(denoised).__name__} {_at(levels, k)}"
-            )
+        if (
+            not isinstance(denoised, Tensor)
+            or denoised.shape != (self._shape if n == 1 else x.shape)
+            or denoised.dtype is not self.dtype
+            or denoised.device != self._device
+        ):
+            raise _wrong_output(denoised, x, _at(levels, k))
         if self._versioned and (x._version != before or sigma._version != 0):
             raise ValueError(
                 f"the denoiser wrote to its input {_at(levels, k)}: work on copies, x.clone() and "
                 "sigma.clone()"
-            )
-        shape = self._shape if n == 1 else x.shape
-        if denoised.shape != shape or denoised.device != self._device:
-            raise ValueError(
-                f"the denoiser must return the form of its input, {describe(x)}, got "
-                f"{describe(denoised)} {_at(levels, k)}"
-            )
-        if denoised.dtype is not self.dtype:
-            raise TypeError(
-                f"the denoiser returned {denoised.dtype} for a state in {self.dtype} {_at(levels, k)}: "
-                "dtypes are never mixed silently; wrap it as "
-                f"odesolvers.models.InDtype(denoiser, {denoised.dtype}) to keep the network in "
-                "that dtype and the state in its own, or convert x"
             )
         if self._looks:
             message = f"the denoiser's output is not finite {_at(levels, k)}; {_OVERFLOW}"
@@ -506,6 +498,22 @@ def _at(levels: Levels, k: int) -> str:
     return f"at level {k} of the grid, sigma = {sigmas}"
 
 
+def _wrong_output(denoised: object, x: Tensor, at: str) -> Exception:
+    """What to say of an output that does not have the form of the state `x` it was made of."""
+    if not isinstance(denoised, Tensor):
+        return TypeError(f"the denoiser must return a tensor, got {type(denoised).__name__} {at}")
+    if denoised.shape != x.shape or denoised.device != x.device:
+        return ValueError(
+            f"the denoiser must return the form of its input, {describe(x)}, got "
+            f"{describe(denoised)} {at}"
+        )
+    return TypeError(
+        f"the denoiser returned {denoised.dtype} for a state in {x.dtype} {at}: dtypes are never mixed "
+        f"silently; wrap it as odesolvers.models.InDtype(denoiser, {denoised.dtype}) to keep the "
+        "network in that dtype and the state in its own, or convert x"
+    )
+
+
 def _check_new(denoised: Tensor, outputs: list[Tensor], levels: Levels, k: int) -> None:
     if any(_share_storage(denoised, output) for output in outputs):
         raise ValueError(
@@ -517,7 +525,7 @@ def _check_new(denoised: Tensor, outputs: list[Tensor], levels: Levels, k: int) 
 def _is_finite(x: Tensor) -> bool:
     """Whether all elements are. Waits for the device."""
     # A sum is one pass over memory; that of finite values may overflow.
-    total = x.sum(dtype=torch.float32 if x.element_size() < 4 else None)
+    total = x.sum(dtype=torch.float32) if x.element_size() < 4 else x.sum()
     return math.isfinite(total.item()) or bool(torch.isfinite(x).all())
 
 

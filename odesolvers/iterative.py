@@ -15,6 +15,7 @@ from .approximators import DDIM, IntegrationApproximator
 from .checks import check_approximator
 from .grids import Grid
 from .integrate import Pair, Run
+from .route import Steps
 from .solver import InvertibleSolver
 from .state import Convergence
 from .step import Step
@@ -41,22 +42,27 @@ class IterativeSolver(InvertibleSolver):
         """x_i, from `after` = x_{i-1} and a first guess; and how well it is known."""
 
     @final
-    def undo(self, run: Run, k: int, stages: tuple[Step, ...], pair: Pair) -> Pair:
-        (step,), (_, after) = stages, pair
+    def undo(self, run: Run, steps: Steps, pair: Pair) -> Pair:
+        _, x = pair
+        for k, stages in steps:
+            x, outcome = self._undo(run, k, stages, x)
+            if outcome is not None:
+                run.convergence.append(outcome)
+        return None, x
+
+    def _undo(
+        self, run: Run, k: int, stages: tuple[Step, ...], after: Tensor
+    ) -> tuple[Tensor, Convergence | None]:
         sigma, target = run.grid.levels[k : k + 2]
         scale = self.approximator.scale
         # The state that the method is published in hardly changes from level to level.
         ratio = scale(target) / scale(sigma)
 
         def residual(y: Tensor) -> Tensor:
-            return after - run.forward(step, (None, y), k)[1]
+            _, reached = run.take([(k, stages)], run.arithmetic.forward, None, y)
+            return after - reached
 
-        before, outcome = self.solve(
-            residual, after, after * (ratio if math.isfinite(ratio) else 1.0)
-        )
-        if outcome is not None:
-            run.convergence.append(outcome)
-        return None, before
+        return self.solve(residual, after, after * (ratio if math.isfinite(ratio) else 1.0))
 
     @final
     def start(self, sigma: float, target: float) -> Step:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Final, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,20 +18,25 @@ _WRITTEN_OUT: Final = 2**22
 """Elements up to which each state of a batch has a number of its own in memory."""
 
 
-def level_tensors(calls: tuple[Levels, ...], x: Tensor, dtype: torch.dtype) -> dict[Levels, Tensor]:
+def level_tensors(
+    calls: tuple[Levels, ...], levels: npt.NDArray[np.float64], x: Tensor, dtype: torch.dtype
+) -> dict[Levels, Tensor]:
     """For the levels of each of `calls` a tensor of as many times the batch of `x`, in one transfer.
 
-    `dtype` is that of the states. The tensors are views of one that is made for this run, whose
-    version says whether any of them was written to.
+    `levels` are those of all calls in one row, and `dtype` is that of the states. The tensors are parts
+    of one that is made for this run; each has a version of its own, which tells whether it was written
+    to.
     """
-    n, levels = x.shape[0], list(chain.from_iterable(calls))
+    n, one_each = x.shape[0], len(levels) == len(calls)
     flat = torch.tensor(levels, dtype=level_dtype(dtype), device=x.device)
-    rows = flat.unsqueeze(1)
     if n > 1:
-        rows = rows.expand(-1, n)
-    if len(levels) > len(calls):
-        sizes = [n * len(call) for call in calls]
-        return dict(zip(calls, torch.split(rows.flatten(), sizes), strict=True))
-    # Of a batch of millions, as of points in a plane, they would outgrow the states.
-    rows = rows.contiguous() if rows.numel() <= _WRITTEN_OUT else rows
-    return dict(zip(calls, rows.unbind(), strict=True))
+        rows = flat.unsqueeze(1).expand(-1, n)
+        if one_each and rows.numel() > _WRITTEN_OUT:
+            # Of a batch of millions, as of points in a plane, they would outgrow the states.
+            return dict(zip(calls, rows.unbind(), strict=True))
+        flat = rows.flatten()
+    if one_each:
+        parts = torch.unsafe_split(flat, n)
+    else:
+        parts = torch.unsafe_split_with_sizes(flat, [n * len(call) for call in calls])
+    return dict(zip(calls, parts, strict=True))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache, wraps
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from functools import cached_property, lru_cache, wraps
+from itertools import chain
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
 
 from .levels import Levels
 from .step import Step
@@ -13,6 +17,9 @@ from .step import Step
 if TYPE_CHECKING:
     from .grids import Grid
     from .solver import InvertibleSolver, Solver
+
+Steps: TypeAlias = "Iterable[tuple[int, tuple[Step, ...]]]"
+"""Steps in the order of a run, each with its number and its stages."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -28,13 +35,23 @@ def once_per_grid(function: Function) -> Function:
     @wraps(function)
     def wrapper(solver: Solver, grid: Grid, *settings: Any) -> Any:
         try:
-            hash(solver)
-        except TypeError:  # a setting is of a class that has no hash
+            # The description tells settings apart where a class compares by identity.
+            return kept(repr(solver), solver, grid, *settings)
+        except TypeError:
+            if _has_hash(solver):
+                raise
             return function(solver, grid, *settings)
-        # The description tells settings apart where a class compares by identity.
-        return kept(repr(solver), solver, grid, *settings)
 
     return cast(Function, wrapper)
+
+
+def _has_hash(solver: Solver) -> bool:
+    """Whether it has, and so have all its settings."""
+    try:
+        hash(solver)
+    except TypeError:
+        return False
+    return True
 
 
 @once_per_grid
@@ -60,6 +77,11 @@ class Route:
 
     steps: tuple[tuple[int, tuple[Step, ...]], ...]
     calls: tuple[Levels, ...]
+
+    @cached_property
+    def levels(self) -> npt.NDArray[np.float64]:
+        """Those of all calls in one row."""
+        return np.fromiter(chain.from_iterable(self.calls), np.float64)
 
     @classmethod
     def of(cls, solver: Solver, *steps: tuple[int, tuple[Step, ...]]) -> Route:
@@ -89,7 +111,8 @@ def route_up(solver: InvertibleSolver, grid: Grid, last: int, end: int, alone: b
     Raises:
         ValueError: if the steps are undone by algebra, see `InvertibleSolver.exact`, and one cannot be.
     """
-    steps = list(enumerate(planned_steps(solver, grid)))[end:last][::-1]
+    planned = planned_steps(solver, grid)
+    steps = [(k, planned[k][::-1]) for k in reversed(range(end, last))]
     for k, stages in steps:
         if solver.exact and any(stage.gain == 0.0 for stage in stages):
             raise ValueError(

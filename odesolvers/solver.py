@@ -14,6 +14,7 @@ from .arithmetic import Arithmetic, FloatingPoint
 from .execution import Execution
 from .grids import Grid, Sigmas
 from .integrate import Pair, Run, ascend, descend
+from .route import Steps
 from .state import Convergence, Solution, State
 from .step import Step
 from .trust import InversionWarning
@@ -145,11 +146,12 @@ class InvertibleSolver(Solver):
 
     exact: ClassVar[bool] = True
 
-    def undo(self, run: Run, k: int, stages: tuple[Step, ...], pair: Pair) -> Pair:
-        """The pair that the step from level `k` was given, from the pair it led to."""
-        for stage in reversed(stages):
-            pair = run.inverse(stage, pair, k)
-        return pair
+    def undo(self, run: Run, steps: Steps, pair: Pair) -> Pair:
+        """The pair that a run came from; `steps` are its steps and their stages, the last first."""
+        older, newer = pair
+        assert older is not None
+        newer, older = run.take(steps, run.arithmetic.inverse, newer, older)
+        return older, newer
 
     @final
     def invert(

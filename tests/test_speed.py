@@ -38,6 +38,7 @@ from odesolvers.step import Evaluation, Step
 from .problems import gaussian, mixture, noise, relative_error
 
 VIEWS = {"aten.detach", "aten.alias", "aten.slice", "aten.split", "aten.unbind", "aten.view"}
+VIEWS |= {"aten.unsafe_split", "aten.unsafe_split_with_sizes"}
 SIX_STEPS = Grid.of(karras_sigmas(6))
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -414,6 +415,15 @@ def test_levels_that_were_written_to_are_not_used_again() -> None:
     expected = BDIA(Euler()).sample(gaussian(), x, grid).x
     with pytest.raises(ValueError, match=r"wrote to its input at level 0.*sigma.clone\(\)"):
         BDIA(Euler()).sample(lambda x, sigma: x * sigma.mul_(0.5).unsqueeze(1), x, grid)
+    first: list[Tensor] = []
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        first.append(sigma)
+        first[0].copy_(sigma)  # of another call, whose level comes again
+        return 0.5 * x
+
+    with pytest.raises(ValueError, match="wrote to its input at level"):
+        BDIA(HeunEDM()).sample(denoiser, x, grid)
     handed: list[Tensor] = []
     BDIA(Euler()).sample(lambda x, sigma: handed.append(sigma) or 0.5 * x, x, grid)
     handed[2].zero_()  # after the run

@@ -50,10 +50,11 @@ class FloatingPoint(Arithmetic):
         out: Tensor | None = None,
         scratch: Tensor | None = None,
     ) -> Tensor:
+        blend = step.blend
+        if blend is not None and older is not None and older.dtype is not _NARROW:
+            return _blended(blend, older, values, out, scratch)
         if older is None or step.gain == 0.0:
             return self.combine(step.rest, values, out)
-        if step.blend is not None and older.dtype is not _NARROW:
-            return _blended(step.blend, older, values, out, scratch)
         gain, factored = step.gain, step.rest.factored
         if factored is None:
             return torch.mul(older, gain, out=out)
@@ -74,8 +75,9 @@ class FloatingPoint(Arithmetic):
         out: Tensor | None = None,
         scratch: Tensor | None = None,
     ) -> Tensor:
-        if step.unblend is not None and newer.dtype is not _NARROW:
-            return _blended(step.unblend, newer, values, out, scratch)
+        blend = step.unblend
+        if blend is not None and newer.dtype is not _NARROW:
+            return _blended(blend, newer, values, out, scratch)
         factored = step.rest.factored
         if factored is None:
             return torch.div(newer, step.gain, out=out)
@@ -99,8 +101,6 @@ def _blended(
     # 1 - kept, rounded to the precision of the state, would not know a small share from none.
     if -0.5 < blend.kept < 0.5:
         return torch.lerp(mean, state, blend.kept, out=out)
-    if out is state:
-        return state.lerp_(mean, blend.moved)
     return torch.lerp(state, mean, blend.moved, out=out)
 
 
@@ -109,9 +109,9 @@ def _mean(mean: Mean, values: Sequence[Tensor], out: Tensor | None) -> Tensor:
     first, moves = mean
     if not moves:
         return values[first]
-    (second, weight), *later = moves
-    moved = torch.lerp(values[first], values[second], weight, out=out)
-    for k, weight in later:
+    k, weight = moves[0]
+    moved = torch.lerp(values[first], values[k], weight, out=out)
+    for k, weight in moves[1:]:
         moved.lerp_(values[k], weight)
     return moved
 
@@ -127,10 +127,8 @@ def _sum(factored: Factored, values: Sequence[Tensor], out: Tensor | None) -> tu
         for j, ratio in others:
             total.add_(values[j], alpha=factor * ratio)
         return total, 1.0
-    total = values[k]
-    for n, (j, ratio) in enumerate(others):
-        if n == 0:
-            total = torch.add(total, values[j], alpha=ratio, out=out)
-        else:
-            total.add_(values[j], alpha=ratio)
+    j, ratio = others[0]
+    total = torch.add(values[k], values[j], alpha=ratio, out=out)
+    for j, ratio in others[1:]:
+        total.add_(values[j], alpha=ratio)
     return total, factor
