@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .arithmetic import Arithmetic
+from .arithmetic import FloatingPoint
+from .arithmetic.floating import move
 from .batching import join
 from .execution import Execution
 from .grids import Grid
@@ -51,7 +52,7 @@ def descend(run: Run, state: State, stop: int) -> Solution:
     route = route_down(solver, run.grid, first, stop, alone)
 
     def walk(pair: Pair) -> Pair:
-        return run.take(run.track(route), run.arithmetic.forward, *pair)
+        return run.take(run.track(route), *pair)
 
     return run.go(walk, route, state, first + 1 if alone else first, stop, stop)
 
@@ -72,13 +73,13 @@ def ascend(run: Run, solver: InvertibleSolver, state: State, stop: int) -> Solut
     alone = solver.two_step and state.partner is None
     route = route_up(solver, run.grid, last, end, alone)
     if solver.exact:
-        lone = state.partner is None or state.partner is state.current
+        lone = state.partner is None or (state.coupled and state.partner is state.current)
         warn_before_inverting(solver, run.grid, last, stop, lone=lone, dtype=run.dtype)
 
     def walk(pair: Pair) -> Pair:
         steps = iter(run.track(route))
         if alone:
-            current, neighbour = run.take(islice(steps, 1), run.arithmetic.forward, *pair)
+            current, neighbour = run.take(islice(steps, 1), *pair)
             pair = neighbour, current
         return solver.undo(run, steps, pair)
 
@@ -276,16 +277,17 @@ class Run:
         # Copies, for the caller may write to x, and this run does.
         current, partner = state.current.clone(), state.partner
         if partner is not None:
-            partner = current if partner is state.current else partner.clone()
+            shared = self.solver.coupled and partner is state.current
+            partner = current if shared else partner.clone()
         self._scratch = self._room(current)
         self._shape, self._device = current.shape, current.device
         self._stack = self.arithmetic.open(current, partner, state.side, origin)
         self._versioned = not current.is_inference()
         self._direct = (
-            self._stack is None
-            and type(self.arithmetic).load is Arithmetic.load  # a state is what it is stored as
+            type(self.arithmetic) is FloatingPoint
+            and self.dtype in (torch.float32, torch.float64)
             and not self.solver.coupled
-            and not (self._keeps or self._looks or self._twice)
+            and not (self._keeps or self._looks)
         )
         if self.solver.coupled:
             assert partner is not None
@@ -300,29 +302,32 @@ class Run:
         return bar
 
     def take(
-        self,
-        steps: Steps,
-        shear: Callable[..., Tensor],
-        far: Tensor | None,
-        near: Tensor,
+        self, steps: Steps, far: Tensor | None, near: Tensor, *, undo: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Where `steps` lead from two states: each stage replaces the far one, and they change places.
 
-        What replaces it is made of it and of what the denoiser says at the near one. By
-        `Arithmetic.forward` that is ``(a, b) -> (b, gain · a + rest(b))``, from far and near to far and
-        near. By `Arithmetic.inverse`, of the same pair turned round, it is ``(c, b) -> (b, a)``. `far`
-        is None at the start of a run that has one state only.
+        What replaces it is made of it and of what the denoiser says at the near one:
+        ``(a, b) -> (b, gain · a + rest(b))``, from far and near to far and near. To `undo` it is the
+        same with the pair turned round, ``(c, b) -> (b, (c - rest(b)) / gain)``. `far` is None at the
+        start of a run that has one state only.
         """
+        shear: Callable[..., Tensor]
+        shear = self.arithmetic.inverse if undo else self.arithmetic.forward
         direct, keeps, stack = self._direct, self._keeps, self._stack
         for k, stages in steps:
             for stage in stages:
-                if direct and stage.only is not None:
-                    values = [near, self._denoise(near, stage.only, k)]
-                elif stage.exchanges and far is not None:
+                if direct and far is not None:  # the same in fewer lines, of which each costs time
+                    how = stage.unmove if undo else stage.move
+                    if how is not None:
+                        denoised = self._denoise(near, how.levels, k)
+                        move(how, far, near, denoised, self._scratch)
+                        del denoised
+                        far, near = near, far
+                        continue
+                if stage.exchanges and far is not None:
                     far, near = near, far
                     continue
-                else:
-                    values = self.evaluate(stage, near, k)
+                values = self.evaluate(stage, near, k)
                 # Over the far one, unless somebody may still look at that.
                 out = None if far is near or keeps else far
                 if self._last is not None and self._last[0] is out:

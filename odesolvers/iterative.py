@@ -59,7 +59,7 @@ class IterativeSolver(InvertibleSolver):
         ratio = scale(target) / scale(sigma)
 
         def residual(y: Tensor) -> Tensor:
-            _, reached = run.take([(k, stages)], run.arithmetic.forward, None, y)
+            _, reached = run.take([(k, stages)], None, y)
             return after - reached
 
         return self.solve(residual, after, after * (ratio if math.isfinite(ratio) else 1.0))

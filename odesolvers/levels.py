@@ -27,6 +27,8 @@ def level_tensors(
     of one that is made for this run; each has a version of its own, which tells whether it was written
     to.
     """
+    if not calls:  # a pair that stands at both ends of the way already
+        return {}
     n, one_each = x.shape[0], len(levels) == len(calls)
     flat = torch.tensor(levels, dtype=level_dtype(dtype), device=x.device)
     if n > 1:

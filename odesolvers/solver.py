@@ -150,7 +150,7 @@ class InvertibleSolver(Solver):
         """The pair that a run came from; `steps` are its steps and their stages, the last first."""
         older, newer = pair
         assert older is not None
-        newer, older = run.take(steps, run.arithmetic.inverse, newer, older)
+        newer, older = run.take(steps, newer, older, undo=True)
         return older, newer
 
     @final

@@ -35,6 +35,38 @@ class Blend(NamedTuple):
     kept: float
     moved: float
 
+    @property
+    def nearer_to_the_mean(self) -> bool:
+        """From which end it is formed.
+
+        ``1 - kept``, rounded to the precision of a state, would not know a small share from none.
+        """
+        return -0.5 < self.kept < 0.5
+
+
+class Move(NamedTuple):
+    """A stage that calls the denoiser once, at the state b, as two operations on tensors.
+
+    The first makes a term of b and the output D, the second moves the other state by it. Most steps are
+    of this kind, and take a few microseconds beside the denoiser.
+
+    Attributes:
+        levels: the noise levels of the call.
+        turned: whether the term starts from D, and not from b.
+        adds: whether it is a sum, ``b + weight · D``, of which a share is added to the other state; else
+            a mean, ``b`` moved towards D by `weight`.
+        weight: of the second of the two.
+        back: whether the mean is moved towards the other state, and not that towards the mean.
+        share: how far the second operation goes.
+    """
+
+    levels: Levels
+    turned: bool
+    adds: bool
+    weight: float
+    back: bool
+    share: float
+
 
 @dataclass(frozen=True)
 class Step:
@@ -59,13 +91,6 @@ class Step:
         return self.gain == 1.0 and self.rest == NOTHING
 
     @cached_property
-    def only(self) -> Levels | None:
-        """The levels of its only call, where that is at b and neither b nor the output is forgotten."""
-        if len(self.evaluations) == 1 and self.evaluations[0].here and not self.forgets:
-            return self.evaluations[0].levels
-        return None
-
-    @cached_property
     def blend(self) -> Blend | None:
         """The stage as ``(a, b) -> (b, gain a + (1 - gain) m)``, with the mean m of `rest`; or None.
 
@@ -79,6 +104,30 @@ class Step:
         """The inverse of the stage in the same form: ``a = c / gain + (1 - 1 / gain) m``."""
         blend = self.blend
         return blend and Blend(blend.mean, 1.0 / self.gain, (self.gain - 1.0) / self.gain)
+
+    @cached_property
+    def move(self) -> Move | None:
+        """The stage in two operations, where it is one of a state and of the output at it."""
+        return self._move(self.blend, 1.0)
+
+    @cached_property
+    def unmove(self) -> Move | None:
+        """Its inverse in two operations."""
+        return self._move(self.unblend, -1.0)
+
+    def _move(self, blend: Blend | None, sign: float) -> Move | None:
+        if len(self.evaluations) != 1 or not self.evaluations[0].here or self.forgets:
+            return None
+        levels = self.evaluations[0].levels
+        if blend is not None:
+            ((k, weight),) = blend.mean.moves
+            share = blend.kept if blend.nearer_to_the_mean else blend.moved
+            return Move(levels, k == STATE, False, weight, blend.nearer_to_the_mean, share)
+        sum_ = self.rest.factored
+        if self.gain != 1.0 or sum_ is None:
+            return None
+        ((k, ratio),) = sum_.others
+        return Move(levels, k == STATE, True, ratio, False, sign * sum_.factor)
 
     @cached_property
     def rounds(self) -> tuple[tuple[int, ...], ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..combination import Combination, Factored, Mean
-from ..step import Blend, Step
+from ..step import Blend, Move, Step
 from .base import Arithmetic
 from .stack import Stack
 
@@ -98,10 +98,25 @@ def _blended(
 ) -> Tensor:
     """``kept · state + moved · mean``, from the end that it is nearer to."""
     mean = _mean(blend.mean, values, scratch)
-    # 1 - kept, rounded to the precision of the state, would not know a small share from none.
-    if -0.5 < blend.kept < 0.5:
+    if blend.nearer_to_the_mean:
         return torch.lerp(mean, state, blend.kept, out=out)
     return torch.lerp(state, mean, blend.moved, out=out)
+
+
+def move(how: Move, state: Tensor, here: Tensor, denoised: Tensor, scratch: Tensor | None) -> None:
+    """What `FloatingPoint` does with a stage that is a `Move`, in place: `state` becomes the new one."""
+    _, turned, adds, weight, back, share = how
+    if turned:
+        here, denoised = denoised, here
+    if adds:
+        term = torch.add(here, denoised, alpha=weight, out=scratch)
+        torch.add(state, term, alpha=share, out=state)
+        return
+    term = torch.lerp(here, denoised, weight, out=scratch)
+    if back:
+        torch.lerp(term, state, share, out=state)
+    else:
+        torch.lerp(state, term, share, out=state)
 
 
 def _mean(mean: Mean, values: Sequence[Tensor], out: Tensor | None) -> Tensor:
