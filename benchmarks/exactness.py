@@ -4,7 +4,7 @@ Measures, on denoisers that are known in closed form and on small networks (`exa
 data -> noise and data -> noise -> data. Against: the same solver in float32 and float64, the bits that
 any exact inverse must keep (the sum of log2 1/g_i), and 32 bits for each state of a stored trajectory.
 
-    python benchmarks/exactness.py            # tables, and plots in docs/images: some minutes
+    python benchmarks/exactness.py            # tables, and plots in docs/images: a quarter of an hour
     python benchmarks/exactness.py --quick    # fewer steps and repeats, no plots
 """
 
