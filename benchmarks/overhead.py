@@ -50,8 +50,7 @@ BARE, MINIMUM, FUSED = "bare", "three operations in place", "one, by torch.compi
 Name = TypeVar("Name", bound=Hashable)
 Run = Callable[[Callable[..., Tensor], Tensor], Any]
 VIEWS = {"aten.detach", "aten.alias", "aten.slice", "aten.split", "aten.unbind", "aten.view"}
-VIEWS |= {"aten.select", "aten.unsqueeze", "aten.expand", "aten.unsafe_split"}
-VIEWS |= {"aten.unsafe_split_with_sizes", "aten._local_scalar_dense"}
+VIEWS |= {"aten.select", "aten.unsqueeze", "aten.expand", "aten._local_scalar_dense"}
 
 
 def half(x: Tensor, sigma: Tensor | float) -> Tensor:
@@ -200,13 +199,13 @@ def overhead(repeats: int) -> str:
             made = sum(n for operation, n in watch.operations.items() if operation not in VIEWS)
             alive = f"{watch.peak / x.nbytes:.0f}"
             # To an observer of operations a compiled one is made of those it was compiled from.
-            seen = ["1.0", "2"] if name == FUSED else [f"{made / STEPS:.1f}", alive]
+            seen = ["–", "–"] if name == FUSED else [f"{made / STEPS:.1f}", alive]
             row = rows.setdefault(name, seen)
             row += [f"{slope[name]:.0f}", f"{slope[name] / slope[MINIMUM]:.2f}"]
             row += [f"{beyond[name, STEPS] / beyond[MINIMUM, STEPS]:.2f}"]
     header = ["one thread", "operations a step", "states alive"]
     for shape in SHAPES:
-        header += [f"µs a step, {shape}", "over the minimum", f"in a run of {STEPS}"]
+        header += [f"µs a step, {shape}", "over the minimum", f"the same of a run of {STEPS}"]
     return table(header, [[name, *row] for name, row in rows.items()])
 
 
@@ -218,21 +217,22 @@ def scaling(repeats: int) -> str:
         "pixels of (1, 4, n, n)": [(n * n, (1, 4, n, n), STEPS) for n in (32, 64, 96, 128)],
         "steps of (1, 4, 64, 64)": [(n, (1, 4, 64, 64), n) for n in (10, 25, 50, 100, 200)],
     }
+    times = seconds(
+        {
+            (name, size): partial(solver.sample, half, torch.randn(shape), karras_sigmas(n))
+            for name, sizes in cases.items()
+            for size, shape, n in sizes
+        },
+        repeats,
+    )
     for name, sizes in cases.items():
-        runs = {}
-        for size, shape, n in sizes:
-            x, sigmas = torch.randn(shape), karras_sigmas(n)
-            runs[str(size)] = partial(solver.sample, half, x, sigmas)
-        found = seconds(runs, repeats)
-        at, y = (
-            np.array([size for size, _, _ in sizes], float),
-            np.array(list(found.values())) * 1e3,
-        )
+        at = np.array([size for size, _, _ in sizes], float)
+        y = np.array([times[name, size] for size, _, _ in sizes]) * 1e3
         slope, intercept = np.polyfit(at, y, 1)
         explained = 1 - np.square(y - slope * at - intercept).sum() / np.square(y - y.mean()).sum()
         line = f"{intercept:.2f} + {slope:.3g} n"
-        times = ", ".join(f"{ms:.2f}" for ms in y)
-        rows.append([name, ", ".join(found), times, line, f"{explained:.3f}"])
+        shown = ", ".join(f"{ms:.2f}" for ms in y)
+        rows.append([name, ", ".join(map(str, at.astype(int))), shown, line, f"{explained:.3f}"])
     return table(["n", "at", "ms a run", "line", "R²"], rows)
 
 

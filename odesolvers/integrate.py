@@ -1,4 +1,4 @@
-"""The two loops of the project: down the grid, and up it."""
+"""The loop of the project, down the grid and up it."""
 
 from __future__ import annotations
 
@@ -285,9 +285,8 @@ class Run:
         self._versioned = not current.is_inference()
         self._direct = (
             type(self.arithmetic) is FloatingPoint
-            and self.dtype in (torch.float32, torch.float64)
-            and not self.solver.coupled
-            and not (self._keeps or self._looks)
+            and self.dtype in (torch.float32, torch.float64)  # half precision adds in another order
+            and not (self.solver.coupled or self._keeps)
         )
         if self.solver.coupled:
             assert partner is not None
@@ -306,17 +305,19 @@ class Run:
     ) -> tuple[Tensor, Tensor]:
         """Where `steps` lead from two states: each stage replaces the far one, and they change places.
 
-        What replaces it is made of it and of what the denoiser says at the near one:
-        ``(a, b) -> (b, gain · a + rest(b))``, from far and near to far and near. To `undo` it is the
-        same with the pair turned round, ``(c, b) -> (b, (c - rest(b)) / gain)``. `far` is None at the
-        start of a run that has one state only.
+        What replaces it is made of it and of what the denoiser says at the near one. The pair
+        (far, near) goes ``(a, b) -> (b, c)``, with ``c = gain · a + rest(b)``. To `undo` that it is
+        turned round and goes ``(c, b) -> (b, a)``. `far` is None at the start of a run that has one
+        state only.
         """
         shear: Callable[..., Tensor]
         shear = self.arithmetic.inverse if undo else self.arithmetic.forward
         direct, keeps, stack = self._direct, self._keeps, self._stack
         for k, stages in steps:
             for stage in stages:
-                if direct and far is not None:  # the same in fewer lines, of which each costs time
+                if (
+                    direct and far is not None
+                ):  # what follows below, in fewer lines, for each costs time
                     how = stage.unmove if undo else stage.move
                     if how is not None:
                         denoised = self._denoise(near, how.levels, k)
@@ -458,18 +459,18 @@ class Run:
         arguments = self._extra_args if n == 1 else self._joined_args(n, x)
         denoised = self._denoiser(x, sigma, **arguments)
         self.nfe += n
+        if self._versioned and (x._version != before or sigma._version != 0):
+            raise ValueError(
+                f"the denoiser wrote to its input {_at(levels, k)}: work on copies, x.clone() and "
+                "sigma.clone()"
+            )
         if (
             not isinstance(denoised, Tensor)
             or denoised.shape != (self._shape if n == 1 else x.shape)
             or denoised.dtype is not self.dtype
             or denoised.device != self._device
         ):
-            raise _wrong_output(denoised, x, _at(levels, k))
-        if self._versioned and (x._version != before or sigma._version != 0):
-            raise ValueError(
-                f"the denoiser wrote to its input {_at(levels, k)}: work on copies, x.clone() and "
-                "sigma.clone()"
-            )
+            raise _wrong_output(denoised, x, self.dtype, _at(levels, k))
         if self._looks:
             message = f"the denoiser's output is not finite {_at(levels, k)}; {_OVERFLOW}"
             self._probe(denoised, message, at=x)
@@ -503,8 +504,8 @@ def _at(levels: Levels, k: int) -> str:
     return f"at level {k} of the grid, sigma = {sigmas}"
 
 
-def _wrong_output(denoised: object, x: Tensor, at: str) -> Exception:
-    """What to say of an output that does not have the form of the state `x` it was made of."""
+def _wrong_output(denoised: object, x: Tensor, dtype: torch.dtype, at: str) -> Exception:
+    """What to say of an output without the form of the state `x`, or the dtype of the run."""
     if not isinstance(denoised, Tensor):
         return TypeError(f"the denoiser must return a tensor, got {type(denoised).__name__} {at}")
     if denoised.shape != x.shape or denoised.device != x.device:
@@ -513,7 +514,7 @@ def _wrong_output(denoised: object, x: Tensor, at: str) -> Exception:
             f"{describe(denoised)} {at}"
         )
     return TypeError(
-        f"the denoiser returned {denoised.dtype} for a state in {x.dtype} {at}: dtypes are never mixed "
+        f"the denoiser returned {denoised.dtype} for a state in {dtype} {at}: dtypes are never mixed "
         f"silently; wrap it as odesolvers.models.InDtype(denoiser, {denoised.dtype}) to keep the "
         "network in that dtype and the state in its own, or convert x"
     )

@@ -23,22 +23,16 @@ def level_tensors(
 ) -> dict[Levels, Tensor]:
     """For the levels of each of `calls` a tensor of as many times the batch of `x`, in one transfer.
 
-    `levels` are those of all calls in one row, and `dtype` is that of the states. The tensors are parts
-    of one that is made for this run; each has a version of its own, which tells whether it was written
-    to.
+    `levels` are those of all calls in one row, and `dtype` is that of the states. The tensors are views
+    of one that is made for this run, whose version says whether any of them was written to.
     """
-    if not calls:  # a pair that stands at both ends of the way already
-        return {}
-    n, one_each = x.shape[0], len(levels) == len(calls)
-    flat = torch.tensor(levels, dtype=level_dtype(dtype), device=x.device)
+    n = x.shape[0]
+    rows = torch.tensor(levels, dtype=level_dtype(dtype), device=x.device).unsqueeze(1)
     if n > 1:
-        rows = flat.unsqueeze(1).expand(-1, n)
-        if one_each and rows.numel() > _WRITTEN_OUT:
-            # Of a batch of millions, as of points in a plane, they would outgrow the states.
-            return dict(zip(calls, rows.unbind(), strict=True))
-        flat = rows.flatten()
-    if one_each:
-        parts = torch.unsafe_split(flat, n)
-    else:
-        parts = torch.unsafe_split_with_sizes(flat, [n * len(call) for call in calls])
-    return dict(zip(calls, parts, strict=True))
+        rows = rows.expand(-1, n)
+    if len(levels) > len(calls):
+        sizes = [n * len(call) for call in calls]
+        return dict(zip(calls, torch.split(rows.flatten(), sizes), strict=True))
+    # Of a batch of millions, as of points in a plane, they would outgrow the states.
+    rows = rows.contiguous() if rows.numel() <= _WRITTEN_OUT else rows
+    return dict(zip(calls, rows.unbind(), strict=True))

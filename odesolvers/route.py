@@ -56,8 +56,18 @@ def _has_hash(solver: Solver) -> bool:
 
 @once_per_grid
 def planned_steps(solver: Solver, grid: Grid) -> tuple[tuple[Step, ...], ...]:
-    """``solver.steps(grid)``, worked out once."""
-    return tuple(solver.steps(grid))
+    """``solver.steps(grid)``, worked out once.
+
+    Raises:
+        ValueError: if they are not as many as the grid has.
+    """
+    steps = tuple(solver.steps(grid))
+    if len(steps) != grid.steps:
+        raise ValueError(
+            f"{solver}.steps must return one tuple of stages for each of the {grid.steps} steps of the "
+            f"grid, got {len(steps)}"
+        )
+    return steps
 
 
 @once_per_grid

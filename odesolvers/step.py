@@ -1,4 +1,4 @@
-"""What a solver hands to the loops: denoiser calls, and linear maps of a pair of states."""
+"""What a solver hands to the loop: denoiser calls, and linear maps of a pair of states."""
 
 from __future__ import annotations
 
@@ -47,17 +47,18 @@ class Blend(NamedTuple):
 class Move(NamedTuple):
     """A stage that calls the denoiser once, at the state b, as two operations on tensors.
 
-    The first makes a term of b and the output D, the second moves the other state by it. Most steps are
-    of this kind, and take a few microseconds beside the denoiser.
+    The first makes a term of b and the output D, the second moves the other state, a, by it. So are all
+    steps but the first of `BDIA` over methods of one evaluation, such as `DDIM`.
 
     Attributes:
         levels: the noise levels of the call.
-        turned: whether the term starts from D, and not from b.
-        adds: whether it is a sum, ``b + weight · D``, of which a share is added to the other state; else
-            a mean, ``b`` moved towards D by `weight`.
-        weight: of the second of the two.
-        back: whether the mean is moved towards the other state, and not that towards the mean.
-        share: how far the second operation goes.
+        turned: whether b and D change places in what follows.
+        adds: whether the term is a sum, ``b + weight · D``, and the new state ``a + share · term``. Else
+            it is a mean, ``b + weight · (D - b)``.
+        weight: see `adds`.
+        back: whether, of a mean, the new state is ``term + share · (a - term)``; else it is
+            ``a + share · (term - a)``.
+        share: see `adds` and `back`.
     """
 
     levels: Levels

@@ -26,12 +26,14 @@ from odesolvers import (
     IntegrationApproximator,
     InversionWarning,
     StepRatio,
+    integrate,
     karras_sigmas,
     stability_report,
 )
 from odesolvers.arithmetic import Arithmetic
+from odesolvers.arithmetic.floating import move
 from odesolvers.models import Gaussian
-from odesolvers.step import Step
+from odesolvers.step import Move, Step
 
 from .problems import gaussian, noise, relative_error
 
@@ -182,6 +184,22 @@ def test_a_watched_run_takes_the_same_steps_to_the_bit(
             if back.state.partner is not None:
                 assert same.state.partner is not None
                 assert torch.equal(back.state.partner, same.state.partner)
+
+
+@pytest.mark.parametrize("approximator", [Euler(), DDIM()])
+def test_steps_of_one_call_go_the_short_way(
+    approximator: IntegrationApproximator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moves: list[Move] = []
+    monkeypatch.setattr(
+        integrate, "move", lambda how, *tensors: moves.append(how) or move(how, *tensors)
+    )
+    solver, sigmas = BDIA(approximator), karras_sigmas(6)
+    there = solver.sample(shrink, noise(2, 3), sigmas)
+    assert len(moves) == 5
+    moves.clear()
+    solver.invert(shrink, there.state, sigmas)
+    assert len(moves) == 5
 
 
 def test_a_pair_of_one_tensor_twice_is_a_pair() -> None:

@@ -24,7 +24,8 @@ class FloatingPoint(Arithmetic):
     `rest` is formed first and on its own, up to a factor. It is a function of the current state alone,
     computed in the same order in both directions, so its rounding is the same to the bit and drops out
     of a round trip: what remains is that of moving the other state towards the mean that it is, by
-    `torch.lerp`, or of one multiplication and one addition where it is none, see `Step.blend`.
+    `torch.lerp`, or of one multiplication and one addition where it is none, see `Step.blend`. Steps of
+    one call go the short way of `move` instead; a subclass is not asked to, and its methods are called.
     """
 
     def combine(
@@ -104,7 +105,10 @@ def _blended(
 
 
 def move(how: Move, state: Tensor, here: Tensor, denoised: Tensor, scratch: Tensor | None) -> None:
-    """What `FloatingPoint` does with a stage that is a `Move`, in place: `state` becomes the new one."""
+    """What `FloatingPoint` does with a stage that is a `Move`, in place: `state` becomes the new one.
+
+    Equal to `FloatingPoint.forward` and `inverse` to the bit; runs in float32 and float64 take it.
+    """
     _, turned, adds, weight, back, share = how
     if turned:
         here, denoised = denoised, here
