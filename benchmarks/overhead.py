@@ -173,6 +173,15 @@ def seconds(
     return {name: statistics.median(found) for name, found in times.items()}
 
 
+def operations_and_states(run: Run, x: Tensor) -> list[str]:
+    """Of a step, and alive at once."""
+    watch = Watch(half, x, x.numel())
+    with watch:
+        run(watch.denoise, x)
+    made = sum(n for operation, n in watch.operations.items() if operation not in VIEWS)
+    return [f"{made / STEPS:.1f}", f"{watch.peak / x.nbytes:.0f}"]
+
+
 def overhead(repeats: int) -> str:
     """The table of all contestants."""
     rows: dict[str, list[str]] = {}
@@ -193,14 +202,10 @@ def overhead(repeats: int) -> str:
         for name, run in entered[STEPS].items():
             if name == BARE:
                 continue
-            watch = Watch(half, x, x.numel())
-            with watch:
-                run(watch.denoise, x)
-            made = sum(n for operation, n in watch.operations.items() if operation not in VIEWS)
-            alive = f"{watch.peak / x.nbytes:.0f}"
-            # To an observer of operations a compiled one is made of those it was compiled from.
-            seen = ["–", "–"] if name == FUSED else [f"{made / STEPS:.1f}", alive]
-            row = rows.setdefault(name, seen)
+            if name not in rows:  # they do not depend on the shape
+                # To an observer of operations a compiled one is made of those it was compiled from.
+                rows[name] = ["–", "–"] if name == FUSED else operations_and_states(run, x)
+            row = rows[name]
             row += [f"{slope[name]:.0f}", f"{slope[name] / slope[MINIMUM]:.2f}"]
             row += [f"{beyond[name, STEPS] / beyond[MINIMUM, STEPS]:.2f}"]
     header = ["one thread", "operations a step", "states alive"]

@@ -203,7 +203,7 @@ class Run:
         the step. With `look`, and in an arithmetic that hides it, each value is looked at at once.
         """
         self._begin(look or not self.arithmetic.keeps_nan)
-        self._sigmas = level_tensors(route.calls, route.levels, state.current, self.dtype)
+        self._sigmas = level_tensors(route, state.current, self.dtype)
         if self._execution is None:
             pair = walk(self.prepare(state, origin))
         else:
@@ -315,9 +315,8 @@ class Run:
         direct, keeps, stack = self._direct, self._keeps, self._stack
         for k, stages in steps:
             for stage in stages:
-                if (
-                    direct and far is not None
-                ):  # what follows below, in fewer lines, for each costs time
+                if direct and far is not None:
+                    # What follows below, in fewer lines, for each costs time.
                     how = stage.unmove if undo else stage.move
                     if how is not None:
                         denoised = self._denoise(near, how.levels, k)
@@ -340,9 +339,7 @@ class Run:
 
     def _room(self, x: Tensor) -> Tensor | None:
         """Working memory for the sums of a step, in the form of the state `x`."""
-        if self.differentiable:
-            return None
-        return torch.empty_like(x, dtype=None if x.dtype is self.dtype else self.dtype)
+        return None if self.differentiable else torch.empty_like(x, dtype=self.dtype)
 
     def evaluate(self, stage: Step, stored: Tensor, k: int) -> list[Tensor]:
         """A state and the outputs of the denoiser calls of `stage`, in order.

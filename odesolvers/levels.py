@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from .grids import level_dtype
+
+if TYPE_CHECKING:
+    from .route import Route
 
 Levels: TypeAlias = "tuple[float, ...]"
 """The noise levels of the states that one call of the denoiser is made at."""
@@ -18,15 +19,13 @@ _WRITTEN_OUT: Final = 2**22
 """Elements up to which each state of a batch has a number of its own in memory."""
 
 
-def level_tensors(
-    calls: tuple[Levels, ...], levels: npt.NDArray[np.float64], x: Tensor, dtype: torch.dtype
-) -> dict[Levels, Tensor]:
-    """For the levels of each of `calls` a tensor of as many times the batch of `x`, in one transfer.
+def level_tensors(route: Route, x: Tensor, dtype: torch.dtype) -> dict[Levels, Tensor]:
+    """For the levels of each call of `route` a tensor of that many batches of `x`, in one transfer.
 
-    `levels` are those of all calls in one row, and `dtype` is that of the states. The tensors are views
-    of one that is made for this run, whose version says whether any of them was written to.
+    `dtype` is that of the states. The tensors are views of one that is made for this run, whose version
+    says whether any of them was written to.
     """
-    n = x.shape[0]
+    n, calls, levels = x.shape[0], route.calls, route.levels
     rows = torch.tensor(levels, dtype=level_dtype(dtype), device=x.device).unsqueeze(1)
     if n > 1:
         rows = rows.expand(-1, n)

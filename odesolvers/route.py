@@ -35,23 +35,13 @@ def once_per_grid(function: Function) -> Function:
     @wraps(function)
     def wrapper(solver: Solver, grid: Grid, *settings: Any) -> Any:
         try:
-            # The description tells settings apart where a class compares by identity.
-            return kept(repr(solver), solver, grid, *settings)
-        except TypeError:
-            if _has_hash(solver):
-                raise
+            hash(solver)
+        except TypeError:  # a setting is of a class that has no hash
             return function(solver, grid, *settings)
+        # The description tells settings apart where a class compares by identity.
+        return kept(repr(solver), solver, grid, *settings)
 
     return cast(Function, wrapper)
-
-
-def _has_hash(solver: Solver) -> bool:
-    """Whether it has, and so have all its settings."""
-    try:
-        hash(solver)
-    except TypeError:
-        return False
-    return True
 
 
 @once_per_grid
