@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odesolvers.batching import join
+from .batching import join
 
 from .base import DenoiserFunction
 

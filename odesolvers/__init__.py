@@ -4,7 +4,6 @@ from .approximators import (
     DDIM,
     RK3,
     RK4,
-    Denoise,
     DPMSolverPP2S,
     Euler,
     Exponential,
@@ -12,21 +11,11 @@ from .approximators import (
     HeunEDM,
     IntegrationApproximator,
     Midpoint,
-    slope,
 )
-from .arithmetic import (
-    Arithmetic,
-    FixedPoint,
-    FloatingPoint,
-    SideInformation,
-    side_information_bound,
-)
-from .bdia import BDIA
-from .belm import BELM, BELMRule, Coefficients, GivenBELM, OptimalBELM
-from .calibration import Calibrated, CalibrationReport, Objective, calibrate
-from .combination import Combination
+from .arithmetic import FixedPoint, FloatingPoint
+from .bdia import BDIA, BELM
+from .calibration import Calibrated, Objective, calibrate
 from .coupled import EDICT, McCallumFoster, ReversibleHeun, Rex
-from .execution import Compiled, CUDAGraph, Execution
 from .gamma import (
     ConstantGamma,
     DampedStepRatio,
@@ -45,10 +34,11 @@ from .grids import (
     sigmas_from_alphas_cumprod,
     vp_sigmas,
 )
-from .iterative import DDIMInversion, FixedPointInversion, IterativeSolver
-from .solver import CoupledSolver, Denoiser, InvertibleSolver, Solver
-from .stability import StabilityReport, stability_report
-from .state import Convergence, Solution, State
+from .iterative import DDIMInversion, FixedPointInversion
+from .parsing import parse
+from .run import Denoiser
+from .stability import side_information_bound, stability_report
+from .state import Solution, State
 from .trust import InversionWarning
 
 __version__ = "0.1.0"
@@ -60,49 +50,31 @@ __all__ = [
     "EDICT",
     "RK3",
     "RK4",
-    "Arithmetic",
-    "BELMRule",
-    "CUDAGraph",
     "Calibrated",
-    "CalibrationReport",
-    "Coefficients",
-    "Combination",
-    "Compiled",
     "ConstantGamma",
-    "Convergence",
-    "CoupledSolver",
     "DDIMInversion",
     "DPMSolverPP2S",
     "DampedStepRatio",
-    "Denoise",
     "Denoiser",
     "Euler",
-    "Execution",
     "Exponential",
     "FixedPoint",
     "FixedPointInversion",
     "FloatingPoint",
     "FlowEuler",
     "GammaRule",
-    "GivenBELM",
     "Grid",
     "HeunEDM",
     "IntegrationApproximator",
     "InversionWarning",
-    "InvertibleSolver",
-    "IterativeSolver",
     "McCallumFoster",
     "Midpoint",
     "Objective",
-    "OptimalBELM",
     "PerStep",
     "ReversibleHeun",
     "Rex",
-    "SideInformation",
     "SmoothedOutput",
     "Solution",
-    "Solver",
-    "StabilityReport",
     "State",
     "StepRatio",
     "calibrate",
@@ -110,10 +82,10 @@ __all__ = [
     "exponential_sigmas",
     "karras_sigmas",
     "order_gaining",
+    "parse",
     "polyexponential_sigmas",
     "side_information_bound",
     "sigmas_from_alphas_cumprod",
-    "slope",
     "stability_report",
     "vp_sigmas",
 ]

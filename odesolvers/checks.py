@@ -1,28 +1,181 @@
-"""Refuses settings that solvers cannot use, in the same words for all."""
+"""Refusals of input that runs cannot use: the received value, the place, and the remedy."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from numbers import Real
+from typing import Any
 
-from .approximators.base import IntegrationApproximator
-from .arithmetic import Arithmetic
+import torch
+from torch import Tensor
+
+from .formula import Shear
+from .grids import Grid
+
+OVERFLOW = (
+    "look for an overflow in the denoiser, a sigma outside its range, or an inversion whose weights "
+    "multiply up (it divides by g at every step)"
+)
 
 
-def check_approximator(solver: object, approximator: object) -> None:
-    """An instance of `IntegrationApproximator`, or a TypeError."""
-    if not isinstance(approximator, IntegrationApproximator):
+def describe(x: object) -> str:
+    """Dtype, shape and device in words; the type of anything but a tensor."""
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    return f"{x.dtype} {tuple(x.shape)} on {x.device}"
+
+
+def is_finite(x: Tensor | None) -> bool:
+    """Whether all elements are finite. Waits for the device."""
+    if x is None or not x.is_floating_point():
+        return True
+    # A sum is one pass over memory; that of finite values may overflow.
+    total = x.sum(dtype=torch.float32) if x.element_size() < 4 else x.sum()
+    return math.isfinite(total.item()) or bool(torch.isfinite(x).all())
+
+
+def version(x: Tensor) -> int:
+    """A number that changes when the tensor is written to; inference tensors have none."""
+    return 0 if x.is_inference() else x._version
+
+
+def place(sigma: float, k: int) -> str:
+    """A level of the grid in words."""
+    return f"at level {k} of the grid, sigma = {sigma:.6g}"
+
+
+def check_call(denoiser: object, extra_args: object) -> None:
+    """A callable and a mapping or None, or a TypeError."""
+    if not callable(denoiser):
         raise TypeError(
-            f"{type(solver).__name__} wraps an IntegrationApproximator instance such as HeunEDM(), got "
-            f"{approximator!r}"
+            f"the denoiser must be callable as denoiser(x, sigma), got {type(denoiser).__name__}"
+        )
+    if extra_args is not None and not isinstance(extra_args, Mapping):
+        raise TypeError(
+            "extra_args must be a mapping of keyword arguments for the denoiser, got "
+            f"{type(extra_args).__name__}"
         )
 
 
-def check_arithmetic(arithmetic: object) -> None:
-    """An instance of `Arithmetic`, or a TypeError."""
-    if not isinstance(arithmetic, Arithmetic):
-        raise TypeError(
-            f"arithmetic must be an instance such as FloatingPoint(), got {arithmetic!r}"
+def check_tensor(x: object) -> None:
+    """A finite floating point tensor ``(B, ...)``, or a TypeError, ValueError or FloatingPointError."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor or a State, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating point tensor, got {x.dtype}: convert with x.float()")
+    if x.ndim == 0 or x.numel() == 0:
+        raise ValueError(f"x must have shape (B, ...) with B >= 1, got {tuple(x.shape)}")
+    if not is_finite(x):
+        raise FloatingPointError(f"the state to start from is not finite: {describe(x)}")
+
+
+def check_origin(state: Any, grid: Grid, solver: Any) -> None:
+    """A state of the same grid, solver and kind of pair, or a ValueError with the first difference."""
+    if state.sigmas != grid.levels:
+        pairs = zip(state.sigmas, grid.levels, strict=False)
+        k = next((k for k, (a, b) in enumerate(pairs) if a != b), None)
+        found = (
+            f"it has {len(state.sigmas)} levels, sigmas has {len(grid.levels)}"
+            if k is None
+            else f"level {k} is {state.sigmas[k]!r} there and {grid.levels[k]!r} in sigmas"
         )
+        raise ValueError(
+            f"the state comes from another grid: {found}; pass the grid that made the state"
+        )
+    if state.solver != repr(solver):
+        raise ValueError(
+            f"the state comes from another solver: it was made by {state.solver}, this is "
+            f"{solver!r}; a step is undone only by the solver that took it"
+        )
+    if state.partner is not None and state.coupled != solver.coupled:
+        raise ValueError(
+            f"the partner of a state of {solver} stands "
+            f"{'at the same level' if solver.coupled else 'one level up'}, got a State with "
+            f"coupled={state.coupled}"
+        )
+
+
+def checked_stop(stop: object, start: int, end: int) -> int:
+    """`stop`, by default `end`, if a run from the index `start` towards `end` can reach it."""
+    down = end > 0
+    stop = end if stop is None else stop
+    if isinstance(stop, bool) or not isinstance(stop, int):
+        raise TypeError(f"stop must be an integer, an index into sigmas, got {stop!r}")
+    if start == end:
+        edge, verb = ("last", "sample") if down else ("first", "invert")
+        raise ValueError(
+            f"the state stands at the {edge} level already (index {start}): nothing to {verb}"
+        )
+    if not (start < stop <= end if down else end <= stop < start):
+        raise ValueError(
+            f"{'sampling' if down else 'inverting'} goes {'down' if down else 'up'} the grid: from "
+            f"level {start} it can stop at {start + 1 if down else start - 1} to {end}, got "
+            f"stop = {stop}"
+        )
+    return stop
+
+
+def check_gains(solver: Any, grid: Grid, steps: Sequence[tuple[int, tuple[Shear, ...]]]) -> None:
+    """Steps that can be undone, or a ValueError."""
+    for k, shears in steps:
+        if any(shear.gain == 0.0 for shear in shears):
+            remedy = (
+                f"wrap it as BDIA({solver})"
+                if solver.states == 1
+                else "inversion needs gamma in (0, 1] and a state scale that is finite at every level"
+            )
+            raise ValueError(
+                f"{solver} cannot be inverted: its step from sigmas[{k}] = {grid.levels[k]:.6g} to "
+                f"sigmas[{k + 1}] = {grid.levels[k + 1]:.6g} has the weight g = 0 and keeps nothing of "
+                f"the state before; {remedy}"
+            )
+
+
+def check_output(output: object, x: Tensor, before: Sequence[Tensor], sigma: float, k: int) -> None:
+    """A tensor like `x` in storage of its own, or a TypeError or ValueError."""
+    if (
+        isinstance(output, Tensor)
+        and output.shape == x.shape
+        and output.dtype is x.dtype
+        and output.device == x.device
+        and not any(_share_storage(output, y) for y in before)
+    ):
+        return
+    at = place(sigma, k)
+    if not isinstance(output, Tensor):
+        raise TypeError(f"the denoiser must return a tensor, got {type(output).__name__} {at}")
+    if output.shape != x.shape or output.device != x.device:
+        raise ValueError(
+            f"the denoiser must return the form of its input, {describe(x)}, got "
+            f"{describe(output)} {at}"
+        )
+    if output.dtype is not x.dtype:
+        raise TypeError(
+            f"the denoiser returned {output.dtype} for a state in {x.dtype} {at}: dtypes are never "
+            f"mixed silently; wrap it as odesolvers.models.InDtype(denoiser, {output.dtype}) to keep "
+            "the network in that dtype and the state in its own, or convert x"
+        )
+    raise ValueError(
+        f"the denoiser returned the storage of an earlier output again, {at}: a step needs several "
+        "outputs at once; return a new tensor, such as output.clone()"
+    )
+
+
+def _share_storage(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def check_same(values: list[Tensor], again: list[Tensor], at: str) -> None:
+    """Outputs of a call that was made twice, equal to the bit, or a RuntimeError."""
+    for call, (a, b) in enumerate(zip(values, again, strict=True)):
+        if not torch.equal(a, b):
+            raise RuntimeError(
+                f"the denoiser is not deterministic: call {call} of the step {at}, was made twice with "
+                f"the same input and {int((a != b).sum())} of {a.numel()} elements differ, by up to "
+                f"{float((a - b).abs().max()):.3g}; put the network in eval mode, and see "
+                "torch.use_deterministic_algorithms and torch.backends.cudnn.benchmark"
+            )
 
 
 def checked_share(name: str, value: object) -> float:
@@ -35,3 +188,9 @@ def checked_share(name: str, value: object) -> float:
             "has no inverse"
         )
     return float(value)
+
+
+def check_is(value: object, kind: type, what: str) -> None:
+    """An instance of `kind`, or a TypeError; `what` is the place it was given in, with an example."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{what}, got {value!r}")

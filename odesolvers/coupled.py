@@ -7,23 +7,47 @@ the scale of the approximator: the ratio of two scales may not be finite there.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Final, final
+from typing import ClassVar, Final, final
 
-from .approximators import Euler, Exponential, IntegrationApproximator, leaving, slope
+from .approximators import Exponential, IntegrationApproximator, euler, leaving, slope
 from .arithmetic import Arithmetic, FloatingPoint
-from .checks import check_approximator, check_arithmetic, checked_share
-from .combination import HERE, NOTHING, Combination
+from .checks import check_is, checked_share
+from .formula import Combination, Shear
 from .grids import Grid
-from .solver import CoupledSolver
-from .step import Evaluation, Step
+from .solver import Solver
 
-EXCHANGE: Final = Step((), rest=NOTHING, gain=1.0)
+SWAP: Final = Shear((), rest=Combination({}), gain=1.0)
 """``(a, b) -> (b, a)``"""
 
 
+class CoupledSolver(Solver):
+    """A solver of two states that go down the grid together, each updated with the help of the other.
+
+    The pair is (state, companion), both at one level, and begins as the same tensor twice: a run from
+    a lone tensor, at either end, costs no evaluation to start. The sample is the first of them.
+    """
+
+    coupled: ClassVar[bool] = True
+
+    @abstractmethod
+    def step(self, sigma: float, target: float) -> tuple[Shear, ...]:
+        """The shears of (state, companion) from level `sigma` to level `target`."""
+
+    @final
+    def steps(self, grid: Grid) -> list[tuple[Shear, ...]]:
+        return [self.step(sigma, target) for sigma, target in grid.intervals()]
+
+    @final
+    def start(self, sigma: float, target: float) -> Shear:
+        raise TypeError(
+            f"{self} starts with two copies of a lone state, not with a step of its own"
+        )
+
+
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class EDICT(CoupledSolver):
     """EDICT (Wallace, Gokul, Naik, CVPR 2023, arXiv 2211.12446, equations 14 and 15), in x = z / α.
 
@@ -49,22 +73,18 @@ class EDICT(CoupledSolver):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "p", checked_share("p", self.p))
-        check_arithmetic(self.arithmetic)
+        check_is(self.arithmetic, Arithmetic, "arithmetic must be one such as FloatingPoint()")
 
-    def step(self, sigma: float, target: float) -> tuple[Step, ...]:
+    def step(self, sigma: float, target: float) -> tuple[Shear, ...]:
         """From (x, y) at level `sigma` to (x'', y'') at level `target`."""
         p = self.arithmetic.weight(self.p)
-        plan = Euler().plan(sigma, (target,))
-        denoise = Step(plan.evaluations, gain=1.0, rest=plan.increments[0])
-        mix = Step((), gain=p, rest=(1 - p) * HERE)
+        denoise = Shear.of(lambda y, D: euler(y, sigma, target, D), gain=1.0)
+        mix = Shear.of(lambda y, D: (1 - p) * y, gain=p)
         return denoise, denoise, mix, mix
-
-    def steps(self, grid: Grid) -> list[tuple[Step, ...]]:
-        return [self.step(sigma, target) for sigma, target in grid.intervals()]
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class McCallumFoster(CoupledSolver):
     """The reversible coupling of McCallum and Foster (2024, arXiv 2410.11648), over any one-step method.
 
@@ -94,61 +114,52 @@ class McCallumFoster(CoupledSolver):
     arithmetic: Arithmetic = FloatingPoint()
 
     def __post_init__(self) -> None:
-        check_approximator(self, self.approximator)
+        check_is(
+            self.approximator,
+            IntegrationApproximator,
+            "McCallumFoster wraps a method such as HeunEDM()",
+        )
         object.__setattr__(self, "zeta", checked_share("zeta", self.zeta))
-        check_arithmetic(self.arithmetic)
+        check_is(self.arithmetic, Arithmetic, "arithmetic must be one such as FloatingPoint()")
 
-    def step(self, sigma: float, target: float) -> tuple[Step, ...]:
+    def step(self, sigma: float, target: float) -> tuple[Shear, ...]:
         """From (y, v) at level `sigma` to (y', v') at level `target`."""
         scale, weight = self.approximator.scale, self.arithmetic.weight
         r = scale(sigma) / scale(target) if target > 0.0 else 1.0
-        ahead = self.approximator.start(sigma, target)
-        behind = leaving(target, self.approximator).start(target, sigma)
+        ahead = self.approximator.increment_to
+        behind = leaving(target, self.approximator).increment_to
         g, r = weight(self.zeta * r), weight(r)
         return (
-            Step(ahead.evaluations, gain=g, rest=ahead.rest - g * HERE),
-            Step(behind.evaluations, gain=r, rest=HERE - r * behind.rest),
+            Shear.of(lambda v, D: v + ahead(v, sigma, target, D) - g * v, gain=g),
+            Shear.of(lambda y, D: y - r * (y + behind(y, target, sigma, D)), gain=r),
         )
 
-    def steps(self, grid: Grid) -> list[tuple[Step, ...]]:
-        return [self.step(sigma, target) for sigma, target in grid.intervals()]
 
-
-@final
-@dataclass(frozen=True)
-class Rex(CoupledSolver):
+def Rex(
+    approximator: IntegrationApproximator,
+    zeta: float = 0.999,
+    arithmetic: Arithmetic = FloatingPoint(),
+) -> McCallumFoster:
     """Rex (Blasingame and Liu, arXiv 2502.08834), for the flow: `McCallumFoster` over `Exponential`.
 
     The coupling is that of McCallum and Foster, in ``y = x / σ`` over the time 1/σ, where the flow is
     ``dy / d(1/σ) = D(x, σ)``; its weights in x are therefore r = τ / σ and ζ r. Order that of the
-    approximator, twice its evaluations.
+    approximator, twice its evaluations. Sampling contracts both states by τ / σ a step, all of which
+    `FixedPoint` has to store.
 
     Args:
         approximator: the one-step method that is run in these variables.
         zeta: the coupling ζ, in (0, 1].
-        arithmetic: see `BDIA`. Sampling contracts both states by τ / σ a step, all of which
-            `FixedPoint` has to keep.
+        arithmetic: see `BDIA`.
 
     Raises:
-        TypeError, ValueError: at construction, if an argument is not usable.
+        TypeError, ValueError: if an argument is not usable.
     """
-
-    approximator: IntegrationApproximator
-    zeta: float = 0.999
-    arithmetic: Arithmetic = FloatingPoint()
-
-    def __post_init__(self) -> None:
-        check_approximator(self, self.approximator)
-        object.__setattr__(self, "zeta", checked_share("zeta", self.zeta))
-        check_arithmetic(self.arithmetic)
-
-    def steps(self, grid: Grid) -> list[tuple[Step, ...]]:
-        coupling = McCallumFoster(Exponential(self.approximator), self.zeta, self.arithmetic)
-        return coupling.steps(grid)
+    return McCallumFoster(Exponential(approximator), zeta, arithmetic)
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class ReversibleHeun(CoupledSolver):
     """Reversible Heun (Kidger, Foster, Li, Lyons 2021, arXiv 2105.13493), for the flow's slope d.
 
@@ -171,21 +182,18 @@ class ReversibleHeun(CoupledSolver):
     arithmetic: Arithmetic = FloatingPoint()
 
     def __post_init__(self) -> None:
-        check_arithmetic(self.arithmetic)
+        check_is(self.arithmetic, Arithmetic, "arithmetic must be one such as FloatingPoint()")
 
-    def step(self, sigma: float, target: float) -> tuple[Step, ...]:
+    def step(self, sigma: float, target: float) -> tuple[Shear, ...]:
         """From (y, ŷ) at level `sigma` to (y', ŷ') at level `target`."""
         h = target - sigma
         if target == 0.0:
-            return _along_slope(sigma, h), EXCHANGE
-        reflect = Step((), gain=-1.0, rest=2.0 * HERE)  # ŷ' = 2 (y + h d(ŷ, σ) / 2) - ŷ
-        return _along_slope(sigma, h / 2), reflect, _along_slope(target, h / 2), EXCHANGE
-
-    def steps(self, grid: Grid) -> list[tuple[Step, ...]]:
-        return [self.step(sigma, target) for sigma, target in grid.intervals()]
+            return _along_slope(sigma, h), SWAP
+        # ŷ' = 2 (y + h d(ŷ, σ) / 2) - ŷ
+        reflect = Shear.of(lambda y, D: 2.0 * y, gain=-1.0)
+        return _along_slope(sigma, h / 2), reflect, _along_slope(target, h / 2), SWAP
 
 
-def _along_slope(sigma: float, h: float) -> Step:
+def _along_slope(sigma: float, h: float) -> Shear:
     """``(a, b) -> (b, a + h d(b, σ))``"""
-    d = slope(HERE, sigma, lambda point, level: Combination({1: 1.0}))
-    return Step((Evaluation(HERE, sigma),), gain=1.0, rest=h * d)
+    return Shear.of(lambda b, D: h * slope(b, sigma, D), gain=1.0)

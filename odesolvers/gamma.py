@@ -21,9 +21,10 @@ from numbers import Real
 
 from .approximators import IntegrationApproximator
 from .grids import Grid
+from .settings import Settings
 
 
-class GammaRule(ABC):
+class GammaRule(Settings, ABC):
     """Gives g_i for every step but the first from the grid alone."""
 
     @abstractmethod
@@ -64,7 +65,7 @@ class GammaRule(ABC):
         return weights
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class ConstantGamma(GammaRule):
     """The paper's constant γ, which weighs differences of the scaled state ``z = s(σ) x``.
 
@@ -96,7 +97,7 @@ class ConstantGamma(GammaRule):
         return [self.gamma * behind / ahead for behind, ahead in zip(s, s[2:], strict=False)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class StepRatio(GammaRule):
     """``g_i = (h_i / h_{i+1})^power``: the step ahead over the step behind, in σ.
 
@@ -129,7 +130,7 @@ class StepRatio(GammaRule):
         return [(ahead / behind) ** self.power for behind, ahead in pairwise(h)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class DampedStepRatio(GammaRule):
     """`StepRatio(1)` above a noise level, and a rule that damps below it.
 
@@ -164,7 +165,7 @@ class DampedStepRatio(GammaRule):
         return [b[0] / a[0] * (b[1] / a[1]) for a, b in pairwise(zip(h, psi, strict=True))]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class PerStep(GammaRule):
     """Given weights g_i in x, one for every step but the first, in sampling order.
 
@@ -183,7 +184,7 @@ class PerStep(GammaRule):
         return list(self.values)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class SmoothedOutput(GammaRule):
     """Any rule, with its last weight g replaced by ``g / (1 + g)``.
 
@@ -220,7 +221,7 @@ def order_gaining(approximator: IntegrationApproximator) -> StepRatio:
 
     >>> from odesolvers import RK3, order_gaining
     >>> order_gaining(RK3())
-    StepRatio(power=4.0)
+    StepRatio(4)
 
     Raises:
         TypeError: if `approximator` is not an `IntegrationApproximator`.

@@ -59,9 +59,9 @@ class Grid:
         """Read a grid given as a tensor, an array or a sequence of numbers."""
         if isinstance(sigmas, Grid):
             return sigmas
-        if not isinstance(sigmas, Tensor) or sigmas.dtype != torch.float64:
-            sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
-        levels = sigmas
+        if isinstance(sigmas, tuple) and all(type(sigma) is float for sigma in sigmas):
+            return cls(sigmas)
+        levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
         if levels.ndim != 1:
             raise ValueError(
                 f"sigmas must be one row of noise levels, got shape {tuple(levels.shape)}"

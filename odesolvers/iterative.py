@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,26 +13,26 @@ import torch
 from torch import Tensor
 
 from .approximators import DDIM, IntegrationApproximator
-from .checks import check_approximator
+from .checks import check_is
+from .formula import Shear
 from .grids import Grid
-from .integrate import Pair, Run
-from .route import Steps
-from .solver import InvertibleSolver
+from .run import Pair, Run, Steps
+from .solver import Solver
 from .state import Convergence
-from .step import Step
+from .trust import InversionWarning
 
 Residual: TypeAlias = Callable[[Tensor], Tensor]
 """``y -> x_{i-1} - (y + Δ(i → i-1 | y))``, 0 where the step from y leads to x_{i-1}; one step's cost."""
 
 
-class IterativeSolver(InvertibleSolver):
+class IterativeSolver(Solver):
     """A one-step method, whose step ``x_{i-1} = x_i + Δ(i → i-1 | x_i)`` is an equation for x_i.
 
     Sampling is the method's own. A state is one tensor, with no partner.
     """
 
     states: ClassVar[int] = 1
-    exact: ClassVar[bool] = False
+    iterative: ClassVar[bool] = True
 
     approximator: IntegrationApproximator
 
@@ -39,19 +40,32 @@ class IterativeSolver(InvertibleSolver):
     def solve(
         self, residual: Residual, after: Tensor, guess: Tensor
     ) -> tuple[Tensor, Convergence | None]:
-        """x_i, from `after` = x_{i-1} and a first guess; and how well it is known."""
+        """x_i, from `after` = x_{i-1} and a first guess; and the outcome of an iteration."""
 
     @final
     def undo(self, run: Run, steps: Steps, pair: Pair) -> Pair:
-        _, x = pair
-        for k, stages in steps:
-            x, outcome = self._undo(run, k, stages, x)
+        x, levels = pair[1], run.grid.levels
+        assert x is not None
+        failed: list[tuple[float, float]] = []
+        for k, shears in steps:
+            x, outcome = self._undo(run, k, shears, x)
             if outcome is not None:
                 run.convergence.append(outcome)
+                if not bool(outcome.converged.all()):
+                    failed.append((float(outcome.residual.max()), levels[k]))
+        if failed:
+            worst, sigma = max(failed)
+            warnings.warn(
+                f"{len(failed)} of {len(run.convergence)} steps were not undone to the tolerance; the "
+                f"worst is that from sigma = {sigma:.6g}, with a relative residual of {worst:.3g}: take "
+                "shorter steps, more iterations, or a solver that is exact; see solution.convergence",
+                InversionWarning,
+                stacklevel=5,  # past the walk, the end of the run, and `invert`
+            )
         return None, x
 
     def _undo(
-        self, run: Run, k: int, stages: tuple[Step, ...], after: Tensor
+        self, run: Run, k: int, shears: tuple[Shear, ...], after: Tensor
     ) -> tuple[Tensor, Convergence | None]:
         sigma, target = run.grid.levels[k : k + 2]
         scale = self.approximator.scale
@@ -59,22 +73,23 @@ class IterativeSolver(InvertibleSolver):
         ratio = scale(target) / scale(sigma)
 
         def residual(y: Tensor) -> Tensor:
-            _, reached = run.take([(k, stages)], None, y)
+            _, reached = run.walk([(k, shears)], (None, y))
+            assert reached is not None
             return after - reached
 
         return self.solve(residual, after, after * (ratio if math.isfinite(ratio) else 1.0))
 
     @final
-    def start(self, sigma: float, target: float) -> Step:
+    def start(self, sigma: float, target: float) -> Shear:
         return self.approximator.start(sigma, target)
 
     @final
-    def steps(self, grid: Grid) -> list[tuple[Step, ...]]:
+    def steps(self, grid: Grid) -> list[tuple[Shear, ...]]:
         return self.approximator.steps(grid)
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class DDIMInversion(IterativeSolver):
     """DDIM inversion (Song et al. 2021, arXiv 2010.02502; Mokady et al. 2023, arXiv 2211.09794).
 
@@ -97,16 +112,18 @@ class DDIMInversion(IterativeSolver):
     approximator: IntegrationApproximator = DDIM()
 
     def __post_init__(self) -> None:
-        check_approximator(self, self.approximator)
+        check_is(
+            self.approximator, IntegrationApproximator, "an inversion is of one such as DDIM()"
+        )
 
     def solve(
         self, residual: Residual, after: Tensor, guess: Tensor
     ) -> tuple[Tensor, Convergence | None]:
-        return residual(guess).add_(guess), None
+        return guess + residual(guess), None
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class FixedPointInversion(IterativeSolver):
     """Each step undone by iteration (AIDI, Pan et al., ICCV 2023, arXiv 2309.04907).
 
@@ -136,7 +153,9 @@ class FixedPointInversion(IterativeSolver):
     memory: int = 2
 
     def __post_init__(self) -> None:
-        check_approximator(self, self.approximator)
+        check_is(
+            self.approximator, IntegrationApproximator, "an inversion is of one such as DDIM()"
+        )
         if not 0 < self.tolerance < 1:
             raise ValueError(f"tolerance must be between 0 and 1, got {self.tolerance}")
         for name, least in (("max_iterations", 1), ("memory", 0)):

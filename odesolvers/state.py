@@ -1,4 +1,4 @@
-"""Where a run stands on its grid, and what a run returns."""
+"""The pair of states that runs start from and return."""
 
 from __future__ import annotations
 
@@ -10,30 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import files
 from .arithmetic import SideInformation
+from .checks import describe
 from .grids import Grid
 
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """The pair of states of one run: all that is needed to go on in either direction.
-
-    Of a two-step solver such as `BDIA` the two are neighbours on the grid: sampling continues from
-    `current` and corrects with `partner`; inversion continues from `partner` and recovers what came
-    before from `current`. Of a coupled solver such as `EDICT` both stand at the same level, and each
-    step updates one with the help of the other. States are never modified.
+    """The pair of states of a run: all that is needed to go on in either direction. Never modified.
 
     Attributes:
         current: the state at ``sigmas[index]``, shape ``(B, ...)``.
-        partner: the state at ``sigmas[index - 1]``, or the companion of a coupled solver at
-            ``sigmas[index]``; same shape and dtype. None where the run has one state only: the first
-            of a two-step solver, and every state of a one-step method.
-        index: where on the grid `current` stands.
-        sigmas: all levels of the grid the run belongs to.
-        solver: the `repr` of the solver that made it.
-        side: what an exact arithmetic keeps beside the pair, which is then int64, see `FixedPoint`;
-            None in floating point.
+        partner: the state at ``sigmas[index - 1]`` in a two-step solver such as `BDIA`; the companion at
+            ``sigmas[index]`` in a coupled one such as `EDICT`; same shape and dtype. None for a single
+            state: the first of a two-step solver, and every state of a one-step method.
+        index: the place of `current` on the grid.
+        sigmas: all levels of the grid.
+        solver: the `repr` of the solver of the run.
+        side: the side information of an exact arithmetic, whose pair is int64, see `FixedPoint`.
         coupled: whether `partner` stands at the level of `current`.
+
+    Raises:
+        TypeError, ValueError: at construction, if the two tensors or the index do not fit.
     """
 
     current: Tensor
@@ -43,6 +42,24 @@ class State:
     solver: str
     side: SideInformation | None = None
     coupled: bool = False
+
+    def __post_init__(self) -> None:
+        levels = Grid.of(self.sigmas).levels
+        object.__setattr__(self, "sigmas", levels)
+        first = 0 if self.partner is None or self.coupled else 1
+        if isinstance(self.index, bool) or not isinstance(self.index, int):
+            raise TypeError(f"index must be an integer, an index into sigmas, got {self.index!r}")
+        if not first <= self.index < len(levels):
+            raise ValueError(
+                f"index must be between {first} and {len(levels) - 1}, got {self.index}"
+            )
+        a, b = self.current, self.partner
+        if not all(isinstance(x, Tensor) for x in (a, a if b is None else b)):
+            raise TypeError(f"a state is made of tensors, got {describe(a)} and {describe(b)}")
+        if b is not None and (a.dtype, a.shape, a.device) != (b.dtype, b.shape, b.device):
+            raise ValueError(
+                f"the two states of a pair must agree, got {describe(b)} and {describe(a)}"
+            )
 
     def to(self, device: torch.device | str) -> State:
         """The same state with its tensors on `device`."""
@@ -54,79 +71,78 @@ class State:
         )
 
     def fork(self) -> State:
-        """The same pair as the beginning of a run of its own, to go on with other ``extra_args``.
+        """The same pair as the start of a new run, to continue with other ``extra_args``.
 
-        In floating point that is the state itself. In fixed point a state remembers the run that led to
-        it, and refuses to be undone by another; its fork has no history.
+        In floating point that is the state itself. A fixed-point state remembers the run that led to it
+        and refuses to be undone by another one; its fork has no history.
         """
         if self.side is None or self.partner is None:
             return self
         return replace(self, side=self.side.fresh(self.current, self.partner, self.index))
 
-    def check(self, grid: Grid, solver: str) -> None:
-        """Refuse to go on with another grid or another solver than the state comes from.
-
-        Raises:
-            ValueError: naming the first difference.
-        """
-        if self.sigmas != grid.levels:
-            pairs = zip(self.sigmas, grid.levels, strict=False)
-            k = next((k for k, (a, b) in enumerate(pairs) if a != b), None)
-            raise ValueError(
-                "the state comes from another grid: "
-                + (
-                    f"it has {len(self.sigmas)} levels, sigmas has {len(grid.levels)}"
-                    if k is None
-                    else f"level {k} is {self.sigmas[k]!r} there and {grid.levels[k]!r} in sigmas"
-                )
-                + "; pass the grid that made the state"
-            )
-        if self.solver != solver:
-            raise ValueError(
-                f"the state comes from another solver: it was made by {self.solver}, this is "
-                f"{solver}; a step is undone only by the solver that took it"
-            )
-        first = 0 if self.partner is None or self.coupled else 1
-        if not first <= self.index <= grid.steps:
-            raise ValueError(f"index must be between {first} and {grid.steps}, got {self.index}")
-
     def save(self, path: str | os.PathLike[str], notes: Mapping[str, Any] | None = None) -> None:
-        """Write the state to a safetensors file, from which `load` reads it back to the bit.
+        """Writes the state to a safetensors file, from which `load` reads it back to the bit.
 
         Args:
             path: the file, conventionally ``*.safetensors``; replaced if it exists.
-            notes: anything that JSON can hold, kept in the file for `odesolvers.storage.read`.
+            notes: anything that JSON can hold, for `load_with_notes`.
 
         Raises:
-            ImportError: where safetensors is not installed.
+            ImportError: if safetensors is not installed.
             OSError: if the file cannot be written.
         """
-        from .storage import write
-
-        write(self, path, notes)
+        described, tensors = ({}, {}) if self.side is None else self.side.parts()
+        tensors |= {"current": self.current}
+        if self.partner is not None:
+            tensors |= {"partner": self.partner}
+        header = {
+            "index": self.index,
+            "sigmas": [sigma.hex() for sigma in self.sigmas],  # hexadecimal keeps every bit
+            "solver": self.solver,
+            "side": described,
+            "coupled": self.coupled,
+            "notes": dict(notes or {}),
+        }
+        files.write(path, tensors, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> State:
-        """Read a state that `save` wrote, onto `device`.
+        """Reads a state that `save` wrote, onto `device`.
 
         Raises:
-            ImportError: where safetensors is not installed.
+            ImportError: if safetensors is not installed.
             FileNotFoundError: if there is no such file.
             ValueError: if the file is not a state, is damaged (its checksum disagrees), or is in
                 another version of the format.
         """
-        from .storage import read
+        return cls.load_with_notes(path, device)[0]
 
-        return read(path, device)[0]
+    @classmethod
+    def load_with_notes(
+        cls, path: str | os.PathLike[str], device: torch.device | str = "cpu"
+    ) -> tuple[State, dict[str, Any]]:
+        """`load`, and the notes that were saved with the state."""
+        tensors, header = files.read(path)
+        side = SideInformation.of_parts(header["side"], tensors) if header["side"] else None
+        state = cls(
+            current=tensors["current"],
+            partner=tensors.get("partner"),
+            index=header["index"],
+            sigmas=tuple(float.fromhex(sigma) for sigma in header["sigmas"]),
+            solver=header["solver"],
+            side=side,
+            coupled=header["coupled"],
+        )
+        return state.to(device), header["notes"]
 
 
 @dataclass(frozen=True, eq=False)
 class Convergence:
-    """How an iteration that undid one step ended.
+    """The outcome of an iteration that undid one step.
 
     Attributes:
         iterations: evaluations of the step.
-        residual: what the smallest residual was, for each element of the batch, shape ``(B,)``.
+        residual: the smallest residual, for each element of the batch, shape ``(B,)``.
         converged: whether that is within the tolerance, shape ``(B,)``.
     """
 
@@ -137,13 +153,13 @@ class Convergence:
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """What `sample` and `invert` return.
+    """The result of `sample` and `invert`.
 
     Attributes:
         x: the state at the level where the run stopped, shape and dtype of the input.
         state: everything needed to continue, or to go back.
         nfe: denoiser evaluations spent.
-        convergence: of each step that was undone by iteration, in the order of the run; see
+        convergence: for each step that was undone by iteration, in the order of the run; see
             `FixedPointInversion`.
     """
 
@@ -151,21 +167,3 @@ class Solution:
     state: State
     nfe: int
     convergence: tuple[Convergence, ...] = ()
-
-
-def check_pair(state: State) -> None:
-    """Refuse a pair of tensors that cannot stand beside each other."""
-    current, partner = state.current, state.partner
-    if partner is not None and _form(partner) != _form(current):
-        raise ValueError(
-            f"the two states of a pair must agree, got {describe(partner)} and {describe(current)}"
-        )
-
-
-def _form(x: Tensor) -> tuple[torch.dtype, torch.Size, torch.device]:
-    return x.dtype, x.shape, x.device
-
-
-def describe(x: Tensor) -> str:
-    """Dtype, shape and device in words."""
-    return f"{x.dtype} {tuple(x.shape)} on {x.device}"

@@ -3,41 +3,24 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias, final
+from typing import ClassVar, final
 
-from torch import Tensor
-
-from ..combination import HERE, Combination
-from ..grids import Grid, level_dtype
-from ..solver import Denoiser, Solver
-from ..step import Evaluation, Step
-
-Denoise: TypeAlias = Callable[[Combination, float], Combination]
-"""Asks for the denoiser's output at a point and a noise level."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Denoiser calls from one state, and the increments to each target in terms of their outputs."""
-
-    evaluations: tuple[Evaluation, ...]
-    increments: tuple[Combination, ...]
+from ..formula import Combination, Denoise, Shear
+from ..grids import Grid
+from ..solver import Solver
 
 
 class IntegrationApproximator(Solver):
     """Estimates ``Δ(σ → τ | x) ≈ ∫_σ^τ (x - D(x, s)) / s ds`` from the state at σ alone.
 
-    Subclasses write `increment` as an ordinary formula in `x` and `denoise(point, sigma)`. It is
-    run once per pair of noise levels, on coefficients rather than tensors, so it may branch on the
+    Subclasses write `increment` as an ordinary formula in `x` and ``denoise(point, sigma)``. It is run
+    once for each pair of noise levels, on coefficients rather than tensors, so it may branch on the
     levels but not on the values of the state. Both directions are allowed: ``τ < σ`` denoises,
     ``τ > σ`` adds noise.
 
     Attributes:
         order: p, where one step over a length h errs by O(h^{p+1}).
-        evaluations: denoiser calls of one step to a level above 0. Further targets from the same
-            state share the first of them.
+        evaluations: denoiser calls of one step to a level above 0.
     """
 
     states: ClassVar[int] = 1
@@ -56,11 +39,24 @@ class IntegrationApproximator(Solver):
     def increment(
         self, x: Combination, sigma: float, target: float, denoise: Denoise
     ) -> Combination:
-        """The increment to add to the state `x` at level `sigma` to arrive at level `target` above 0.
+        """``Δ(σ → τ | x)``, the increment of the state `x` at `sigma` to the level `target` above 0.
 
         To the level 0 every method takes the Euler step, which lands on the denoiser's output, as
         EDM's algorithm 1 does: no slope can be evaluated there.
         """
+
+    def both_increments(
+        self, x: Combination, sigma: float, ahead: float, behind: float, denoise: Denoise
+    ) -> tuple[Combination, Combination]:
+        """``Δ(σ → ahead | x)`` and ``Δ(σ → behind | x)``, the two that a step of `BDIA` is made of.
+
+        By default each is `increment`, and only equal calls are shared. A method may continue its own
+        local polynomial behind instead, which costs no call: both must be functions of `x` alone.
+        """
+        return (
+            self.increment_to(x, sigma, ahead, denoise),
+            self.increment_to(x, sigma, behind, denoise),
+        )
 
     def scale(self, sigma: float) -> float:
         """s(σ): the state in which the method is published is ``z = s(σ) x``; 1 by default.
@@ -72,68 +68,18 @@ class IntegrationApproximator(Solver):
         return 1.0
 
     @final
-    def plan(self, sigma: float, targets: Sequence[float]) -> Plan:
-        """The denoiser calls and the increments from `sigma` to each of `targets`.
-
-        Calls at the same point and level are made once, whatever the number of targets that use
-        them.
-        """
-        evaluations: list[Evaluation] = []
-
-        def denoise(point: Combination, level: float) -> Combination:
-            call = Evaluation(point, level)
-            if call not in evaluations:
-                evaluations.append(call)
-            return Combination({evaluations.index(call) + 1: 1.0})
-
-        increments = tuple(
-            (self.increment if target > 0.0 else euler)(HERE, sigma, target, denoise)
-            for target in targets
-        )
-        for increment in increments:
-            if not isinstance(increment, Combination):
-                raise TypeError(
-                    f"{type(self).__name__}.increment must return a combination of x and denoiser "
-                    f"outputs, got {increment!r}"
-                )
-        return Plan(tuple(evaluations), increments)
+    def increment_to(
+        self, x: Combination, sigma: float, target: float, denoise: Denoise
+    ) -> Combination:
+        """`increment`, and to the level 0 the increment of Euler's method."""
+        return (self.increment if target > 0.0 else euler)(x, sigma, target, denoise)
 
     @final
-    def increments(
-        self,
-        denoiser: Denoiser,
-        x: Tensor,
-        sigma: float,
-        targets: Sequence[float],
-        *,
-        extra_args: Mapping[str, Any] | None = None,
-    ) -> list[Tensor]:
-        """Evaluate ``Δ(sigma → target | x)`` for each of `targets`, each of the shape of `x`.
-
-        For use outside the loops of `sample` and `invert`; nothing is checked here.
-
-        Args:
-            denoiser: see `Denoiser`.
-            x: state ``(B, ...)`` at level `sigma`.
-            sigma: its noise level.
-            targets: the levels to lead to; all share what can be shared.
-            extra_args: keyword arguments for every call of the denoiser.
-        """
-        plan = self.plan(sigma, targets)
-        values = [x]
-        for call in plan.evaluations:
-            level = x.new_full(x.shape[:1], call.sigma, dtype=level_dtype(x.dtype))
-            point = self.arithmetic.combine(call.point, values)
-            values.append(denoiser(point, level, **(extra_args or {})).to(x.dtype))
-        return [self.arithmetic.combine(increment, values) for increment in plan.increments]
+    def start(self, sigma: float, target: float) -> Shear:
+        return Shear.of(lambda x, D: x + self.increment_to(x, sigma, target, D))
 
     @final
-    def start(self, sigma: float, target: float) -> Step:
-        plan = self.plan(sigma, (target,))
-        return Step(plan.evaluations, rest=HERE + plan.increments[0])
-
-    @final
-    def steps(self, grid: Grid) -> list[tuple[Step, ...]]:
+    def steps(self, grid: Grid) -> list[tuple[Shear, ...]]:
         return [(self.start(sigma, target),) for sigma, target in grid.intervals()]
 
 
@@ -144,7 +90,7 @@ def slope(x: Combination, sigma: float, denoise: Denoise) -> Combination:
     wherever the data have a smooth density.
     """
     if sigma == 0.0:
-        return Combination({})
+        return 0.0 * x
     return (x - denoise(x, sigma)) / sigma
 
 

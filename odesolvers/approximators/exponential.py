@@ -6,15 +6,15 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from ..checks import check_approximator
-from ..combination import Combination
-from .base import Denoise, IntegrationApproximator, euler
-from .euler import variance_preserving
-from .heun import leaving
+from ..checks import check_is
+from ..formula import Combination, Denoise
+from .base import IntegrationApproximator, euler
+from .first_order import variance_preserving
+from .runge_kutta import leaving
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class DPMSolverPP2S(IntegrationApproximator):
     """DPM-Solver++(2S), single step (Lu et al. 2022, arXiv 2211.01095, algorithm 1, r = 1/2).
 
@@ -41,7 +41,7 @@ class DPMSolverPP2S(IntegrationApproximator):
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Exponential(IntegrationApproximator):
     """Any method, in ``y = x / σ`` over the time 1/σ, where the flow is ``dy / d(1/σ) = D(x, σ)``.
 
@@ -62,7 +62,11 @@ class Exponential(IntegrationApproximator):
     approximator: IntegrationApproximator
 
     def __post_init__(self) -> None:
-        check_approximator(self, self.approximator)
+        check_is(
+            self.approximator,
+            IntegrationApproximator,
+            "Exponential wraps a method such as HeunEDM()",
+        )
 
     @property
     def order(self) -> int:

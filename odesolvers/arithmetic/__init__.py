@@ -1,7 +1,7 @@
 """How a state is stored and a step applied to it."""
 
 from .base import Arithmetic
-from .fixed_point import FixedPoint, side_information_bound
+from .fixed_point import FixedPoint
 from .floating import FloatingPoint
 from .stack import SideInformation
 
@@ -10,5 +10,4 @@ __all__ = [
     "FixedPoint",
     "FloatingPoint",
     "SideInformation",
-    "side_information_bound",
 ]

@@ -1,112 +1,70 @@
-"""How a state is stored, and how a step is applied to it and undone."""
+"""The representation of states, in which shears are applied and inverted."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..combination import Combination
 from ..grids import Grid
-from ..step import Step
-from .stack import SideInformation, Stack
+from ..settings import Settings
+from .stack import SideInformation
 
 
-class Arithmetic(ABC):
-    """Applies ``newer = gain · older + rest``, a stage of a step, and its inverse to tensors.
+class Arithmetic(Settings, ABC):
+    """Computes ``gain · a + rest`` and its inverse on *stored* states.
 
-    `older` and `newer` are *stored* states, in whatever form the arithmetic keeps them; `values` are
-    what the terms of a `Combination` stand for, floating point tensors all: the current state and
-    the outputs of the denoiser, in order. They are not written to. Results are in storage of their
-    own, or in `out` where that is given: it may be `older` or `newer` itself, which are not needed any
-    more then. `scratch` is storage to work in, in the form of the values.
+    A stored state is a tensor in whatever form the arithmetic keeps; `rest` is a floating point tensor
+    in storage that may be overwritten. States are never written to. Every method but the last two has
+    the default of floating point: a stored state is the tensor itself, with nothing beside it.
 
-    Every method but the last three has a default, which is that of floating point: a stored state
-    is the tensor itself and nothing is kept beside it.
+    Attributes:
+        exact: whether `inverse` undoes `forward` to the bit. Such an arithmetic hides values that are
+            not finite, so runs check every denoiser output at once.
+        check_determinism: whether a run evaluates its first shear twice and compares the outputs.
     """
 
-    @property
-    def check_determinism(self) -> bool:
-        """Whether a run evaluates its first stage twice and compares the outputs to the bit."""
-        return False
-
-    @property
-    def exact(self) -> bool:
-        """Whether `inverse` undoes `forward` to the bit."""
-        return False
-
-    @property
-    def keeps_nan(self) -> bool:
-        """Whether what is not finite in a state or a value stays so in the states made of it."""
-        return True
+    exact: ClassVar[bool] = False
+    check_determinism: bool = False
 
     def check(self, grid: Grid) -> None:
-        """Refuse a grid that the arithmetic cannot represent, with a ValueError."""
+        """Raises a ValueError for a grid that the arithmetic cannot represent."""
         del grid
 
     def weight(self, g: float) -> float:
-        """The weight nearest to `g` that the arithmetic can multiply a state by and undo."""
+        """The weight nearest to `g` by which the arithmetic can multiply and divide a state."""
         return g
 
     def store(self, x: Tensor) -> Tensor:
-        """The floating point tensor `x` in stored form."""
+        """The stored form of a floating point tensor."""
         return x
 
     def load(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the denoiser is shown of a stored state: a tensor of `dtype`."""
+        """The floating point tensor that the denoiser sees of a stored state."""
         del dtype
         return stored
 
-    def open(
-        self, current: Tensor, partner: Tensor | None, side: SideInformation | None, origin: int
-    ) -> Stack | None:
-        """The working memory of a run that goes on from a stored pair, or starts from one state.
+    def open(self, state: Any, origin: int, dtype: torch.dtype) -> Any:
+        """The working memory of a run from `state`, whose first pair stands at the index `origin`.
 
-        `origin` is the index of the first pair that the run will hold, see `State.index`.
+        `dtype` is that of the tensors that the denoiser sees. A run sets the attribute `sigma` of the
+        memory, the level at hand, for messages.
         """
-        del current, partner, side, origin
-        return None
+        del state, origin, dtype
 
     def close(
-        self,
-        stack: Stack | None,
-        current: Tensor,
-        partner: Tensor | None,
-        index: int,
-        dtype: torch.dtype,
+        self, memory: Any, current: Tensor, partner: Tensor | None, index: int
     ) -> SideInformation | None:
-        """What the state at `index`, where the run ends, must carry beside its pair."""
-        del stack, current, partner, index, dtype
+        """The side information of the pair at `index`, where a run ends."""
+        del memory, current, partner, index
         return None
 
     @abstractmethod
-    def combine(
-        self, combination: Combination, values: Sequence[Tensor], out: Tensor | None = None
-    ) -> Tensor:
-        """``Σ_k c_k values[k]``"""
+    def forward(self, gain: float, a: Tensor | None, rest: Tensor, memory: Any) -> Tensor:
+        """``gain · a + rest``; `a` is None at the start of a run that has one state only."""
 
     @abstractmethod
-    def forward(
-        self,
-        step: Step,
-        older: Tensor | None,
-        values: Sequence[Tensor],
-        stack: Stack | None,
-        out: Tensor | None = None,
-        scratch: Tensor | None = None,
-    ) -> Tensor:
-        """``gain · older + rest``; `older` is None where a run has one state only."""
-
-    @abstractmethod
-    def inverse(
-        self,
-        step: Step,
-        newer: Tensor,
-        values: Sequence[Tensor],
-        stack: Stack | None,
-        out: Tensor | None = None,
-        scratch: Tensor | None = None,
-    ) -> Tensor:
-        """``(newer - rest) / gain``: the `older` that `forward` was given."""
+    def inverse(self, gain: float, c: Tensor, rest: Tensor, memory: Any) -> Tensor:
+        """``(c - rest) / gain``, the `a` that `forward` was given."""

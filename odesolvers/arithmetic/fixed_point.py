@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final, final
+from typing import Any, ClassVar, Final, final
 
 import torch
 from torch import Tensor
 
-from ..combination import Combination
 from ..grids import Grid
-from ..step import Step
 from .base import Arithmetic
-from .floating import FloatingPoint
 from .stack import SideInformation, Stack, checksum
-
-if TYPE_CHECKING:
-    from ..grids import Sigmas
-    from ..solver import Solver
 
 _STATE_BITS: Final = 61
 """Products g Z and increments stay below 2^61, so that sums of three fit into 63 bits."""
 _DENOMINATOR: Final = 2**12
 _LARGEST_WEIGHT: Final = 2**48
 _HEADROOM: Final = 2**8
-
-_FLOAT: Final = FloatingPoint()
 
 _NOT_UNDONE: Final = (
     "the denoiser did not return the same bits for the same input, other extra_args were given, or "
@@ -39,7 +29,7 @@ _NOT_UNDONE: Final = (
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class FixedPoint(Arithmetic):
     """States as integers ``Z ≈ 2^F x``, and steps that are undone to the bit.
 
@@ -80,13 +70,7 @@ class FixedPoint(Arithmetic):
         if isinstance(F, bool) or not isinstance(F, int) or not 8 <= F <= 53:
             raise ValueError(f"fractional_bits must be an integer from 8 to 53, got {F!r}")
 
-    @property
-    def exact(self) -> bool:
-        return True
-
-    @property
-    def keeps_nan(self) -> bool:
-        return False  # integers are always finite
+    exact: ClassVar[bool] = True
 
     @property
     def limit(self) -> float:
@@ -148,9 +132,8 @@ class FixedPoint(Arithmetic):
         working = torch.float64 if dtype == torch.float64 else torch.float32
         return stored.to(working).mul_(2.0**-self.fractional_bits).to(dtype)
 
-    def open(
-        self, current: Tensor, partner: Tensor | None, side: SideInformation | None, origin: int
-    ) -> Stack:
+    def open(self, state: Any, origin: int, dtype: torch.dtype) -> Stack:
+        current, partner, side = state.current, state.partner, state.side
         if side is not None:
             if current.dtype != torch.int64 or partner is None:
                 raise ValueError(
@@ -158,15 +141,11 @@ class FixedPoint(Arithmetic):
                 )
             return Stack.unpack(side, current.shape)
         total = checksum(current)
-        return Stack(current.shape, origin, total if partner is None else total + checksum(partner))
+        total = total if partner is None else total + checksum(partner)
+        return Stack(current.shape, origin, total, dtype)
 
     def close(
-        self,
-        stack: Stack | None,
-        current: Tensor,
-        partner: Tensor | None,
-        index: int,
-        dtype: torch.dtype,
+        self, memory: Stack, current: Tensor, partner: Tensor | None, index: int
     ) -> SideInformation:
         """Check the run, and give what the state at `index` must carry.
 
@@ -179,16 +158,15 @@ class FixedPoint(Arithmetic):
             OverflowError: if a state left the range on the way.
             RuntimeError: if the run is back at its first pair and that is not what it was.
         """
-        assert stack is not None
         assert partner is not None
-        for extent in stack.extents:
-            self._check_range(*extent, dtype)
-        if any(bool(overflow) for overflow in stack.overflows):
+        for extent in memory.extents:
+            self._check_range(*extent, memory.dtype)
+        if any(bool(overflow) for overflow in memory.overflows):
             raise RuntimeError("the side information does not fit the run: " + _NOT_UNDONE)
-        side = stack.pack(dtype)
-        if index == stack.origin and (
+        side = memory.pack()
+        if index == memory.origin and (
             side.bits_per_element > 0
-            or not bool(checksum(current) + checksum(partner) == stack.checksum)
+            or not bool(checksum(current) + checksum(partner) == memory.checksum)
         ):
             raise RuntimeError(
                 "the run was undone to its first pair of states, which is not what it was: "
@@ -196,84 +174,47 @@ class FixedPoint(Arithmetic):
             )
         return side
 
-    def combine(
-        self, combination: Combination, values: Sequence[Tensor], out: Tensor | None = None
-    ) -> Tensor:
-        return _FLOAT.combine(combination, values, out)
-
-    def forward(
-        self,
-        step: Step,
-        older: Tensor | None,
-        values: Sequence[Tensor],
-        stack: Stack | None,
-        out: Tensor | None = None,
-        scratch: Tensor | None = None,
-    ) -> Tensor:
-        del out, scratch
-        assert stack is not None
-        rest = self._rest(step, values)
-        if older is None or step.gain == 0.0:
-            self._note_extent(stack, rest, 1.0, values)
-            newer = self._encode(rest)
-            if older is None:
-                stack.checksum = stack.checksum + checksum(newer)
-            return newer
-        self._note_extent(stack, rest, 1.0, values)
-        self._note_extent(stack, older, max(abs(step.gain), 1.0), values)
-        a, b = self._terms(step)
-        product = older if a == b else stack.multiply(older, a, b)
-        return self._encode(rest).add_(product, alpha=1 if step.gain > 0.0 else -1)
-
-    def inverse(
-        self,
-        step: Step,
-        newer: Tensor,
-        values: Sequence[Tensor],
-        stack: Stack | None,
-        out: Tensor | None = None,
-        scratch: Tensor | None = None,
-    ) -> Tensor:
-        del out, scratch
-        assert stack is not None
-        rest = self._rest(step, values)
-        self._note_extent(stack, rest, 1.0, values)
+    def forward(self, gain: float, a: Tensor | None, rest: Tensor, memory: Stack) -> Tensor:
+        self._check_extent(memory, rest, 1.0)
         encoded = self._encode(rest)
-        product = torch.sub(newer, encoded, out=encoded)
-        if step.gain < 0.0:
-            product = product.neg_()
-        self._note_extent(stack, product, max(1 / abs(step.gain), 1.0), values)
-        a, b = self._terms(step)
-        return product if a == b else stack.divide(product, a, b)
+        if a is None:  # the second state of the first pair of the run
+            memory.checksum = memory.checksum + checksum(encoded)
+        if a is None or gain == 0.0:
+            return encoded
+        self._check_extent(memory, a, max(abs(gain), 1.0))
+        p, q = self._terms(gain)
+        product = a if p == q else memory.multiply(a, p, q)
+        return encoded.add_(product, alpha=1 if gain > 0.0 else -1)
 
-    def _rest(self, step: Step, values: Sequence[Tensor]) -> Tensor:
-        """2^F has no room in half precision, and the rounding of the sum is avoided there."""
-        if values[0].element_size() < 4:
-            values = [value.float() for value in values]
-        return _FLOAT.combine(step.rest, values)
+    def inverse(self, gain: float, c: Tensor, rest: Tensor, memory: Stack) -> Tensor:
+        self._check_extent(memory, rest, 1.0)
+        product = c - self._encode(rest)
+        if gain < 0.0:
+            product = product.neg_()
+        self._check_extent(memory, product, max(1 / abs(gain), 1.0))
+        p, q = self._terms(gain)
+        return product if p == q else memory.divide(product, p, q)
 
     def _encode(self, x: Tensor) -> Tensor:
         """``round(2^F x)`` as int64; overwrites `x`, which is float32 or float64."""
         return x.mul_(2.0**self.fractional_bits).round_().to(torch.int64)
 
-    def _terms(self, step: Step) -> tuple[int, int]:
-        fraction = _fraction(abs(step.gain))
-        if abs(step.gain) != float(fraction):
+    def _terms(self, gain: float) -> tuple[int, int]:
+        fraction = _fraction(abs(gain))
+        if abs(gain) != float(fraction):
             raise ValueError(
-                f"a step has the gain {step.gain!r}, which {self} cannot undo: a solver must take "
+                f"a step has the gain {gain!r}, which {self} cannot undo: a solver must take "
                 "its weights through arithmetic.weight()"
             )
         return fraction.as_integer_ratio()
 
-    def _note_extent(
-        self, stack: Stack, x: Tensor, factor: float, values: Sequence[Tensor]
-    ) -> None:
+    def _check_extent(self, stack: Stack, x: Tensor, factor: float) -> None:
         """Check that `x` times `factor` is in range: on the CPU now, elsewhere at the end of the run."""
         low, high = x.aminmax()
         if x.dtype == torch.int64:
             factor *= 2.0**-self.fractional_bits
         if x.device.type == "cpu":
-            self._check_range(stack.sigma, low, high, factor, values[0].dtype)
+            self._check_range(stack.sigma, low, high, factor, stack.dtype)
         else:
             stack.extents.append((stack.sigma, low, high, factor))
 
@@ -289,21 +230,6 @@ class FixedPoint(Arithmetic):
                 "weights g_i that amplify less in this direction, or fewer fractional bits if it is "
                 "meant to"
             )
-
-
-def side_information_bound(solver: Solver, sigmas: Sigmas) -> float:
-    """Bits for each element that sampling down `sigmas` destroys, and any exact inverse must keep.
-
-    The sum of ``log2(1 / |g_i|)`` over all stages of all steps, for one stack serves both states of a
-    coupled solver; where weights above 1 come first, which give room that
-    nothing before them can use, the largest sum over the last steps of the run.
-    """
-    bits = 0.0
-    for stages in solver.steps(Grid.of(sigmas)):
-        for stage in stages:
-            if stage.gain != 0.0:
-                bits = max(0.0, bits - math.log2(abs(stage.gain)))
-    return bits
 
 
 @lru_cache(maxsize=4096)

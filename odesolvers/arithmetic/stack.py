@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,7 +66,33 @@ class SideInformation:
     def fresh(self, current: Tensor, partner: Tensor, index: int) -> SideInformation:
         """What a run that begins at this pair starts with: nothing, and the checksum of the pair."""
         total = checksum(current) + checksum(partner)
-        return Stack(current.shape, index, total).pack(self.dtype)
+        return Stack(current.shape, index, total, self.dtype).pack()
+
+    def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What JSON can hold of it, and its tensors by name: see `of_parts`."""
+        tensors = {f"side.word.{i}": word for i, word in enumerate(self.words)}
+        tensors |= {"side.packed": self.packed, "side.checksum": self.checksum}
+        described = {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "words": len(self.words),
+            "done": self.done,
+            "origin": self.origin,
+        }
+        return described, tensors
+
+    @classmethod
+    def of_parts(
+        cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> SideInformation:
+        """The side information that `parts` took apart."""
+        return cls(
+            dtype=getattr(torch, described["dtype"]),
+            words=tuple(tensors[f"side.word.{i}"] for i in range(described["words"])),
+            packed=tensors["side.packed"],
+            done=tuple(Done(*done) for done in described["done"]),
+            origin=described["origin"],
+            checksum=tensors["side.checksum"],
+        )
 
     def map(self, move: Callable[[Tensor], Tensor]) -> SideInformation:
         """The same with every tensor replaced by `move` of it."""
@@ -99,7 +125,10 @@ class Stack:
     The working memory of one run, and changed by it.
     """
 
-    def __init__(self, shape: torch.Size, origin: int, checksum: Tensor) -> None:
+    def __init__(
+        self, shape: torch.Size, origin: int, checksum: Tensor, dtype: torch.dtype
+    ) -> None:
+        self.dtype = dtype
         self.origin = origin
         self.checksum = checksum
         self.sigma = math.nan
@@ -167,7 +196,7 @@ class Stack:
         self.overflows.append((self._top >> 31).any())
         self._top = from_word(self._aside.pop()) | self._top << 32
 
-    def pack(self, dtype: torch.dtype) -> SideInformation:
+    def pack(self) -> SideInformation:
         """What must be stored to go on. Waits for the device, to learn how high the stacks are."""
         words = [word.flatten() for word in self._aside]
         top = self._top
@@ -178,7 +207,7 @@ class Stack:
             words.append(low_word(top).flatten())
             top, width = top >> 32, width - 32
         return SideInformation(
-            dtype=dtype,
+            dtype=self.dtype,
             words=tuple(words),
             packed=pack_bits(top.flatten(), width),
             done=tuple(self._done),
@@ -201,7 +230,7 @@ class Stack:
                 f"words of shape {[tuple(word.shape) for word in side.words]}, "
                 f"{aside} of them put aside, and {tuple(side.packed.shape)} packed"
             )
-        stack = cls(shape, side.origin, side.checksum)
+        stack = cls(shape, side.origin, side.checksum, side.dtype)
         words = [word.reshape(shape) for word in side.words]
         stack._done, stack._aside = list(side.done), words[:aside]
         width = side.packed.shape[0]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import BDIA, Calibrated, InversionWarning, Solution, State, calibrate, storage
+from .. import BDIA, Calibrated, InversionWarning, Solution, State, calibrate
 from ..models import ClassifierFreeGuidance
 from . import choices
 from .choices import Model, Options, Settings
@@ -40,7 +40,7 @@ class Setup:
         cls, file: Path, options: Options, *, relabel: bool = False
     ) -> tuple[Setup, Settings, State]:
         """The state in `file`, and the model, the grid and the solver that made it."""
-        state, notes = storage.read(file, options.torch_device())
+        state, notes = State.load_with_notes(file, options.torch_device())
         settings = options.settings_of(notes, relabel=relabel)
         settings.solver()
         dtype = options.torch_dtype(state.current)

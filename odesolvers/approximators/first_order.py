@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from ..combination import Combination
-from .base import Denoise, IntegrationApproximator, euler
+from ..formula import Combination, Denoise
+from .base import IntegrationApproximator, euler
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Euler(IntegrationApproximator):
     """``Δ = (τ - σ) d(x, σ)``. Order 1, one evaluation, shared by every target.
 
@@ -28,7 +28,7 @@ class Euler(IntegrationApproximator):
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class DDIM(IntegrationApproximator):
     """Deterministic DDIM (Song et al. 2021, arXiv 2010.02502, equation 12 with η = 0).
 
@@ -49,7 +49,7 @@ class DDIM(IntegrationApproximator):
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class FlowEuler(IntegrationApproximator):
     """The own sampler of flow-matching models, ``z' = z + (t' - t) v(z, t)``.
 

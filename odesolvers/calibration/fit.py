@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any, Final, final
 
 import numpy as np
@@ -19,18 +14,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .approximators import RK4, Euler, IntegrationApproximator
-from .bdia import BDIA
-from .gamma import DampedStepRatio, GammaRule, PerStep, StepRatio, as_rule
-from .grids import Grid, Sigmas
-from .progress import progress_bar
-from .solver import Denoiser, InvertibleSolver, Solver
-from .stability import largest_product
+from ..approximators import RK4, Euler, IntegrationApproximator
+from ..arithmetic import FloatingPoint
+from ..bdia import BDIA
+from ..formula import Combination, Denoise, Shear
+from ..gamma import DampedStepRatio, GammaRule, PerStep, StepRatio, as_rule
+from ..grids import Grid, Sigmas
+from ..progress import progress_bar
+from ..propagation import largest_product
+from ..run import Denoiser, Run
+from ..solver import Solver
+from .rule import Calibrated, CalibrationReport, step_ratios
 
 Vector = npt.NDArray[np.float64]
-
-FORMAT: Final = "odesolvers calibration"
-VERSION: Final = 1
 
 LOWEST, HIGHEST = 0.01, 2.0
 """The range of a learnt weight."""
@@ -43,7 +39,6 @@ _STARTS: Final[tuple[GammaRule, ...]] = (
     DampedStepRatio(1.0, 1),
 )
 _SKETCH: Final = 4096
-_BEYOND: Final = 4.0
 _ENOUGH: Final = 0.02
 """A gain in the objective, a logarithm, that is worth another run."""
 
@@ -72,181 +67,6 @@ class Objective:
                 "an objective weighs sampling and encoding by numbers of 0 or more, not both 0, got "
                 f"sampling = {self.sampling}, encoding = {self.encoding}"
             )
-
-
-@final
-@dataclass(frozen=True)
-class CalibrationReport:
-    """How a calibration went. Errors are geometric means over its batch; NaN where not asked for.
-
-    Attributes:
-        sampling: (before, after): sampling error under `StepRatio(1)`, and as calibrated.
-        encoding: (before, after): likewise for the encoding error.
-        base: sampling error of the approximator alone on the same grid.
-        runs: how often the batch was sampled and encoded.
-        evaluations: denoiser calls spent, the fine solution among them.
-        moves: how often the fit improved on its start; 0 is the best of the starts as it was.
-    """
-
-    sampling: tuple[float, float]
-    encoding: tuple[float, float]
-    base: float
-    runs: int
-    evaluations: int
-    moves: int = 0
-
-    def __str__(self) -> str:
-        lines = [
-            f"calibrated in {self.runs} runs, {self.evaluations} denoiser calls of the batch, "
-            f"{self.moves} moves from the best start"
-        ]
-        for name, (before, after) in (("sampling", self.sampling), ("encoding", self.encoding)):
-            if math.isfinite(after):
-                lines.append(f"  {name} error {after:.2e}, {before:.2e} with StepRatio(1)")
-        if math.isfinite(self.base):
-            lines.append(f"  the approximator alone samples with {self.base:.2e}")
-        return "\n".join(lines)
-
-
-@final
-@dataclass(frozen=True, repr=False)
-class Calibrated(GammaRule):
-    """Weights that `calibrate` learnt for one model, base and range of noise levels.
-
-    On the grid they were learnt on they are taken as they are. A grid with another number of steps
-    in the same range takes what they have to say beyond the step ratio,
-
-        ψ_k = (g_1 ... g_k) / (h_k / h_0),        g_i = (h_i / h_{i+1}) (ψ_i / ψ_{i+1})
-
-    as a function of the level: ``log ψ`` is smoothed by (1/4, 1/2, 1/4), which removes what alternates
-    from step to step and has no meaning on another grid; its ends are kept. It is interpolated linearly
-    in log σ at the middle of each step, and its trend goes on below the lowest of them, to a quarter of
-    that level. As steps shrink, g_i goes to 1, and a base of odd order gains its order.
-
-    Attributes:
-        base: the `repr` of the approximator that they are for.
-        levels: the grid they were learnt on.
-        values: g_i in x, one for every step but the first, in sampling order.
-        report: how the calibration went; no part of the rule.
-    """
-
-    base: str
-    levels: tuple[float, ...]
-    values: tuple[float, ...]
-    report: CalibrationReport | None = field(default=None, compare=False)
-
-    def __post_init__(self) -> None:
-        if len(self.values) != len(self.levels) - 2 or len(self.values) == 0:
-            raise ValueError(
-                f"a grid of {len(self.levels)} levels has {len(self.levels) - 2} weights, got "
-                f"{len(self.values)}"
-            )
-        if not all(math.isfinite(g) and g > 0 for g in self.values):
-            raise ValueError(f"learnt weights are finite and above 0, got {self.values}")
-        Grid(self.levels)
-
-    def encoding_error(self, grid: Grid) -> float | None:
-        if self.report is None or grid.levels != self.levels:
-            return None
-        error = self.report.encoding[1]
-        return error if math.isfinite(error) else None
-
-    def __repr__(self) -> str:
-        """Short, and another one for other weights: by it a state knows its solver."""
-        numbers = " ".join(number.hex() for number in (*self.levels, *self.values))
-        digest = hashlib.sha256(f"{self.base} {numbers}".encode()).hexdigest()[:16]
-        return f"Calibrated({self.base}, {len(self.values) + 1} steps, sha256={digest})"
-
-    def check_approximator(self, approximator: object) -> None:
-        if repr(approximator) != self.base:
-            raise ValueError(
-                f"these weights were calibrated for {self.base}, this is {approximator!r}: calibrate "
-                "again with base=..."
-            )
-
-    def weights(self, grid: Grid, scale: Callable[[float], float]) -> list[float]:
-        del scale
-        if grid.levels == self.levels:
-            return list(self.values)
-        own, levels = Grid(self.levels), grid.levels
-        if not self.levels[0] / 2 <= levels[0] <= 2 * self.levels[0]:
-            raise ValueError(
-                f"these weights were calibrated on levels from {self.levels[0]:.6g} to "
-                f"{self.levels[-1]:.6g}, this grid begins at {levels[0]:.6g}: calibrate on a grid of "
-                "this range"
-            )
-        log_psi = np.cumsum([0.0, *np.log(self.values) - np.log(_step_ratios(own))])
-        inner = (log_psi[:-2] + 2 * log_psi[1:-1] + log_psi[2:]) / 4
-        log_psi = np.concatenate([log_psi[:1], inner, log_psi[-1:]])
-        known, wanted = -_log_middles(own), -_log_middles(grid)  # np.interp wants rising numbers
-        beyond = np.clip(wanted - known[-1], 0.0, math.log(_BEYOND))
-        trend = (log_psi[-1] - log_psi[-2]) / (known[-1] - known[-2])
-        at = np.interp(wanted, known, log_psi) + trend * beyond
-        return [
-            r * math.exp(b - a) for r, (a, b) in zip(_step_ratios(grid), pairwise(at), strict=True)
-        ]
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the rule and its report to a JSON file, from which `load` reads it back to the bit."""
-        content = {
-            "format": FORMAT,
-            "version": VERSION,
-            "base": self.base,
-            "levels": [sigma.hex() for sigma in self.levels],
-            "values": [g.hex() for g in self.values],
-            "report": None if self.report is None else _without_nan(asdict(self.report)),
-        }
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        try:
-            partial.write_text(json.dumps(content, indent=1) + "\n")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Calibrated:
-        """Read a rule that `save` wrote.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if the file is not a calibration, or in another version of the format.
-        """
-        try:
-            content = json.loads(Path(path).read_text())
-            kind = content["format"], content["version"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a calibration saved by Calibrated.save") from error
-        if kind != (FORMAT, VERSION):
-            raise ValueError(
-                f"{path} holds {kind[0]!r} in version {kind[1]}, this odesolvers reads {FORMAT!r} in "
-                f"version {VERSION}"
-            )
-        try:
-            report = content["report"]
-            if report is not None:
-                for name in ("sampling", "encoding"):
-                    report[name] = tuple(math.nan if v is None else float(v) for v in report[name])
-                report["base"] = math.nan if report["base"] is None else float(report["base"])
-                report = CalibrationReport(**report)
-            levels, values = (
-                tuple(float.fromhex(number) for number in content[name])
-                for name in ("levels", "values")
-            )
-            return cls(str(content["base"]), levels, values, report)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is a damaged calibration: {error!r}") from error
-
-
-def _without_nan(report: dict[str, Any]) -> dict[str, Any]:
-    """With null for NaN, which JSON does not know."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return [plain(v) for v in value]
-        return None if isinstance(value, float) and math.isnan(value) else value
-
-    return {name: plain(value) for name, value in report.items()}
 
 
 def calibrate(
@@ -318,7 +138,7 @@ def calibrate(
     fit = _Fit(denoiser, x, grid, base, objective or Objective(), extra_args, max_amplification)
     with fit.bar(max_runs if progress else None):
         fit.solve_finely(reference_steps)
-        before = fit.run(np.log(_step_ratios(grid)))
+        before = fit.run(np.log(step_ratios(grid)))
         rules = [as_rule(rule) for rule in (*starts, *_STARTS)]
         weights = [rule.checked_weights(grid, base.scale) for rule in rules]
         logs = [np.log(np.maximum(w, LOWEST)) for w in weights]
@@ -369,7 +189,7 @@ class _Fit:
         self.denoiser, self.x, self.grid, self.base = denoiser, x, grid, base
         self.objective, self.extra_args = objective, extra_args
         self.runs = self.evaluations = self.moves = 0
-        self.neutral = np.clip(np.log(_step_ratios(grid)), *np.log([LOWEST, HIGHEST]))
+        self.neutral = np.clip(np.log(step_ratios(grid)), *np.log([LOWEST, HIGHEST]))
         s = np.sqrt(1 + np.array(grid.levels) ** 2)
         # The alternating error of x_i, over g_i, is that of x_{i+1}; both over sqrt(1 + σ²).
         self._log_scale = np.log(s[1:-1] / s[:-2])
@@ -409,24 +229,29 @@ class _Fit:
 
         ``g_i = <x_{i+1} - B, x*_{i-1} - F> / |x_{i+1} - B|²``, one run down the grid.
         """
-        s, log_g = self.grid.levels, []
+        s, log_g, current = self.grid.levels, [], self.x.detach()
         older: Tensor | None = None
-        current = self.x
+        arguments = dict(self.extra_args or {})
+        run = Run(self.denoiser, FloatingPoint(), self.grid, current.dtype, arguments, None, False)
         for k in range(self.grid.steps):
-            targets = (s[k + 1],) if older is None else (s[k + 1], s[k - 1])
-            moves = self.base.increments(
-                self.denoiser, current, s[k], targets, extra_args=self.extra_args
-            )
-            self.evaluations += len(self.base.plan(s[k], targets).evaluations)
-            newer = current + moves[0]
-            if older is not None:
-                missed = older - current - moves[1]
-                wanted = self._path[k + 1].to(newer) - newer
+            if older is None:
+                newer = run.rest(self.base.start(s[0], s[1]), current, k)
+            else:
+                ahead, behind = (
+                    run.rest(Shear.of(self._toward(k, side)), current, k) for side in (0, 1)
+                )
+                missed, wanted = older - behind, self._path[k + 1].to(ahead) - ahead
                 best = float((missed * wanted).double().sum() / missed.double().square().sum())
                 log_g.append(math.log(min(max(best, LOWEST), HIGHEST)))
-                newer = newer + math.exp(log_g[-1]) * missed
+                newer = ahead + math.exp(log_g[-1]) * missed
             older, current = current, newer
+        self.evaluations += run.nfe
         return np.array(log_g)
+
+    def _toward(self, k: int, side: int) -> Callable[[Combination, Denoise], Combination]:
+        """The state ahead (0) or behind (1) of step k, by the base alone, as a formula."""
+        s, both = self.grid.levels, self.base.both_increments
+        return lambda x, D: x + both(x, s[k], s[k + 1], s[k - 1], D)[side]
 
     def log_amplification(self, log_g: Vector) -> float:
         """The largest sum of consecutive log 1/g_i going up, in variance-preserving units."""
@@ -454,7 +279,7 @@ class _Fit:
         self.evaluations += end.nfe
         return _rows(end.x - self.target, self.target)
 
-    def encoded(self, solver: InvertibleSolver) -> Tensor:
+    def encoded(self, solver: Solver) -> Tensor:
         """Errors of the codes of where the batch should have ended."""
         code = solver.invert(self.denoiser, self.target, self.grid, extra_args=self.extra_args)
         self.evaluations += code.nfe
@@ -576,12 +401,3 @@ def _sketch(rows: Tensor) -> Tensor:
     sign = torch.randint(0, 2, (n,), generator=generator).to(rows.dtype) * 2 - 1
     column = torch.randint(0, _SKETCH, (n,), generator=generator)
     return rows.new_zeros(len(rows), _SKETCH).index_add_(1, column, rows * sign)
-
-
-def _step_ratios(grid: Grid) -> list[float]:
-    return StepRatio(1).weights(grid, lambda sigma: 1.0)
-
-
-def _log_middles(grid: Grid) -> Vector:
-    middles: Vector = np.log([(sigma + target) / 2 for sigma, target in grid.intervals()])
-    return middles

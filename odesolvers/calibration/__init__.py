@@ -1,0 +1,6 @@
+"""Weights learned for a model: least squares over whole runs, sampling and encoding together."""
+
+from .fit import Objective, calibrate
+from .rule import Calibrated, CalibrationReport
+
+__all__ = ["Calibrated", "CalibrationReport", "Objective", "calibrate"]

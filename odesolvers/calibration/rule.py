@@ -1,0 +1,202 @@
+"""Weights learned for a model: the rule that carries them, and its file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final, final
+
+import numpy as np
+import numpy.typing as npt
+
+from ..gamma import GammaRule, StepRatio
+from ..grids import Grid
+
+FORMAT: Final = "odesolvers calibration"
+VERSION: Final = 1
+_BEYOND: Final = 4.0
+
+
+@final
+@dataclass(frozen=True)
+class CalibrationReport:
+    """How a calibration went. Errors are geometric means over its batch; NaN where not asked for.
+
+    Attributes:
+        sampling: (before, after): sampling error under `StepRatio(1)`, and as calibrated.
+        encoding: (before, after): likewise for the encoding error.
+        base: sampling error of the approximator alone on the same grid.
+        runs: how often the batch was sampled and encoded.
+        evaluations: denoiser calls spent, the fine solution among them.
+        moves: how often the fit improved on its start; 0 is the best of the starts as it was.
+    """
+
+    sampling: tuple[float, float]
+    encoding: tuple[float, float]
+    base: float
+    runs: int
+    evaluations: int
+    moves: int = 0
+
+    def __str__(self) -> str:
+        lines = [
+            f"calibrated in {self.runs} runs, {self.evaluations} denoiser calls of the batch, "
+            f"{self.moves} moves from the best start"
+        ]
+        for name, (before, after) in (("sampling", self.sampling), ("encoding", self.encoding)):
+            if math.isfinite(after):
+                lines.append(f"  {name} error {after:.2e}, {before:.2e} with StepRatio(1)")
+        if math.isfinite(self.base):
+            lines.append(f"  the approximator alone samples with {self.base:.2e}")
+        return "\n".join(lines)
+
+
+@final
+@dataclass(frozen=True, repr=False, eq=False)
+class Calibrated(GammaRule):
+    """Weights that `calibrate` learnt for one model, base and range of noise levels.
+
+    On the grid they were learnt on they are taken as they are. A grid with another number of steps
+    in the same range takes what they have to say beyond the step ratio,
+
+        ψ_k = (g_1 ... g_k) / (h_k / h_0),        g_i = (h_i / h_{i+1}) (ψ_i / ψ_{i+1})
+
+    as a function of the level: ``log ψ`` is smoothed by (1/4, 1/2, 1/4), which removes what alternates
+    from step to step and has no meaning on another grid; its ends are kept. It is interpolated linearly
+    in log σ at the middle of each step, and its trend goes on below the lowest of them, to a quarter of
+    that level. As steps shrink, g_i goes to 1, and a base of odd order gains its order.
+
+    Attributes:
+        base: the `repr` of the approximator that they are for.
+        levels: the grid they were learnt on.
+        values: g_i in x, one for every step but the first, in sampling order.
+        report: how the calibration went; no part of the rule.
+    """
+
+    base: str
+    levels: tuple[float, ...]
+    values: tuple[float, ...]
+    report: CalibrationReport | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if len(self.values) != len(self.levels) - 2 or len(self.values) == 0:
+            raise ValueError(
+                f"a grid of {len(self.levels)} levels has {len(self.levels) - 2} weights, got "
+                f"{len(self.values)}"
+            )
+        if not all(math.isfinite(g) and g > 0 for g in self.values):
+            raise ValueError(f"learnt weights are finite and above 0, got {self.values}")
+        Grid(self.levels)
+
+    def encoding_error(self, grid: Grid) -> float | None:
+        if self.report is None or grid.levels != self.levels:
+            return None
+        error = self.report.encoding[1]
+        return error if math.isfinite(error) else None
+
+    def check_approximator(self, approximator: object) -> None:
+        if repr(approximator) != self.base:
+            raise ValueError(
+                f"these weights were calibrated for {self.base}, this is {approximator!r}: calibrate "
+                "again with base=..."
+            )
+
+    def weights(self, grid: Grid, scale: Callable[[float], float]) -> list[float]:
+        del scale
+        if grid.levels == self.levels:
+            return list(self.values)
+        own, levels = Grid(self.levels), grid.levels
+        if not self.levels[0] / 2 <= levels[0] <= 2 * self.levels[0]:
+            raise ValueError(
+                f"these weights were calibrated on levels from {self.levels[0]:.6g} to "
+                f"{self.levels[-1]:.6g}, this grid begins at {levels[0]:.6g}: calibrate on a grid of "
+                "this range"
+            )
+        log_psi = np.cumsum([0.0, *np.log(self.values) - np.log(step_ratios(own))])
+        inner = (log_psi[:-2] + 2 * log_psi[1:-1] + log_psi[2:]) / 4
+        log_psi = np.concatenate([log_psi[:1], inner, log_psi[-1:]])
+        known, wanted = -_log_middles(own), -_log_middles(grid)  # np.interp wants rising numbers
+        beyond = np.clip(wanted - known[-1], 0.0, math.log(_BEYOND))
+        trend = (log_psi[-1] - log_psi[-2]) / (known[-1] - known[-2])
+        at = np.interp(wanted, known, log_psi) + trend * beyond
+        return [
+            r * math.exp(b - a) for r, (a, b) in zip(step_ratios(grid), pairwise(at), strict=True)
+        ]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the rule and its report to a JSON file, from which `load` reads it back to the bit."""
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "base": self.base,
+            "levels": [sigma.hex() for sigma in self.levels],
+            "values": [g.hex() for g in self.values],
+            "report": None if self.report is None else _without_nan(asdict(self.report)),
+        }
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        try:
+            partial.write_text(json.dumps(content, indent=1) + "\n")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibrated:
+        """Read a rule that `save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is not a calibration, or in another version of the format.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+            kind = content["format"], content["version"]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a calibration saved by Calibrated.save") from error
+        if kind != (FORMAT, VERSION):
+            raise ValueError(
+                f"{path} holds {kind[0]!r} in version {kind[1]}, this odesolvers reads {FORMAT!r} in "
+                f"version {VERSION}"
+            )
+        try:
+            report = content["report"]
+            if report is not None:
+                for name in ("sampling", "encoding"):
+                    report[name] = tuple(math.nan if v is None else float(v) for v in report[name])
+                report["base"] = math.nan if report["base"] is None else float(report["base"])
+                report = CalibrationReport(**report)
+            levels, values = (
+                tuple(float.fromhex(number) for number in content[name])
+                for name in ("levels", "values")
+            )
+            return cls(str(content["base"]), levels, values, report)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is a damaged calibration: {error!r}") from error
+
+
+def _without_nan(report: dict[str, Any]) -> dict[str, Any]:
+    """With null for NaN, which JSON does not know."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [plain(v) for v in value]
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    return {name: plain(value) for name, value in report.items()}
+
+
+def step_ratios(grid: Grid) -> list[float]:
+    return StepRatio(1).weights(grid, lambda sigma: 1.0)
+
+
+def _log_middles(grid: Grid) -> npt.NDArray[np.float64]:
+    middles: npt.NDArray[np.float64] = np.log(
+        [(sigma + target) / 2 for sigma, target in grid.intervals()]
+    )
+    return middles

@@ -1,0 +1,127 @@
+"""Solvers by name: reads back the expression that `repr` of a solver is, without `eval`."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from .approximators import (
+    DDIM,
+    RK3,
+    RK4,
+    DPMSolverPP2S,
+    Euler,
+    Exponential,
+    FlowEuler,
+    HeunEDM,
+    Midpoint,
+)
+from .arithmetic import FixedPoint, FloatingPoint
+from .bdia import BDIA, BELM
+from .calibration import Calibrated
+from .coupled import EDICT, McCallumFoster, ReversibleHeun, Rex
+from .gamma import ConstantGamma, DampedStepRatio, PerStep, SmoothedOutput, StepRatio, order_gaining
+from .iterative import DDIMInversion, FixedPointInversion
+
+CONSTRUCTORS: Final[Mapping[str, Callable[..., Any]]] = {
+    constructor.__name__: constructor
+    for constructor in (
+        BDIA,
+        BELM,
+        Calibrated,
+        ConstantGamma,
+        DDIM,
+        DDIMInversion,
+        DPMSolverPP2S,
+        DampedStepRatio,
+        EDICT,
+        Euler,
+        Exponential,
+        FixedPoint,
+        FixedPointInversion,
+        FloatingPoint,
+        FlowEuler,
+        HeunEDM,
+        McCallumFoster,
+        Midpoint,
+        PerStep,
+        RK3,
+        RK4,
+        ReversibleHeun,
+        Rex,
+        SmoothedOutput,
+        StepRatio,
+        order_gaining,
+    )
+}
+LONGEST: Final = 100_000
+
+
+def parse(text: str, known: Mapping[str, Callable[..., Any]] | None = None) -> Any:
+    """The solver, rule or arithmetic that an expression such as ``"BDIA(Euler(), gamma=0.9)"`` names.
+
+    Only literals and calls of public constructors are read, nothing else is run.
+    ``parse(repr(solver)) == solver`` for every solver of this package.
+
+    Args:
+        text: the expression; at most 100,000 characters.
+        known: more constructors by name, such as rules of your own.
+
+    Raises:
+        TypeError: if `text` is not a string.
+        ValueError: if it is no such expression, names something unknown, or is refused by a
+            constructor.
+
+    >>> from odesolvers import parse
+    >>> parse("BDIA(HeunEDM(), gamma=StepRatio(2))")
+    BDIA(HeunEDM(), gamma=StepRatio(2))
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"a solver is named by a string, got {type(text).__name__}")
+    if len(text) > LONGEST:
+        raise ValueError(f"a solver is named by at most {LONGEST} characters, got {len(text)}")
+    constructors = {**CONSTRUCTORS, **(known or {})}
+    try:
+        return _read(ast.parse(text.strip(), mode="eval").body, constructors)
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(
+            f"{_short(text)} is not an expression such as 'BDIA(HeunEDM(), gamma=StepRatio(2))'"
+        ) from error
+
+
+def _read(node: ast.expr, known: Mapping[str, Callable[..., Any]]) -> Any:
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float | str | None):
+        return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        value = _read(node.operand, known)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return -value
+    if isinstance(node, ast.Tuple | ast.List):
+        return tuple(_read(item, known) for item in node.elts)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        name = node.func.id
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(
+                f"there is no {name!r} to name a solver by"
+                + (f"; did you mean {near[0]!r}?" if near else ".")
+                + f" Known: {', '.join(sorted(known))}"
+            )
+        args = [_read(arg, known) for arg in node.args]
+        options = {k.arg: _read(k.value, known) for k in node.keywords if k.arg is not None}
+        if len(options) == len(node.keywords):
+            try:
+                return known[name](*args, **options)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{_short(ast.unparse(node))} is refused: {error}") from error
+    found = _short(ast.unparse(node))
+    hint = f": write {found}()" if isinstance(node, ast.Name) and node.id in known else ""
+    raise ValueError(
+        f"{found} is neither a number, a string, a tuple nor a call of a constructor{hint}"
+    )
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:77] + "...")
