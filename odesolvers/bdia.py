@@ -86,8 +86,8 @@ def BELM(a2: Sequence[float] | None = None, arithmetic: Arithmetic = FloatingPoi
 
         x_{i-1} = a2 x_{i+1} + a1 x_i + b ε(x_i, σ_i)              ε(x, σ) = (x - D(x, σ)) / σ
 
-    in x = z / α. Consistency fixes ``a1 = 1 - a2`` and order 1 fixes ``b = -(h_i + a2 h_{i+1})``, so that
-    the family has one free number a step, and is `BDIA` over `Euler` with ``g_i = a2``.
+    in x = z / α. Consistency fixes ``a1 = 1 - a2`` and order 1 fixes ``b = -(h_i + a2 h_{i+1})``: the
+    family has one free number a step, and is `BDIA` over `Euler` with ``g_i = a2``.
 
     Args:
         a2: for every step but the first, in sampling order. By default ``(h_i / h_{i+1})²``, which

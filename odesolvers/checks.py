@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from .formula import Shear
 from .grids import Grid
 
 OVERFLOW = (
@@ -35,42 +33,44 @@ def is_finite(x: Tensor | None) -> bool:
     return math.isfinite(total.item()) or bool(torch.isfinite(x).all())
 
 
-def version(x: Tensor) -> int:
-    """A number that changes when the tensor is written to; inference tensors have none."""
-    return 0 if x.is_inference() else x._version
-
-
 def place(sigma: float, k: int) -> str:
     """A level of the grid in words."""
     return f"at level {k} of the grid, sigma = {sigma:.6g}"
 
 
-def check_call(denoiser: object, extra_args: object) -> None:
-    """A callable and a mapping or None, or a TypeError."""
+def refuse_call(denoiser: object, extra_args: object) -> NoReturn:
+    """A TypeError for a denoiser that is not callable, or extra_args that are no mapping."""
     if not callable(denoiser):
         raise TypeError(
             f"the denoiser must be callable as denoiser(x, sigma), got {type(denoiser).__name__}"
         )
-    if extra_args is not None and not isinstance(extra_args, Mapping):
-        raise TypeError(
-            "extra_args must be a mapping of keyword arguments for the denoiser, got "
-            f"{type(extra_args).__name__}"
+    raise TypeError(
+        "extra_args must be a mapping of keyword arguments for the denoiser, got "
+        f"{type(extra_args).__name__}"
+    )
+
+
+def refuse_pair(a: object, b: object) -> NoReturn:
+    """A TypeError or ValueError for two states that cannot stand beside each other."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        raise ValueError(
+            f"the two states of a pair must agree, got {describe(b)} and {describe(a)}"
         )
+    raise TypeError(f"a state is made of tensors, got {describe(a)} and {describe(b)}")
 
 
-def check_tensor(x: object) -> None:
-    """A finite floating point tensor ``(B, ...)``, or a TypeError, ValueError or FloatingPointError."""
+def refuse_start(x: object) -> NoReturn:
+    """An error for anything but a finite floating point tensor ``(B, ...)`` to start from."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor or a State, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating point tensor, got {x.dtype}: convert with x.float()")
     if x.ndim == 0 or x.numel() == 0:
         raise ValueError(f"x must have shape (B, ...) with B >= 1, got {tuple(x.shape)}")
-    if not is_finite(x):
-        raise FloatingPointError(f"the state to start from is not finite: {describe(x)}")
+    raise FloatingPointError(f"the state to start from is not finite: {describe(x)}")
 
 
-def check_origin(state: Any, grid: Grid, solver: Any) -> None:
+def check_origin(state: Any, grid: Grid, solver: Any, name: str) -> None:
     """A state of the same grid, solver and kind of pair, or a ValueError with the first difference."""
     if state.sigmas != grid.levels:
         pairs = zip(state.sigmas, grid.levels, strict=False)
@@ -83,10 +83,10 @@ def check_origin(state: Any, grid: Grid, solver: Any) -> None:
         raise ValueError(
             f"the state comes from another grid: {found}; pass the grid that made the state"
         )
-    if state.solver != repr(solver):
+    if state.solver != name:
         raise ValueError(
             f"the state comes from another solver: it was made by {state.solver}, this is "
-            f"{solver!r}; a step is undone only by the solver that took it"
+            f"{name}; a step is undone only by the solver that took it"
         )
     if state.partner is not None and state.coupled != solver.coupled:
         raise ValueError(
@@ -96,52 +96,38 @@ def check_origin(state: Any, grid: Grid, solver: Any) -> None:
         )
 
 
-def checked_stop(stop: object, start: int, end: int) -> int:
-    """`stop`, by default `end`, if a run from the index `start` towards `end` can reach it."""
+def refuse_stop(stop: object, start: int, end: int) -> NoReturn:
+    """An error for a level that a run from the index `start` towards `end` does not reach."""
     down = end > 0
-    stop = end if stop is None else stop
-    if isinstance(stop, bool) or not isinstance(stop, int):
+    if type(stop) is not int:
         raise TypeError(f"stop must be an integer, an index into sigmas, got {stop!r}")
     if start == end:
         edge, verb = ("last", "sample") if down else ("first", "invert")
         raise ValueError(
             f"the state stands at the {edge} level already (index {start}): nothing to {verb}"
         )
-    if not (start < stop <= end if down else end <= stop < start):
-        raise ValueError(
-            f"{'sampling' if down else 'inverting'} goes {'down' if down else 'up'} the grid: from "
-            f"level {start} it can stop at {start + 1 if down else start - 1} to {end}, got "
-            f"stop = {stop}"
-        )
-    return stop
+    raise ValueError(
+        f"{'sampling' if down else 'inverting'} goes {'down' if down else 'up'} the grid: from "
+        f"level {start} it can stop at {start + 1 if down else start - 1} to {end}, got stop = {stop}"
+    )
 
 
-def check_gains(solver: Any, grid: Grid, steps: Sequence[tuple[int, tuple[Shear, ...]]]) -> None:
-    """Steps that can be undone, or a ValueError."""
-    for k, shears in steps:
-        if any(shear.gain == 0.0 for shear in shears):
-            remedy = (
-                f"wrap it as BDIA({solver})"
-                if solver.states == 1
-                else "inversion needs gamma in (0, 1] and a state scale that is finite at every level"
-            )
-            raise ValueError(
-                f"{solver} cannot be inverted: its step from sigmas[{k}] = {grid.levels[k]:.6g} to "
-                f"sigmas[{k + 1}] = {grid.levels[k + 1]:.6g} has the weight g = 0 and keeps nothing of "
-                f"the state before; {remedy}"
-            )
+def refuse_gain(solver: Any, grid: Grid, k: int) -> NoReturn:
+    """A ValueError for step `k`, which has the gain 0 and cannot be undone."""
+    remedy = (
+        f"wrap it as BDIA({solver})"
+        if solver.states == 1
+        else "inversion needs gamma in (0, 1] and a state scale that is finite at every level"
+    )
+    raise ValueError(
+        f"{solver} cannot be inverted: its step from sigmas[{k}] = {grid.levels[k]:.6g} to "
+        f"sigmas[{k + 1}] = {grid.levels[k + 1]:.6g} has the weight g = 0 and keeps nothing of the "
+        f"state before; {remedy}"
+    )
 
 
-def check_output(output: object, x: Tensor, before: Sequence[Tensor], sigma: float, k: int) -> None:
-    """A tensor like `x` in storage of its own, or a TypeError or ValueError."""
-    if (
-        isinstance(output, Tensor)
-        and output.shape == x.shape
-        and output.dtype is x.dtype
-        and output.device == x.device
-        and not any(_share_storage(output, y) for y in before)
-    ):
-        return
+def refuse_output(output: object, x: Tensor, sigma: float, k: int) -> NoReturn:
+    """An error for an output that is not like `x`, or not in storage of its own."""
     at = place(sigma, k)
     if not isinstance(output, Tensor):
         raise TypeError(f"the denoiser must return a tensor, got {type(output).__name__} {at}")
@@ -162,20 +148,15 @@ def check_output(output: object, x: Tensor, before: Sequence[Tensor], sigma: flo
     )
 
 
-def _share_storage(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
-def check_same(values: list[Tensor], again: list[Tensor], at: str) -> None:
-    """Outputs of a call that was made twice, equal to the bit, or a RuntimeError."""
-    for call, (a, b) in enumerate(zip(values, again, strict=True)):
-        if not torch.equal(a, b):
-            raise RuntimeError(
-                f"the denoiser is not deterministic: call {call} of the step {at}, was made twice with "
-                f"the same input and {int((a != b).sum())} of {a.numel()} elements differ, by up to "
-                f"{float((a - b).abs().max()):.3g}; put the network in eval mode, and see "
-                "torch.use_deterministic_algorithms and torch.backends.cudnn.benchmark"
-            )
+def check_same(a: Tensor, b: Tensor, sigma: float, k: int) -> None:
+    """Outputs of one call that was made twice, equal to the bit, or a RuntimeError."""
+    if not torch.equal(a, b):
+        raise RuntimeError(
+            f"the denoiser is not deterministic: called twice with the same input {place(sigma, k)}, "
+            f"{int((a != b).sum())} of {a.numel()} elements differ, by up to "
+            f"{float((a - b).abs().max()):.3g}; put the network in eval mode, and see "
+            "torch.use_deterministic_algorithms and torch.backends.cudnn.benchmark"
+        )
 
 
 def checked_share(name: str, value: object) -> float:

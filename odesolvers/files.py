@@ -13,6 +13,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from .arithmetic import SideInformation
+
 FORMAT: Final = "odesolvers state"
 VERSION: Final = "2"
 
@@ -71,6 +73,30 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     for name in header.pop("channels_last"):
         tensors[name] = tensors[name].contiguous(memory_format=torch.channels_last)
     return tensors, header
+
+
+def write_state(
+    path: str | os.PathLike[str], fields: Mapping[str, Any], notes: Mapping[str, Any] | None
+) -> None:
+    """Writes the fields of a `State` and its notes, see `State.save`."""
+    described, tensors = ({}, {}) if fields["side"] is None else fields["side"].parts()
+    tensors |= {k: fields[k] for k in ("current", "partner") if fields[k] is not None}
+    header = {k: fields[k] for k in ("index", "solver", "coupled")}
+    header["sigmas"] = [sigma.hex() for sigma in fields["sigmas"]]  # hexadecimal keeps every bit
+    write(path, tensors, {**header, "side": described, "notes": dict(notes or {})})
+
+
+def read_state(
+    path: str | os.PathLike[str], device: torch.device | str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of the `State` in a file, on `device`, and its notes."""
+    tensors, header = read(path)
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    fields = {k: header[k] for k in ("index", "solver", "coupled")}
+    fields |= {"current": tensors["current"], "partner": tensors.get("partner")}
+    fields["sigmas"] = tuple(map(float.fromhex, header["sigmas"]))
+    fields["side"] = SideInformation.of_parts(header["side"], tensors) if header["side"] else None
+    return fields, header["notes"]
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -30,7 +30,7 @@ class Combination:
         TypeError: if a coefficient is not a finite number.
     """
 
-    __slots__ = ("terms",)
+    __slots__ = ("_first", "_others", "terms")
 
     def __init__(self, terms: Mapping[int, float]) -> None:
         for k, c in terms.items():
@@ -40,6 +40,8 @@ class Combination:
                     "states may be added, subtracted, and scaled by numbers"
                 )
         self.terms = {k: c for k, c in sorted(terms.items()) if c != 0.0}
+        items = list(self.terms.items()) or [(0, 0.0)]
+        self._first, self._others = items[0], items[1:]
 
     def __getitem__(self, k: int) -> float:
         return self.terms.get(k, 0.0)
@@ -74,12 +76,12 @@ class Combination:
 
     def of(self, values: Sequence[Tensor]) -> Tensor:
         """The combination of tensors of one dtype, in new storage; of half precision, in float32."""
-        if values[0].element_size() < 4:
+        if values[0].itemsize < 4:
             values = [value.float() for value in values]
-        (k, c), *others = self.terms.items() or ((0, 0.0),)
+        k, c = self._first
         total = values[k] * c
-        for j, d in others:
-            total.add_(values[j], alpha=d)
+        for k, c in self._others:
+            total.add_(values[k], alpha=c)
         return total
 
 
@@ -135,8 +137,3 @@ class Shear:
         if not isinstance(result, Combination):
             raise TypeError(f"a formula must return a combination of x and outputs, got {result!r}")
         return cls(calls, result, gain)
-
-    @property
-    def swaps(self) -> bool:
-        """Whether the shear only exchanges the two states."""
-        return self.gain == 1.0 and not self.rest.terms

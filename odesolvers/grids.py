@@ -34,6 +34,7 @@ class Grid:
     levels: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(map(float, self.levels)))
         s = self.levels
         if len(s) >= 2 and s[0] < math.inf and s[-1] >= 0 and all(map(operator.gt, s, s[1:])):
             return
@@ -59,8 +60,6 @@ class Grid:
         """Read a grid given as a tensor, an array or a sequence of numbers."""
         if isinstance(sigmas, Grid):
             return sigmas
-        if isinstance(sigmas, tuple) and all(type(sigma) is float for sigma in sigmas):
-            return cls(sigmas)
         levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
         if levels.ndim != 1:
             raise ValueError(

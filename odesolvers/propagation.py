@@ -8,12 +8,15 @@ steps are taken to be independent; the covariance of those of a pair costs a few
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 from .formula import Shear
 from .grids import Grid
+
+Plan: TypeAlias = "list[tuple[int, tuple[Shear, ...]]]"
+"""The steps of a solver down a grid, numbered."""
 
 ROUNDING: Final = 0.4
 """Root mean square error of rounding, over unit roundoff and the root mean square of what is rounded."""
@@ -60,17 +63,18 @@ class LinearRun:
     lone: Shear | None
 
     @classmethod
-    def of(
-        cls, steps: Sequence[tuple[Shear, ...]], grid: Grid, data_std: float, lone: Shear | None
-    ) -> LinearRun:
+    def of(cls, solver: Any, plan: Plan, grid: Grid, last: int, data_std: float = 0.5) -> LinearRun:
+        """The steps of `solver`, which `plan` holds, down to the level `last`."""
         linear, older, here = [], grid.levels[0], grid.levels[0]
-        for step, newer in zip(steps, grid.levels[1:], strict=False):
+        for (_, shears), newer in zip(plan[:last], grid.levels[1:], strict=False):
             stages = []
-            for shear in step:
+            for shear in shears:
                 slope, spread = _slope(shear, data_std)
                 stages.append(Stage(shear.gain, slope, spread, older, here, newer, data_std))
                 older, here = here, newer
             linear.append(stages)
+        pairs = solver.states == 2 and not solver.coupled
+        lone = solver.start(grid.levels[last], grid.levels[last - 1]) if pairs else None
         return cls(linear, grid, data_std, lone)
 
     @property
@@ -127,7 +131,7 @@ class LinearRun:
         return abs(first - size) / size
 
     def amplification_down(self, unit: float) -> float:
-        """The largest growth of the alternating solution down the grid, in ``x / sqrt(1 + unit² σ²)``."""
+        """The largest growth of an alternating error down the grid, of ``x / sqrt(1 + unit² σ²)``."""
         return largest_product(
             math.prod(abs(s.gain) * _scale(s.here, s.newer, unit) for s in step)
             for step in self.steps

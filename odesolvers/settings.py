@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from numbers import Integral, Real
+from types import NoneType
 from typing import Any, TypeVar
 from uuid import uuid4
 from weakref import WeakKeyDictionary
@@ -23,7 +25,7 @@ class Settings:
     """
 
     def __repr__(self) -> str:
-        return identity(self)[0]
+        return expression(self, [])
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Settings):
@@ -34,18 +36,68 @@ class Settings:
         return hash(identity(self))
 
 
-def identity(value: object) -> tuple[str, tuple[type, ...]]:
-    """The settings of an object as an expression, and the classes of all objects in it, in order.
+def identity(value: object) -> tuple[str, ...]:
+    """The settings of an object as an expression, followed by the classes of all objects in it.
 
-    The expression alone tells settings apart in another process; together with the classes, also two
-    classes of one name in this process.
+    The expression alone tells settings apart in another process; the classes tell apart two of one name
+    in this process.
     """
-    classes: list[type] = []
-    return _expression(value, classes), tuple(classes)
+    classes: list[Any] = []
+    return expression(value, classes), *classes
+
+
+def expression(value: Any, classes: list[Any]) -> str:
+    """A setting as a Python expression; the classes of the objects in it are appended to `classes`."""
+    cls = type(value)
+    fields = getattr(cls, "__dataclass_fields__", None)
+    if fields is None and not isinstance(value, Settings):
+        if cls in (int, bool, str, NoneType, torch.dtype, torch.device):
+            return repr(value)
+        if cls is float:
+            whole = abs(value) < 2**53 and value.is_integer()
+            return repr(int(value) if whole else value)
+        if isinstance(value, Real):
+            return expression(int(value) if isinstance(value, Integral) else float(value), classes)
+        if isinstance(value, np.ndarray | np.generic | torch.Tensor):
+            return expression(value.tolist(), classes)
+        if isinstance(value, list | tuple):
+            items = [expression(item, classes) for item in value]
+            return f"({', '.join(items)}{',' * (len(items) == 1)})"
+        if isinstance(value, Mapping):
+            items = [
+                f"{expression(k, classes)}: {expression(v, classes)}" for k, v in value.items()
+            ]
+            return f"{{{', '.join(sorted(items))}}}"
+        if callable(value):
+            return _unique(value)
+    classes.append(cls)
+    arguments = []
+    if fields is None:  # a plain class: its attributes by name
+        slots = [name for base in cls.__mro__ for name in getattr(base, "__slots__", ())]
+        for name in sorted({*getattr(value, "__dict__", {}), *slots} - {"__dict__", "__weakref__"}):
+            if hasattr(value, name):
+                arguments.append(f"{name}={expression(getattr(value, name), classes)}")  # noqa: PERF401
+    else:  # the first setting by place, those that have their defaults not at all
+        for name, field in fields.items():
+            if field.compare and (setting := getattr(value, name)) is not field.default:
+                text = expression(setting, classes)
+                if field.default is dataclasses.MISSING or text != expression(field.default, []):
+                    first = name == next(iter(fields))
+                    arguments.append(text if first else f"{name}={text}")
+    return f"{cls.__name__}({', '.join(arguments)})"
+
+
+_names: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
+def _unique(function: Any) -> str:
+    """A name for a function as a setting, which no other object and no other process has."""
+    if function not in _names:
+        _names[function] = uuid4().hex
+    return f"<{getattr(function, '__qualname__', 'function')} {_names[function]}>"
 
 
 _kept: dict[Any, Any] = {}
-_names: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
 def once(key: Any, make: Callable[[], T]) -> T:
@@ -57,51 +109,3 @@ def once(key: Any, make: Callable[[], T]) -> T:
         value = _kept[key] = make()
     found: T = value
     return found
-
-
-def _expression(value: Any, classes: list[type]) -> str:
-    if isinstance(value, float):
-        return repr(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(float(value))
-    if value is None or isinstance(value, bool | str):
-        return repr(value)
-    if isinstance(value, int):
-        return repr(int(value))
-    if isinstance(value, np.ndarray | np.generic | torch.Tensor):
-        return _expression(value.tolist(), classes)
-    if isinstance(value, list | tuple):
-        items = [_expression(item, classes) for item in value]
-        return f"({', '.join(items)}{',' * (len(items) == 1)})"
-    if isinstance(value, Mapping):
-        pairs = [f"{_expression(k, classes)}: {_expression(v, classes)}" for k, v in value.items()]
-        return f"{{{', '.join(sorted(pairs))}}}"
-    if isinstance(value, torch.dtype | torch.device):
-        return repr(value)
-    if callable(value) and not isinstance(value, Settings):
-        return _unique(value)
-    classes.append(type(value))
-    arguments = []
-    for number, (name, setting, default) in enumerate(_settings(value)):
-        text = _expression(setting, classes)
-        if default is dataclasses.MISSING or text != _expression(default, []):
-            arguments.append(text if number == 0 and default is not None else f"{name}={text}")
-    return f"{type(value).__name__}({', '.join(arguments)})"
-
-
-def _settings(value: Any) -> list[tuple[str, Any, Any]]:
-    """Name, value and default of every setting; those of a plain class are passed by name."""
-    if dataclasses.is_dataclass(value):
-        return [
-            (f.name, getattr(value, f.name), f.default)
-            for f in dataclasses.fields(value)
-            if f.compare
-        ]
-    slots = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
-    names = sorted({*getattr(value, "__dict__", {}), *slots} - {"__dict__", "__weakref__"})
-    return [(name, getattr(value, name), None) for name in names if hasattr(value, name)]
-
-
-def _unique(function: Any) -> str:
-    """A name for a function as a setting, which no other object and no other process has."""
-    if function not in _names:
-        _names[function] = uuid4().hex
-    return f"<{getattr(function, '__qualname__', 'function')} {_names[function]}>"

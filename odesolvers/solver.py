@@ -12,21 +12,21 @@ from torch import Tensor
 from .arithmetic import Arithmetic, FloatingPoint
 from .checks import (
     OVERFLOW,
-    check_call,
-    check_gains,
     check_origin,
-    check_tensor,
-    checked_stop,
     is_finite,
+    refuse_call,
+    refuse_gain,
+    refuse_start,
+    refuse_stop,
 )
 from .formula import Shear
 from .grids import Grid, Sigmas
 from .progress import progress_bar
-from .propagation import LinearRun
+from .propagation import Plan
 from .run import Callback, Denoiser, Pair, Run, Steps
-from .settings import Settings, identity, once
+from .settings import Settings, expression, once
 from .state import Solution, State
-from .trust import expected_error, warn_of_encoding, warn_of_round_trip
+from .trust import warn_before_inverting
 
 
 class Solver(Settings, ABC):
@@ -45,10 +45,6 @@ class Solver(Settings, ABC):
     arithmetic: Arithmetic = FloatingPoint()
 
     @abstractmethod
-    def start(self, sigma: float, target: float) -> Shear:
-        """The step, in either direction, of a run that has one state only. Not used if coupled."""
-
-    @abstractmethod
     def steps(self, grid: Grid) -> list[tuple[Shear, ...]]:
         """The shears of each step down `grid`; step k leads from level k to level k + 1.
 
@@ -56,14 +52,18 @@ class Solver(Settings, ABC):
         the gain 0. A coupled solver has several, of (state, companion), and returns them in that order.
         """
 
-    def encoding_error(self, grid: Grid) -> float | None:
-        """Measured relative error of codes on `grid`, or None."""
-        del grid
-        return None
+    @abstractmethod
+    def start(self, sigma: float, target: float) -> Shear:
+        """The step, in either direction, of a run that has one state only. Not used if coupled."""
 
     def undo(self, run: Run, steps: Steps, pair: Pair) -> Pair:
         """The pair (a, b) from which `steps`, here in reverse, led to `pair`."""
         return run.walk(steps, pair[::-1], undo=True)[::-1]
+
+    def encoding_error(self, grid: Grid) -> float | None:
+        """Measured relative error of codes on `grid`, or None."""
+        del grid
+        return None
 
     @final
     def sample(
@@ -106,10 +106,15 @@ class Solver(Settings, ABC):
         """
         grid = Grid.of(sigmas)
         with torch.set_grad_enabled(differentiable):
-            state, run = self._begin(denoiser, x, grid, 0, extra_args, callback, differentiable)
-            first, lone = state.index, state.partner is None and self.states == 2
-            stop = checked_stop(stop, first, grid.steps)
-            steps = [*enumerate(planned(self, grid))][first:stop]
+            state, run, plan = self._begin(
+                denoiser, x, grid, 0, extra_args, callback, differentiable
+            )
+            first, end = state.index, len(grid.levels) - 1
+            stop = end if stop is None else stop
+            if type(stop) is not int or not first < stop <= end:
+                refuse_stop(stop, first, end)
+            lone = self.states == 2 and state.partner is None
+            steps = plan[first:stop]
             if lone and first > 0:
                 steps[0] = first, (self.start(*grid.levels[first : first + 2]),)
             return self._finish(run, state, steps, run.walk, progress, first + lone, stop, stop)
@@ -164,28 +169,30 @@ class Solver(Settings, ABC):
         """
         grid = Grid.of(sigmas)
         with torch.set_grad_enabled(differentiable):
-            state, run = self._begin(
+            state, run, plan = self._begin(
                 denoiser, x, grid, grid.steps, extra_args, callback, differentiable
             )
-            last, lone = state.index, state.partner is None and self.states == 2
-            stop = checked_stop(stop, last, 0)
-            end = stop if self.coupled or self.states == 1 else stop + 1  # of two levels the lower
-            planned_ = planned(self, grid)
-            steps = [(k, planned_[k][::-1]) for k in reversed(range(end, last))]
-            if self.iterative:
-                run.check = True
-            else:
-                check_gains(self, grid, steps)
-                self._warn(grid, state, stop, run.dtype)
+            last, stop = state.index, 0 if stop is None else stop
+            if type(stop) is not int or not 0 <= stop < last:
+                refuse_stop(stop, last, 0)
+            lone = self.states == 2 and state.partner is None
+            end = stop if self.coupled or self.states == 1 else stop + 1  # the lower of two levels
+            steps = [(k, shears[::-1]) for k, shears in plan[end:last][::-1]]
+            if not self.iterative:
+                for k, shears in steps:
+                    if 0.0 in [shear.gain for shear in shears]:
+                        refuse_gain(self, grid, k)
+                warn_before_inverting(self, plan, grid, state, stop, run.dtype)
+            if lone:  # one step up supplies the neighbour
+                steps.insert(0, (last, (self.start(grid.levels[last], grid.levels[last - 1]),)))
+            run.check |= self.iterative
 
             def walk(steps: Steps, pair: Pair) -> Pair:
                 steps = iter(steps)
-                if lone:  # the first of them leads up and supplies the neighbour
+                if lone:
                     pair = run.walk([next(steps)], pair)[::-1]
                 return self.undo(run, steps, pair)
 
-            if lone:
-                steps.insert(0, (last, (self.start(grid.levels[last], grid.levels[last - 1]),)))
             return self._finish(run, state, steps, walk, progress, last, end, stop)
 
     def _begin(
@@ -197,39 +204,50 @@ class Solver(Settings, ABC):
         extra_args: Mapping[str, Any] | None,
         callback: Callback | None,
         differentiable: bool,
-    ) -> tuple[State, Run]:
-        """The checked and stored state to start from, and a run; a lone tensor stands at `index`."""
-        check_call(denoiser, extra_args)
-        self.arithmetic.check(grid)
-        if differentiable and self.arithmetic.exact:
+    ) -> tuple[State, Run, Plan]:
+        """The checked, stored state to start from, a run and the plan; a tensor stands at `index`."""
+        arithmetic, partner, side = self.arithmetic, None, None
+        if not callable(denoiser) or not (extra_args is None or isinstance(extra_args, Mapping)):
+            refuse_call(denoiser, extra_args)
+        if differentiable and arithmetic.exact:
             raise ValueError(
-                f"a run in {self.arithmetic} has no gradient, for it rounds every state: use "
+                f"a run in {arithmetic} has no gradient, for it rounds every state: use "
                 "arithmetic=FloatingPoint() with differentiable=True"
             )
+        classes: list[Any] = []
+        name = expression(self, classes)
         if isinstance(x, State):
-            check_origin(x, grid, self)
+            check_origin(x, grid, self, name)
             current, partner, index, side = x.current, x.partner, x.index, x.side
         else:
-            check_tensor(x)
-            current, partner, side = x.clone(), None, None  # the caller may write to x later
-        dtype = current.dtype if side is None else side.dtype
+            current = x
         if side is None:
-            for tensor in (current, partner):
-                if tensor is not None:
-                    check_tensor(tensor)
-            current = self.arithmetic.store(current)
-            partner = None if partner is None else self.arithmetic.store(partner)
+            for tensor in (current,) if partner is None else (current, partner):
+                if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                    refuse_start(tensor)
+                if not (tensor.ndim and tensor.numel() and is_finite(tensor)):
+                    refuse_start(tensor)
+        dtype = current.dtype if side is None else side.dtype
+        if current is x:
+            current = current.clone()  # the caller may write to it later
+        if arithmetic.exact:
+            arithmetic.check(grid)
+            if side is None:
+                current = arithmetic.store(current)
+                partner = None if partner is None else arithmetic.store(partner)
         if self.coupled and partner is None:
             partner = current
-        state = State(current, partner, index, grid.levels, repr(self), side, self.coupled)
-        arguments = dict(extra_args or {})
-        return state, Run(denoiser, self.arithmetic, grid, dtype, arguments, callback, self.coupled)
+        state = State(current, partner, index, grid.levels, name, side, self.coupled)
+        plan = once((name, *classes, grid.levels), lambda: planned(self, grid))
+        args = dict(extra_args or {})
+        run = Run(denoiser, arithmetic, grid, current, dtype, args, callback, self.coupled)
+        return state, run, plan
 
     def _finish(
         self,
         run: Run,
         state: State,
-        steps: list[tuple[int, tuple[Shear, ...]]],
+        steps: Plan,
         walk: Callable[[Steps, Pair], Pair],
         progress: bool,
         origin: int,
@@ -237,7 +255,9 @@ class Solver(Settings, ABC):
         stop: int,
     ) -> Solution:
         """Walks `steps` from `state`; the solution at level `stop`, of a pair that stands at `index`."""
-        start: Pair = (state.partner, state.current)[:: -1 if self.coupled else 1]
+        start: Pair = (state.partner, state.current)
+        if self.coupled:
+            start = start[::-1]
         run.memory = self.arithmetic.open(state, origin, run.dtype)
         bar = progress_bar(steps, desc=type(self).__name__) if progress else steps
         a, b = walk(bar, start)
@@ -256,51 +276,28 @@ class Solver(Settings, ABC):
                 else f"the final state is not finite; {OVERFLOW}"
             )
         current, partner = (a, b) if self.coupled else (b, a if self.states == 2 else None)
+        x, side = current if index == stop else partner, None
         assert current is not None
-        stored = current if index == stop else partner
-        assert stored is not None
-        side = self.arithmetic.close(run.memory, current, partner, index)
-        x = self.arithmetic.load(stored, run.dtype)
-        x = x.clone() if x is stored else x  # the caller may write to it
+        assert x is not None
+        if run.memory is None:
+            x = x.clone()  # the caller may write to it
+        else:
+            side = self.arithmetic.close(run.memory, current, partner, index)
+            x = self.arithmetic.load(x, run.dtype)
         state = State(current, partner, index, state.sigmas, state.solver, side, self.coupled)
         return Solution(x, state, run.nfe, tuple(run.convergence))
 
-    def linear(self, grid: Grid, last: int, data_std: float = 0.5) -> LinearRun:
-        """The steps down to level `last` over Gaussian data, see `odesolvers.propagation`."""
-        lone = None
-        if self.states == 2 and not self.coupled:
-            lone = self.start(grid.levels[last], grid.levels[last - 1])
-        return LinearRun.of(planned(self, grid)[:last], grid, data_std, lone)
 
-    def _warn(self, grid: Grid, state: State, stop: int, dtype: torch.dtype) -> None:
-        """Warns before an inversion that is not expected to give what is hoped for, see `invert`."""
-        last, steps = state.index, state.index - stop
-        lone = state.partner is None or (self.coupled and state.partner is state.current)
-        if not lone and self.arithmetic.exact:
-            return
-        whole = lone and steps == grid.steps
-        error = self.encoding_error(grid) if whole else None
-        if error is None:
-            error = once(
-                ("expected", identity(self), grid.levels, last, stop, lone),
-                lambda: expected_error(self.linear(grid, last), last, stop, lone=lone),
-            )
-        if lone:
-            warn_of_encoding(error, self, steps, coupled=self.coupled)
-        else:
-            warn_of_round_trip(error, self, steps, dtype)
-
-
-def planned(solver: Solver, grid: Grid) -> list[tuple[Shear, ...]]:
-    """``solver.steps(grid)``, worked out once for equal settings.
+def planned(solver: Solver, grid: Grid) -> Plan:
+    """The numbered steps of a solver.
 
     Raises:
         ValueError: if they are not as many as the grid has.
     """
-    steps = once((identity(solver), grid.levels), lambda: solver.steps(grid))
+    steps = solver.steps(grid)
     if len(steps) != grid.steps:
         raise ValueError(
             f"{solver}.steps must return one tuple of shears for each of the {grid.steps} steps of the "
             f"grid, got {len(steps)}"
         )
-    return steps
+    return list(enumerate(steps))

@@ -11,6 +11,7 @@ import torch
 
 from .checks import check_is
 from .grids import Grid, Sigmas
+from .propagation import LinearRun
 from .solver import Solver, planned
 from .trust import ENCODING_LIMIT, ROUND_TRIP_LIMIT, roundoff
 
@@ -162,14 +163,15 @@ def stability_report(solver: Solver, sigmas: Sigmas, *, data_std: float = 0.5) -
             f"{solver} does not undo its steps exactly, and the result is known from a run alone: "
             "see solution.convergence of those that iterate"
         )
-    for k, step in enumerate(planned(solver, grid)[solver.states == 2 :], start=1):
-        if any(shear.gain == 0.0 for shear in step):
+    plan = planned(solver, grid)
+    for k, shears in plan[1:]:
+        if any(shear.gain == 0.0 for shear in shears):
             raise ValueError(
                 f"{solver} cannot be inverted: its step from sigmas[{k}] = {grid.levels[k]:.6g} has "
                 "the weight g = 0; stability_report is for gamma in (0, 1] or a rule such as "
                 "StepRatio(1)"
             )
-    run = solver.linear(grid, grid.steps, float(data_std))
+    run = LinearRun.of(solver, plan, grid, grid.steps, float(data_std))
     exact, known = solver.arithmetic.exact, solver.encoding_error(grid)
     return StabilityReport(
         solver=repr(solver),
@@ -200,8 +202,8 @@ def side_information_bound(solver: Solver, sigmas: Sigmas) -> float:
     """
     grid, bits = Grid.of(sigmas), 0.0
     pairs = solver.states == 2 and not solver.coupled
-    for step in planned(solver, grid)[1 if pairs else 0 :]:
-        for shear in step:
+    for _, shears in planned(solver, grid)[1 if pairs else 0 :]:
+        for shear in shears:
             if shear.gain == 0.0:
                 return math.inf
             bits = max(0.0, bits - math.log2(abs(shear.gain)))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import files
 from .arithmetic import SideInformation
-from .checks import describe
+from .checks import refuse_pair
 from .grids import Grid
 
 
@@ -32,7 +32,7 @@ class State:
         coupled: whether `partner` stands at the level of `current`.
 
     Raises:
-        TypeError, ValueError: at construction, if the two tensors or the index do not fit.
+        TypeError, ValueError: at construction, if the tensors, the grid and the index do not fit.
     """
 
     current: Tensor
@@ -44,22 +44,17 @@ class State:
     coupled: bool = False
 
     def __post_init__(self) -> None:
-        levels = Grid.of(self.sigmas).levels
-        object.__setattr__(self, "sigmas", levels)
+        grid = self.sigmas if isinstance(self.sigmas, Grid) else Grid(self.sigmas)
+        object.__setattr__(self, "sigmas", grid.levels)
         first = 0 if self.partner is None or self.coupled else 1
-        if isinstance(self.index, bool) or not isinstance(self.index, int):
-            raise TypeError(f"index must be an integer, an index into sigmas, got {self.index!r}")
-        if not first <= self.index < len(levels):
-            raise ValueError(
-                f"index must be between {first} and {len(levels) - 1}, got {self.index}"
-            )
+        if type(self.index) is not int or not first <= self.index < len(grid.levels):
+            end = len(grid.levels) - 1
+            raise ValueError(f"index must be between {first} and {end}, got {self.index!r}")
         a, b = self.current, self.partner
-        if not all(isinstance(x, Tensor) for x in (a, a if b is None else b)):
-            raise TypeError(f"a state is made of tensors, got {describe(a)} and {describe(b)}")
-        if b is not None and (a.dtype, a.shape, a.device) != (b.dtype, b.shape, b.device):
-            raise ValueError(
-                f"the two states of a pair must agree, got {describe(b)} and {describe(a)}"
-            )
+        if not isinstance(a, Tensor) or (
+            b is not None and (a.dtype, a.shape, a.device) != (b.dtype, b.shape, b.device)
+        ):
+            refuse_pair(a, b)
 
     def to(self, device: torch.device | str) -> State:
         """The same state with its tensors on `device`."""
@@ -81,7 +76,7 @@ class State:
         return replace(self, side=self.side.fresh(self.current, self.partner, self.index))
 
     def save(self, path: str | os.PathLike[str], notes: Mapping[str, Any] | None = None) -> None:
-        """Writes the state to a safetensors file, from which `load` reads it back to the bit.
+        """Writes a safetensors file, from which `load` reads the state back to the bit.
 
         Args:
             path: the file, conventionally ``*.safetensors``; replaced if it exists.
@@ -91,19 +86,7 @@ class State:
             ImportError: if safetensors is not installed.
             OSError: if the file cannot be written.
         """
-        described, tensors = ({}, {}) if self.side is None else self.side.parts()
-        tensors |= {"current": self.current}
-        if self.partner is not None:
-            tensors |= {"partner": self.partner}
-        header = {
-            "index": self.index,
-            "sigmas": [sigma.hex() for sigma in self.sigmas],  # hexadecimal keeps every bit
-            "solver": self.solver,
-            "side": described,
-            "coupled": self.coupled,
-            "notes": dict(notes or {}),
-        }
-        files.write(path, tensors, header)
+        files.write_state(path, vars(self), notes)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> State:
@@ -122,18 +105,8 @@ class State:
         cls, path: str | os.PathLike[str], device: torch.device | str = "cpu"
     ) -> tuple[State, dict[str, Any]]:
         """`load`, and the notes that were saved with the state."""
-        tensors, header = files.read(path)
-        side = SideInformation.of_parts(header["side"], tensors) if header["side"] else None
-        state = cls(
-            current=tensors["current"],
-            partner=tensors.get("partner"),
-            index=header["index"],
-            sigmas=tuple(float.fromhex(sigma) for sigma in header["sigmas"]),
-            solver=header["solver"],
-            side=side,
-            coupled=header["coupled"],
-        )
-        return state.to(device), header["notes"]
+        fields, notes = files.read_state(path, device)
+        return cls(**fields), notes
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,15 +14,12 @@ from .stack import SideInformation
 
 
 class Arithmetic(Settings, ABC):
-    """Computes ``gain · a + rest`` and its inverse on *stored* states.
+    """Computes ``gain · a + rest`` and its inverse on *stored* states, which are never written to.
 
-    A stored state is a tensor in whatever form the arithmetic keeps; `rest` is a floating point tensor
-    in storage that may be overwritten. States are never written to. Every method but the last two has
-    the default of floating point: a stored state is the tensor itself, with nothing beside it.
+    The default is that of floating point: a stored state is the tensor itself, with nothing beside it.
 
     Attributes:
-        exact: whether `inverse` undoes `forward` to the bit. Such an arithmetic hides values that are
-            not finite, so runs check every denoiser output at once.
+        exact: whether `inverse` undoes `forward` to the bit.
         check_determinism: whether a run evaluates its first shear twice and compares the outputs.
     """
 
@@ -41,29 +38,29 @@ class Arithmetic(Settings, ABC):
         """The stored form of a floating point tensor."""
         return x
 
-    def load(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
-        """The floating point tensor that the denoiser sees of a stored state."""
-        del dtype
-        return stored
-
     def open(self, state: Any, origin: int, dtype: torch.dtype) -> Any:
-        """The working memory of a run from `state`, whose first pair stands at the index `origin`.
+        """The working memory of a run from a stored `state`; None where tensors are stored as they are.
 
-        `dtype` is that of the tensors that the denoiser sees. A run sets the attribute `sigma` of the
-        memory, the level at hand, for messages.
+        `origin` is the index of the first pair of the run, `dtype` that of what the denoiser sees. The
+        run sets the attribute `sigma` of the memory, the level at hand, for messages.
         """
         del state, origin, dtype
+
+    def load(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """The floating point tensor of a stored state; called only where there is a memory."""
+        del dtype
+        return stored
 
     def close(
         self, memory: Any, current: Tensor, partner: Tensor | None, index: int
     ) -> SideInformation | None:
-        """The side information of the pair at `index`, where a run ends."""
+        """The side information of the pair at `index`, where a run with a memory ends."""
         del memory, current, partner, index
         return None
 
     @abstractmethod
     def forward(self, gain: float, a: Tensor | None, rest: Tensor, memory: Any) -> Tensor:
-        """``gain · a + rest``; `a` is None at the start of a run that has one state only."""
+        """``gain · a + rest``, which may overwrite `rest`; `a` is None for a single state."""
 
     @abstractmethod
     def inverse(self, gain: float, c: Tensor, rest: Tensor, memory: Any) -> Tensor:

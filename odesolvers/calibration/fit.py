@@ -232,7 +232,8 @@ class _Fit:
         s, log_g, current = self.grid.levels, [], self.x.detach()
         older: Tensor | None = None
         arguments = dict(self.extra_args or {})
-        run = Run(self.denoiser, FloatingPoint(), self.grid, current.dtype, arguments, None, False)
+        dtype = current.dtype
+        run = Run(self.denoiser, FloatingPoint(), self.grid, current, dtype, arguments, None, False)
         for k in range(self.grid.steps):
             if older is None:
                 newer = run.rest(self.base.start(s[0], s[1]), current, k)

@@ -115,7 +115,7 @@ def catalogue() -> list[Table]:
     for name, method in APPROXIMATORS.items():
         step = BDIA(method).step(behind=3.0, sigma=2.0, ahead=1.0, g=1.0)
         scale = "x" if method.scale(1.0) == 1.0 else "x / sqrt(1 + σ²)"
-        numbers = method.order, method.evaluations, len(step.evaluations), scale
+        numbers = method.order, method.evaluations, len(step.calls), scale
         solvers.add_row(name, *map(str, numbers))
 
     gammas = _table("gamma", "what it does")
