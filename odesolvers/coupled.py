@@ -11,7 +11,14 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Final, final
 
-from .approximators import Exponential, IntegrationApproximator, euler, leaving, slope
+from .approximators import (
+    Exponential,
+    IntegrationApproximator,
+    euler,
+    leaving,
+    slope,
+    variance_preserving,
+)
 from .arithmetic import Arithmetic, FloatingPoint
 from .checks import check_is, checked_share
 from .formula import Combination, Shear
@@ -49,16 +56,20 @@ class CoupledSolver(Solver):
 @final
 @dataclass(frozen=True, repr=False, eq=False)
 class EDICT(CoupledSolver):
-    """EDICT (Wallace, Gokul, Naik, CVPR 2023, arXiv 2211.12446, equations 14 and 15), in x = z / α.
+    """EDICT (Wallace, Gokul, Naik, CVPR 2023, arXiv 2211.12446, equations 14 and 15).
 
-    Two states take the Euler step, which in x is DDIM, each with the noise found at the other, and
-    are then mixed to keep them together:
+    Two states take the DDIM step, each with the noise found at the other, and are then mixed to keep
+    them together. In the unscaled state x, with s(σ) = 1 / sqrt(1 + σ²):
 
-        x'  = x + (τ - σ) ε(y, σ)       y'  = y + (τ - σ) ε(x', σ)        ε(x, σ) = (x - D(x, σ)) / σ
-        x'' = p x' + (1 - p) y'         y'' = p y' + (1 - p) x''
+        x' = x + (τ - σ) ε(y)              y' = y + (τ - σ) ε(r x')            ε(x) = (x - D(x, σ)) / σ
+        x'' = p x' + (1 - p) y'            y'' = p y' + (1 - p) x''            r = s(τ) / s(σ)
 
-    Order 1, two evaluations a step, both at σ. Inverting amplifies the difference of the two states by
-    1 / p² a step, which for the default is 1,400 over 50 steps. The order of x and y is not alternated.
+    The factor r is part of the published method: its second call hands the network the
+    variance-preserving state x', which is in the scale of the level τ, with the level σ.
+
+    Order 1 at best, two evaluations a step, both at σ. Inverting amplifies the difference of the two
+    states by 1 / p² a step, which for the default is 1,400 over 50 steps. The order of x and y is not
+    alternated.
 
     Args:
         p: the mixing weight, in (0, 1]; 1 does not mix.
@@ -77,10 +88,17 @@ class EDICT(CoupledSolver):
 
     def step(self, sigma: float, target: float) -> tuple[Shear, ...]:
         """From (x, y) at level `sigma` to (x'', y'') at level `target`."""
-        p = self.arithmetic.weight(self.p)
-        denoise = Shear.of(lambda y, D: euler(y, sigma, target, D), gain=1.0)
+        p, r = (
+            self.arithmetic.weight(self.p),
+            variance_preserving(target) / variance_preserving(sigma),
+        )
         mix = Shear.of(lambda y, D: (1 - p) * y, gain=p)
-        return denoise, denoise, mix, mix
+        return (
+            Shear.of(lambda y, D: euler(y, sigma, target, D), gain=1.0),
+            Shear.of(lambda x, D: euler(r * x, sigma, target, D), gain=1.0),
+            mix,
+            mix,
+        )
 
 
 @final

@@ -2,7 +2,7 @@
 
 from .base import IntegrationApproximator, euler, slope
 from .exponential import DPMSolverPP2S, Exponential
-from .first_order import DDIM, Euler, FlowEuler
+from .first_order import DDIM, Euler, FlowEuler, variance_preserving
 from .runge_kutta import RK3, RK4, HeunEDM, Midpoint, leaving
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "euler",
     "leaving",
     "slope",
+    "variance_preserving",
 ]
