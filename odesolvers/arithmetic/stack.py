@@ -139,17 +139,17 @@ class Stack:
         """Of the values on the way, where not checked at once: level, minimum, maximum, factor."""
         self._shape = shape
         self._top: Tensor | None = None  # W; None while the bound says that it is 0
-        self._scratch: Tensor | None = None  # for remainders
         self._bound = 0  # no element of W is larger
+        self._scratch: tuple[Tensor, Tensor] | None = None
         self._done: list[Done] = []
         self._aside: list[Tensor] = []
 
     def multiply(self, z: Tensor, a: int, b: int) -> Tensor:
-        """About ``z a / b``, in new storage; `divide` undoes it."""
+        """About ``z a / b``, in storage that the next call overwrites; `divide` undoes it."""
         return self._scale(z, a, b, 1)
 
     def divide(self, z: Tensor, a: int, b: int) -> Tensor:
-        """About ``z b / a``, in new storage: the z that `multiply` was given."""
+        """About ``z b / a``, likewise: the z that `multiply` was given."""
         return self._scale(z, b, a, -1)
 
     def _scale(self, z: Tensor, a: int, b: int, move: int) -> Tensor:
@@ -159,14 +159,7 @@ class Stack:
             bound = self._bound
             self._done.append(Done(move, a, b, bound, self._make_room(b)))
         # Undoing needs no room: it meets the numbers that were met on the way, and they had it.
-        quotient, remainder = _divmod(z, b, torch.empty_like(z), self._scratch)
-        top = self._top
-        if top is None:
-            top = torch.empty_like(z)
-        else:
-            remainder.add_(top, alpha=b)
-        top, remainder = _divmod(remainder, a, top, remainder, signed=False)
-        self._top, self._scratch = top, remainder
+        result = self._multiply(z, a, b)
         if undone is None:
             self._bound = (self._bound * b + b - 1) // a
         else:
@@ -174,10 +167,44 @@ class Stack:
                 self._take_back()
             self._bound = undone.bound
         if not self._bound:
-            if undone is not None:
-                self.overflows.append(top.any())  # it was 0 before, unless this is no exact undoing
+            if undone is not None and self._top is not None:
+                # W was 0 here on the way, unless this is no exact undoing.
+                self.overflows.append(self._top.any())
             self._top = None
-        return quotient.mul_(a).add_(remainder)
+        return result
+
+    def _multiply(self, z: Tensor, a: int, b: int) -> Tensor:
+        """W'' in place of W, and the result.
+
+        One of a and b is a power of two for every weight of `FixedPoint`, so that one of the two
+        divisions is a shift; the other is one of numbers that are not negative, which takes half as
+        long as a division with floor. With V = W b + r the result ``q a + t`` is ``V + a (q - W'')``.
+        """
+        top = self._top
+        if self._scratch is None:  # new memory costs more than arithmetic
+            self._scratch = torch.empty_like(z), torch.empty_like(z)
+        q, v = self._scratch
+        if b & (b - 1) == 0:
+            k = b.bit_length() - 1
+            torch.bitwise_right_shift(z, k, out=q)
+            torch.bitwise_and(z, b - 1, out=v)
+            if top is not None:
+                v.bitwise_or_(top.bitwise_left_shift_(k))
+        else:
+            steps = 2**62 // b
+            torch.add(z, b * steps, out=v)
+            torch.div(v, b, rounding_mode="trunc", out=q)
+            v.sub_(q, alpha=b)
+            q.sub_(steps)
+            if top is not None:
+                v.add_(top, alpha=b)
+        top = self._top = torch.empty_like(z) if top is None else top
+        if a & (a - 1) == 0:
+            k = a.bit_length() - 1
+            torch.bitwise_right_shift(v, k, out=top)
+            return q.bitwise_left_shift_(k).bitwise_or_(v.bitwise_and_(a - 1))
+        torch.div(v, a, rounding_mode="trunc", out=top)
+        return v.add_(q.sub_(top), alpha=a)
 
     def _make_room(self, b: int) -> int:
         """Put words aside until W b + b - 1 cannot overflow; how many."""
@@ -296,21 +323,3 @@ def _places(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """For each integer of a group, the word in which it begins and the bit of it."""
     first = torch.arange(_GROUP, device=device) * width
     return first >> 5, first & 31
-
-
-def _divmod(
-    z: Tensor, n: int, quotient: Tensor, remainder: Tensor | None, *, signed: bool = True
-) -> tuple[Tensor, Tensor]:
-    """``z // n`` and ``z % n`` as Python has them, for |z| up to 2^61; for z up to 2^63 unless signed.
-
-    Written to `quotient` and `remainder`, which may be `z`: new memory costs more than arithmetic.
-    """
-    if n & (n - 1) == 0:
-        torch.bitwise_right_shift(z, n.bit_length() - 1, out=quotient)
-        return quotient, torch.bitwise_and(z, n - 1, out=remainder)
-    # Truncated division of numbers that are not negative takes half as long as division with floor.
-    steps = 2**62 // n if signed else 0
-    shifted = torch.add(z, n * steps, out=remainder) if signed else z
-    torch.div(shifted, n, rounding_mode="trunc", out=quotient)
-    remainder = torch.sub(shifted, quotient, alpha=n, out=shifted)
-    return quotient.sub_(steps) if signed else quotient, remainder
