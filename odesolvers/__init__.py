@@ -13,9 +13,9 @@ from .approximators import (
     Midpoint,
 )
 from .arithmetic import FixedPoint, FloatingPoint
-from .bdia import BDIA, BELM
+from .bdia import BDIA
 from .calibration import Calibrated, Objective, calibrate
-from .coupled import EDICT, McCallumFoster, ReversibleHeun, Rex
+from .coupled import EDICT, McCallumFoster, ReversibleHeun
 from .gamma import (
     ConstantGamma,
     DampedStepRatio,
@@ -35,6 +35,7 @@ from .grids import (
     vp_sigmas,
 )
 from .iterative import DDIMInversion, FixedPointInversion
+from .named import BELM, Rex
 from .parsing import parse
 from .run import Denoiser
 from .stability import side_information_bound, stability_report

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from .approximators import Euler, IntegrationApproximator, leaving
+from .approximators import IntegrationApproximator, leaving
 from .arithmetic import Arithmetic, FloatingPoint
 from .checks import check_is
 from .formula import Combination, Denoise, Shear
-from .gamma import GammaRule, PerStep, StepRatio, as_rule
+from .gamma import GammaRule, as_rule
 from .grids import Grid
 from .solver import Solver
 
@@ -79,22 +78,3 @@ class BDIA(Solver):
 
     def encoding_error(self, grid: Grid) -> float | None:
         return as_rule(self.gamma).encoding_error(grid)
-
-
-def BELM(a2: Sequence[float] | None = None, arithmetic: Arithmetic = FloatingPoint()) -> BDIA:
-    """BELM (Wang et al., NeurIPS 2024, arXiv 2410.07273): two-step formulas with one evaluation.
-
-        x_{i-1} = a2 x_{i+1} + a1 x_i + b ε(x_i, σ_i)              ε(x, σ) = (x - D(x, σ)) / σ
-
-    in x = z / α. Consistency fixes ``a1 = 1 - a2`` and order 1 fixes ``b = -(h_i + a2 h_{i+1})``: the
-    family has one free number a step, and is `BDIA` over `Euler` with ``g_i = a2``.
-
-    Args:
-        a2: for every step but the first, in sampling order. By default ``(h_i / h_{i+1})²``, which
-            cancels the leading error: O-BELM, of order 2.
-        arithmetic: see `BDIA`.
-
-    Raises:
-        TypeError, ValueError: if an argument is not usable.
-    """
-    return BDIA(Euler(), StepRatio(2) if a2 is None else PerStep(a2), arithmetic)

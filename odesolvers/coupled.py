@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Final, final
 
 from .approximators import (
-    Exponential,
     IntegrationApproximator,
     euler,
     leaving,
@@ -151,29 +150,6 @@ class McCallumFoster(CoupledSolver):
             Shear.of(lambda v, D: v + ahead(v, sigma, target, D) - g * v, gain=g),
             Shear.of(lambda y, D: y - r * (y + behind(y, target, sigma, D)), gain=r),
         )
-
-
-def Rex(
-    approximator: IntegrationApproximator,
-    zeta: float = 0.999,
-    arithmetic: Arithmetic = FloatingPoint(),
-) -> McCallumFoster:
-    """Rex (Blasingame and Liu, arXiv 2502.08834), for the flow: `McCallumFoster` over `Exponential`.
-
-    The coupling is that of McCallum and Foster, in ``y = x / σ`` over the time 1/σ, where the flow is
-    ``dy / d(1/σ) = D(x, σ)``; its weights in x are therefore r = τ / σ and ζ r. Order that of the
-    approximator, twice its evaluations. Sampling contracts both states by τ / σ a step, all of which
-    `FixedPoint` has to store.
-
-    Args:
-        approximator: the one-step method that is run in these variables.
-        zeta: the coupling ζ, in (0, 1].
-        arithmetic: see `BDIA`.
-
-    Raises:
-        TypeError, ValueError: if an argument is not usable.
-    """
-    return McCallumFoster(Exponential(approximator), zeta, arithmetic)
 
 
 @final

@@ -19,11 +19,12 @@ from .approximators import (
     Midpoint,
 )
 from .arithmetic import FixedPoint, FloatingPoint
-from .bdia import BDIA, BELM
+from .bdia import BDIA
 from .calibration import Calibrated
-from .coupled import EDICT, McCallumFoster, ReversibleHeun, Rex
+from .coupled import EDICT, McCallumFoster, ReversibleHeun
 from .gamma import ConstantGamma, DampedStepRatio, PerStep, SmoothedOutput, StepRatio, order_gaining
 from .iterative import DDIMInversion, FixedPointInversion
+from .named import BELM, Rex
 
 CONSTRUCTORS: Final[Mapping[str, Callable[..., Any]]] = {
     constructor.__name__: constructor

@@ -8,11 +8,22 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from .arithmetic import Arithmetic
-from .checks import OVERFLOW, check_same, is_finite, place, refuse_output
+from .checks import (
+    OVERFLOW,
+    check_origin,
+    check_same,
+    is_finite,
+    place,
+    refuse_call,
+    refuse_output,
+    refuse_start,
+)
 from .formula import Shear
-from .grids import Grid
-from .state import Convergence
+from .grids import Grid, Sigmas
+from .progress import progress_bar
+from .propagation import Plan
+from .settings import expression, once
+from .state import Convergence, Solution, State
 
 Pair: TypeAlias = "tuple[Tensor | None, Tensor | None]"
 """Two stored states, the a and b of ``(a, b) -> (b, gain · a + rest(b))``."""
@@ -35,44 +46,135 @@ class Denoiser(Protocol):
 
 
 class Run:
-    """The denoiser calls of one run, checked and counted. States are never written to.
+    """One run of a solver: its state to start from, and the denoiser calls, checked and counted.
+
+    States are never written to.
 
     Args:
-        denoiser, extra_args, callback: see `Solver.sample`.
-        arithmetic: applies the shears.
-        grid: the noise levels, for messages.
-        like: a stored state, for its device.
+        solver: for its arithmetic, its kind of pair, and its steps, worked out once for equal settings.
+        denoiser, x, sigmas, extra_args, callback, differentiable: see `Solver.sample`.
+        index: the place on the grid of an `x` that is a tensor.
+
+    Attributes:
+        grid: the noise levels.
+        state: `x` as a checked and stored state.
+        plan: the steps of the solver down the grid, numbered.
         dtype: that of the states that the denoiser sees.
-        reuse: whether a shear may call the denoiser at the state and level of the one before, as those
-            of coupled solvers do; that output is then kept and used again.
+        nfe: denoiser calls so far.
+        convergence: the outcomes of iterations so far.
     """
 
     def __init__(
         self,
+        solver: Any,
         denoiser: Denoiser,
-        arithmetic: Arithmetic,
-        grid: Grid,
-        like: Tensor,
-        dtype: torch.dtype,
-        extra_args: Mapping[str, Any],
-        callback: Callback | None,
-        reuse: bool,
+        x: Tensor | State,
+        sigmas: Sigmas,
+        index: int | None = 0,
+        extra_args: Mapping[str, Any] | None = None,
+        callback: Callback | None = None,
+        differentiable: bool = False,
     ) -> None:
-        self.denoiser, self.arithmetic, self.grid, self.dtype = denoiser, arithmetic, grid, dtype
-        self.extra_args, self.callback, self.reuse = extra_args, callback, reuse
-        self.nfe = 0
-        self.convergence: list[Convergence] = []
-        self.memory: Any = None
-        self.check = arithmetic.exact
-        """Whether every output is checked for values that are not finite, at once."""
-        # Half precision does not resolve noise levels.
-        self._levels = like.new_empty(
-            0, dtype=torch.float64 if dtype == torch.float64 else torch.float32
+        if not callable(denoiser) or not (extra_args is None or isinstance(extra_args, Mapping)):
+            refuse_call(denoiser, extra_args)
+        self.solver, self.arithmetic, self.denoiser = solver, solver.arithmetic, denoiser
+        self.extra_args, self.callback, self.grid = (
+            dict(extra_args or {}),
+            callback,
+            Grid.of(sigmas),
         )
+        if differentiable and self.arithmetic.exact:
+            raise ValueError(
+                f"a run in {self.arithmetic} has no gradient, for it rounds every state: use "
+                "arithmetic=FloatingPoint() with differentiable=True"
+            )
+        classes: list[Any] = []
+        self.name = expression(solver, classes)
+        self.state, self.dtype = self._stored(
+            x, len(self.grid.levels) - 1 if index is None else index
+        )
+        key = self.name, *classes, self.grid.levels
+        self.plan: Plan = once(key, lambda: solver.plan(self.grid))
+        # Half precision does not resolve noise levels.
+        level = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self._levels = self.state.current.new_empty(0, dtype=level)
         self._versions = not torch.is_inference_mode_enabled()  # inference tensors have none
-        self._twice = arithmetic.check_determinism
+        self._twice = self.arithmetic.check_determinism
         self._last: tuple[Tensor, float, Tensor] | None = None
         self._reported = -1
+        self.memory: Any = None
+        self.nfe, self.convergence = 0, list[Convergence]()
+        self.check = self.arithmetic.exact
+        """Whether every output is checked for values that are not finite, at once."""
+
+    def _stored(self, x: Tensor | State, index: int) -> tuple[State, torch.dtype]:
+        """`x` as a checked and stored state, and the dtype of its values."""
+        arithmetic, coupled, partner, side = self.arithmetic, self.solver.coupled, None, None
+        if isinstance(x, State):
+            check_origin(x, self.grid, self.solver, self.name)
+            current, partner, index, side = x.current, x.partner, x.index, x.side
+        else:
+            current = x
+        if side is None:
+            for tensor in (current,) if partner is None else (current, partner):
+                if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                    refuse_start(tensor)
+                if not (tensor.ndim and tensor.numel() and is_finite(tensor)):
+                    refuse_start(tensor)
+        dtype = current.dtype if side is None else side.dtype
+        if current is x:
+            current = current.clone()  # the caller may write to it later
+        if arithmetic.exact:
+            arithmetic.check(self.grid)
+            if side is None:
+                current = arithmetic.store(current)
+                partner = None if partner is None else arithmetic.store(partner)
+        if coupled and partner is None:
+            partner = current
+        return State(current, partner, index, self.grid.levels, self.name, side, coupled), dtype
+
+    def finish(
+        self,
+        steps: Plan,
+        walk: Callable[[Steps, Pair], Pair],
+        progress: bool,
+        origin: int,
+        index: int,
+        stop: int,
+    ) -> Solution:
+        """Walks `steps` from the state; the solution at level `stop`, of a pair that stands at `index`.
+
+        `origin` is the index of the first pair of the run, see `Arithmetic.open`.
+        """
+        state, coupled = self.state, self.solver.coupled
+        start: Pair = (state.partner, state.current)
+        if coupled:
+            start = start[::-1]
+        self.memory = self.arithmetic.open(state, origin, self.dtype)
+        bar = progress_bar(steps, desc=type(self.solver).__name__) if progress else steps
+        a, b = walk(bar, start)
+        if not (is_finite(a) and is_finite(b)):
+            # What is not finite stays so: it is found at the end, and named by a second run.
+            self.memory = self.arithmetic.open(state, origin, self.dtype)
+            self.check, self.callback = True, None
+            a, b = walk(steps, start)
+            raise FloatingPointError(
+                "the run ended with a state that is not finite, and made again it did not: the "
+                "denoiser does not return the same output for the same input"
+                if is_finite(a) and is_finite(b)
+                else f"the final state is not finite; {OVERFLOW}"
+            )
+        current, partner = (a, b) if coupled else (b, a if self.solver.states == 2 else None)
+        x, side = current if index == stop else partner, None
+        assert current is not None
+        assert x is not None
+        if self.memory is None:
+            x = x.clone()  # the caller may write to it
+        else:
+            side = self.arithmetic.close(self.memory, current, partner, index)
+            x = self.arithmetic.load(x, self.dtype)
+        state = State(current, partner, index, state.sigmas, state.solver, side, coupled)
+        return Solution(x, state, self.nfe, tuple(self.convergence))
 
     def walk(self, steps: Steps, pair: Pair, *, undo: bool = False) -> Pair:
         """Applies `steps` to the pair (a, b).
@@ -145,24 +247,10 @@ class Run:
             pointers.append(pointer)
         if len(values) > 1:
             self._twice = False
-            if self.reuse:
+            if self.solver.coupled:  # the next shear may call at the same state and level
                 self._last = stored, shear.calls[0].sigma, values[1]
             if self.callback is not None and k != self._reported:
-                self._reported = k
-                self._report(self.callback, x, values[1], shear.calls[0].sigma, k)
+                self._reported, level = k, self._levels.new_full((), shear.calls[0].sigma)
+                shown = {"x": x.clone(), "denoised": values[1].clone()}  # it may write to them
+                self.callback({**shown, "i": k, "sigma": level, "sigma_hat": level.clone()})
         return shear.rest.of(values)
-
-    def _report(
-        self, callback: Callback, x: Tensor, denoised: Tensor, sigma: float, k: int
-    ) -> None:
-        """Calls the callback with k-diffusion's dictionary, and refuses writes to what the run uses."""
-        shown = {"x": x, "denoised": denoised}
-        before = [0 if t.is_inference() else t._version for t in shown.values()]
-        level = self._levels.new_full((), sigma)
-        callback({**shown, "i": k, "sigma": level, "sigma_hat": level.clone()})
-        for (name, tensor), version in zip(shown.items(), before, strict=True):
-            if not tensor.is_inference() and tensor._version != version:
-                raise ValueError(
-                    f"the callback wrote to {name} at step {k}, which would change the run: work on a "
-                    f"copy, info[{name!r}].clone()"
-                )

@@ -12,7 +12,7 @@ import torch
 from .checks import check_is
 from .grids import Grid, Sigmas
 from .propagation import LinearRun
-from .solver import Solver, planned
+from .solver import Solver
 from .trust import ENCODING_LIMIT, ROUND_TRIP_LIMIT, roundoff
 
 STD_LIMIT: Final = 0.1
@@ -163,7 +163,7 @@ def stability_report(solver: Solver, sigmas: Sigmas, *, data_std: float = 0.5) -
             f"{solver} does not undo its steps exactly, and the result is known from a run alone: "
             "see solution.convergence of those that iterate"
         )
-    plan = planned(solver, grid)
+    plan = solver.plan(grid)
     for k, shears in plan[1:]:
         if any(shear.gain == 0.0 for shear in shears):
             raise ValueError(
@@ -202,7 +202,7 @@ def side_information_bound(solver: Solver, sigmas: Sigmas) -> float:
     """
     grid, bits = Grid.of(sigmas), 0.0
     pairs = solver.states == 2 and not solver.coupled
-    for _, shears in planned(solver, grid)[1 if pairs else 0 :]:
+    for _, shears in solver.plan(grid)[1 if pairs else 0 :]:
         for shear in shears:
             if shear.gain == 0.0:
                 return math.inf

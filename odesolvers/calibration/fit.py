@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..approximators import RK4, Euler, IntegrationApproximator
-from ..arithmetic import FloatingPoint
 from ..bdia import BDIA
 from ..formula import Combination, Denoise, Shear
 from ..gamma import DampedStepRatio, GammaRule, PerStep, StepRatio, as_rule
@@ -231,9 +230,7 @@ class _Fit:
         """
         s, log_g, current = self.grid.levels, [], self.x.detach()
         older: Tensor | None = None
-        arguments = dict(self.extra_args or {})
-        dtype = current.dtype
-        run = Run(self.denoiser, FloatingPoint(), self.grid, current, dtype, arguments, None, False)
+        run = Run(BDIA(self.base), self.denoiser, current, self.grid, 0, self.extra_args)
         for k in range(self.grid.steps):
             if older is None:
                 newer = run.rest(self.base.start(s[0], s[1]), current, k)
