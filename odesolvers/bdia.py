@@ -9,7 +9,7 @@ from .approximators import IntegrationApproximator, leaving
 from .arithmetic import Arithmetic, FloatingPoint
 from .checks import check_is
 from .formula import Combination, Denoise, Shear
-from .gamma import GammaRule, as_rule
+from .gamma import ConstantGamma, GammaRule, as_rule
 from .grids import Grid
 from .solver import Solver
 
@@ -31,8 +31,8 @@ class BDIA(Solver):
 
     Args:
         approximator: the one-step method Δ.
-        gamma: a number in (0, 1], the paper's γ in the approximator's state scale, or a rule for
-            g_i such as `StepRatio`. 0 gives the approximator itself, which cannot be inverted.
+        gamma: a number in (0, 1], the paper's γ in the approximator's state scale, 1 by default; or a
+            rule for g_i such as `StepRatio`. 0 gives the approximator itself, which cannot be inverted.
         arithmetic: the representation of states: `FloatingPoint`, inverted up to rounding, by
             default; `FixedPoint`, inverted to the bit.
 
@@ -41,7 +41,7 @@ class BDIA(Solver):
     """
 
     approximator: IntegrationApproximator
-    gamma: float | GammaRule = 1.0
+    gamma: float | GammaRule = ConstantGamma(1.0)
     arithmetic: Arithmetic = FloatingPoint()
 
     def __post_init__(self) -> None:

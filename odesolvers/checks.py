@@ -175,3 +175,10 @@ def check_is(value: object, kind: type, what: str) -> None:
     """An instance of `kind`, or a TypeError; `what` is the place it was given in, with an example."""
     if not isinstance(value, kind):
         raise TypeError(f"{what}, got {value!r}")
+
+
+def check_choice(name: str, value: object, *choices: str) -> None:
+    """One of `choices`, or a ValueError."""
+    if value not in choices:
+        known = ", ".join(map(repr, choices[:-1]))
+        raise ValueError(f"{name} must be {known} or {choices[-1]!r}, got {value!r}")

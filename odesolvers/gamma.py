@@ -131,6 +131,24 @@ class StepRatio(GammaRule):
 
 
 @dataclass(frozen=True, repr=False, eq=False)
+class HeunStepRatio(GammaRule):
+    """``g_i = r² / (1 + 2 r)`` with ``r = h_i / h_{i+1}``: for samples of `BDIA` over `HeunEDM`.
+
+    With the second slope ahead, every choice of g_i keeps order 2, and this one makes the error several
+    times smaller than Heun's at the same evaluations; on Gaussian data the order is 3 (measured).
+
+    - Amplification: sampling damps the alternating solution by 1/3 a step on equal steps. Inverting
+      amplifies by as much: the way back needs `FixedPoint`, and codes of lone images are no noise.
+    - Side information: ``log2(3)`` bits for each step, on equal steps.
+    """
+
+    def weights(self, grid: Grid, scale: Callable[[float], float]) -> list[float]:
+        del scale
+        h = [sigma - target for sigma, target in grid.intervals()]
+        return [(ahead / behind) ** 2 / (1 + 2 * ahead / behind) for behind, ahead in pairwise(h)]
+
+
+@dataclass(frozen=True, repr=False, eq=False)
 class DampedStepRatio(GammaRule):
     """`StepRatio(1)` above a noise level, and a rule that damps below it.
 

@@ -22,7 +22,15 @@ from .arithmetic import FixedPoint, FloatingPoint
 from .bdia import BDIA
 from .calibration import Calibrated
 from .coupled import EDICT, McCallumFoster, ReversibleHeun
-from .gamma import ConstantGamma, DampedStepRatio, PerStep, SmoothedOutput, StepRatio, order_gaining
+from .gamma import (
+    ConstantGamma,
+    DampedStepRatio,
+    HeunStepRatio,
+    PerStep,
+    SmoothedOutput,
+    StepRatio,
+    order_gaining,
+)
 from .iterative import DDIMInversion, FixedPointInversion
 from .named import BELM, Rex
 
@@ -45,6 +53,7 @@ CONSTRUCTORS: Final[Mapping[str, Callable[..., Any]]] = {
         FloatingPoint,
         FlowEuler,
         HeunEDM,
+        HeunStepRatio,
         McCallumFoster,
         Midpoint,
         PerStep,

@@ -1,8 +1,9 @@
 """Every solver, against what the package computed before its core was rewritten.
 
 `data/before.json` was written by this file at the version before. Samples and codes of the mixture are
-held to 1e-12, evaluations to the number. Two solvers were changed since on purpose: `BDIA` over `HeunEDM`
-had a second slope on each side, which is now ``HeunEDM("both")``, and `EDICT` was not the published one.
+held to 1e-12, evaluations to the number. What was changed since on purpose: `BDIA` over methods of two
+stages had a second stage on each side, which is now ``HeunEDM("both")``, and `EDICT` was not the
+published one.
 """
 
 from __future__ import annotations
@@ -46,7 +47,11 @@ ITERATIVE = ["DDIMInversion()", "DDIMInversion(HeunEDM())", "FixedPointInversion
 
 def made(text: str) -> Any:
     """The solver of that time."""
-    return odesolvers.parse(text.replace("BDIA(HeunEDM()", "BDIA(HeunEDM('both')"))
+    for base in ("HeunEDM", "Midpoint", "DPMSolverPP2S"):
+        text = text.replace(f"BDIA({base}()", f"BDIA({base}('both')")
+    return odesolvers.parse(
+        text.replace("Exponential(Midpoint())", "Exponential(Midpoint('both'))")
+    )
 
 
 def measure(text: str) -> dict[str, Any]:

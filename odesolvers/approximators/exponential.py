@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from ..checks import check_is
+from ..checks import check_choice, check_is
 from ..formula import Combination, Denoise
 from .base import IntegrationApproximator, euler
 from .first_order import variance_preserving
@@ -20,12 +20,25 @@ class DPMSolverPP2S(IntegrationApproximator):
 
     The linear part of the flow is solved exactly: ``Δ = (1 - τ/σ) (D(u, m) - x)``, with the middle of
     log σ, ``m = sqrt(σ τ)``, and ``u = x + (1 - m/σ) (D(x, σ) - x)``. From the level 0, where the slope
-    vanishes, it stays put. Order 2, one evaluation shared by every target and one for each target;
-    state scale variance preserving, as published.
+    vanishes, it stays put. Order 2, two evaluations; state scale variance preserving, as published.
+
+    Under `BDIA` the outputs of the step ahead serve behind, for no evaluation: the formula of algorithm
+    1 for any r, ``(1 - τ/σ) (D - x + (D(u, m) - D) / (2 r))``, at ``r = log(m/σ) / log(τ/σ) < 0``.
+
+    Args:
+        second: the side of the second output under `BDIA`: "ahead", or "both", one on each side.
+
+    Raises:
+        ValueError: at construction, if `second` is something else.
     """
+
+    second: str = "ahead"
 
     order: ClassVar[int] = 2
     evaluations: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        check_choice("second", self.second, "ahead", "both")
 
     def increment(
         self, x: Combination, sigma: float, target: float, denoise: Denoise
@@ -35,6 +48,20 @@ class DPMSolverPP2S(IntegrationApproximator):
         middle = (sigma * target) ** 0.5
         u = x + (1 - middle / sigma) * (denoise(x, sigma) - x)
         return (1 - target / sigma) * (denoise(u, middle) - x)
+
+    def both_increments(
+        self, x: Combination, sigma: float, ahead: float, behind: float, denoise: Denoise
+    ) -> tuple[Combination, Combination]:
+        if self.second == "both":
+            return super().both_increments(x, sigma, ahead, behind, denoise)
+        D = denoise(x, sigma)
+        if ahead == 0.0:
+            return D - x, (1 - behind / sigma) * (D - x)
+        middle = (sigma * ahead) ** 0.5
+        forward = self.increment(x, sigma, ahead, denoise)
+        second = forward / (1 - ahead / sigma) + x
+        r = math.log(middle / sigma) / math.log(behind / sigma)
+        return forward, (1 - behind / sigma) * (D - x + (second - D) / (2 * r))
 
     def scale(self, sigma: float) -> float:
         return variance_preserving(sigma)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+from ..checks import check_choice
 from ..formula import Combination, Denoise
 from .base import IntegrationApproximator, euler, slope
 
@@ -39,8 +40,7 @@ class HeunEDM(IntegrationApproximator):
     evaluations: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        if self.second not in ("ahead", "behind", "both"):
-            raise ValueError(f"second must be 'ahead', 'behind' or 'both', got {self.second!r}")
+        check_choice("second", self.second, "ahead", "behind", "both")
 
     def increment(
         self, x: Combination, sigma: float, target: float, denoise: Denoise
@@ -77,12 +77,25 @@ class Midpoint(IntegrationApproximator):
 
     ``Δ = (τ - σ) d(u, m)`` with ``m = sqrt(σ τ)`` and ``u = x + (m - σ) d(x, σ)``: DPM-Solver-2 (Lu et
     al. 2022, arXiv 2206.00927, algorithm 1) in the unscaled state, and k-diffusion's `sample_dpm_2`
-    without churn. From the level 0 the middle is the arithmetic one. Order 2, one evaluation shared
-    by every target and one for each target.
+    without churn. From the level 0 the middle is the arithmetic one. Order 2, two evaluations.
+
+    Under `BDIA` the quadratic through both slopes of the step ahead serves behind, for no evaluation:
+    ``Δ(behind) = b d + b²/2 k`` with ``k = (d(u, m) - d) / (m - σ)``, see `HeunEDM`.
+
+    Args:
+        second: the side of the second slope under `BDIA`: "ahead", or "both", one on each side.
+
+    Raises:
+        ValueError: at construction, if `second` is something else.
     """
+
+    second: str = "ahead"
 
     order: ClassVar[int] = 2
     evaluations: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        check_choice("second", self.second, "ahead", "both")
 
     def increment(
         self, x: Combination, sigma: float, target: float, denoise: Denoise
@@ -90,6 +103,19 @@ class Midpoint(IntegrationApproximator):
         middle = (sigma * target) ** 0.5 if sigma > 0.0 else target / 2
         u = x + euler(x, sigma, middle, denoise)
         return (target - sigma) * slope(u, middle, denoise)
+
+    def both_increments(
+        self, x: Combination, sigma: float, ahead: float, behind: float, denoise: Denoise
+    ) -> tuple[Combination, Combination]:
+        if self.second == "both":
+            return super().both_increments(x, sigma, ahead, behind, denoise)
+        a, b = ahead - sigma, behind - sigma
+        d = slope(x, sigma, denoise)
+        if ahead == 0.0:
+            return a * d, b * d
+        forward = self.increment(x, sigma, ahead, denoise)
+        k = (forward / a - d) / ((sigma * ahead) ** 0.5 - sigma)
+        return forward, b * d + (b * b / 2) * k
 
 
 @final
