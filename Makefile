@@ -27,7 +27,7 @@ slow: $(VENV)/.dev  ## the long tests
 	$(BIN)/python -m pytest -m slow
 
 bench: $(VENV)/.dev  ## samplers and inverters side by side: tables and plots in docs; hours, resumable
-	$(BIN)/python benchmarks/suite.py
+	$(BIN)/python -m benchmarks.suite
 
 $(VENV)/.cli: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,10 +1,10 @@
 """How strongly an inversion amplifies errors, by rule for gamma and by grid.
 
 Prints the largest product of the factors by which consecutive steps up the grid multiply the alternating
-mode of the recurrence, in variance-preserving units (state over sqrt(1 + sigma^2)): 1 is neutral. No
-model is run: see `odesolvers.stability_report`.
+mode of the recurrence, in variance-preserving units (the state over sqrt(1 + sigma^2)); 1 is neutral. No
+model is called: see `odesolvers.stability_report`.
 
-Run: python benchmarks/amplification.py        (a second)
+    python -m benchmarks.amplification        # a second
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from odesolvers import (
     sigmas_from_alphas_cumprod,
     stability_report,
 )
+
+from .common import shown, table
 
 RULES: list[GammaRule] = [ConstantGamma(1.0), ConstantGamma(0.96), StepRatio(1), StepRatio(2)]
 STEPS = (10, 20, 50, 100)
@@ -45,12 +47,12 @@ def main() -> None:
         "Stable Diffusion, leading": lambda n: stable_diffusion(n, "leading", 1),
         "Karras 80 to 0.002": karras_sigmas,
     }
-    print("| grid | rule | " + " | ".join(f"{n} steps" for n in STEPS) + " |")
-    print("|---|---|" + "---:|" * len(STEPS))
-    for name, make in grids.items():
-        for rule in RULES:
-            values = [f"{amplification(rule, make(n)):.3g}" for n in STEPS]
-            print(f"| {name} | {rule} | " + " | ".join(values) + " |")
+    lines = [
+        [name, shown(rule), *(f"{amplification(rule, make(n)):.3g}" for n in STEPS)]
+        for name, make in grids.items()
+        for rule in RULES
+    ]
+    print(table(["grid", "rule", *(f"{n} steps" for n in STEPS)], lines, words=(0, 1)))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""The search for a rule for g_i that needs no calibration, samples well and encodes well.
+"""A search for a rule for g_i that needs no calibration, samples well and encodes well.
 
-Measures, for every candidate (a rule, a base, a first step) and problem of the suite, at 5 to 20
-evaluations:
-- sampling: the median error over that of DDIM at the same evaluations, the worst over the budgets;
-- encoding: the median error of the code of a lone image over that of DDIM run upwards, the worst over
-  budgets of 10 and more.
+For each candidate (a rule, a base, a first step) and each problem of the suite, at 5 to 20 evaluations:
+- sampling (s): the median error over that of DDIM at the same evaluations, the worst of all budgets;
+- encoding (e): the median error of the code of a lone image over that of DDIM run upwards, the worst of
+  the budgets of 10 and more.
 
-Against: DDIM both ways, whose ratios are 1 by definition. The last columns are the worst over all
-problems: a rule that is good everywhere has a sampling ratio below 1 and an encoding ratio below 0.5.
+The last columns are the worst of all problems. A rule that is good everywhere has a sampling ratio below
+1 and an encoding ratio below 0.5.
 
-    python benchmarks/gamma_search.py                     # all, a quarter of an hour on one core
-    python benchmarks/gamma_search.py --problems mixture digits      # a minute
+    python -m benchmarks.gamma_search                                # a quarter of an hour on one core
+    python -m benchmarks.gamma_search --problems mixture digits --out out/search.md     # a minute
 """
 
 from __future__ import annotations
@@ -18,24 +17,19 @@ from __future__ import annotations
 import argparse
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, final
 
-from markdown_table import table
-from suite_problems import CACHE, PROBLEMS, Instance, Problem, reference
-from suite_solvers import UpwardDDIM
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from odesolvers import (
     BDIA,
     DDIM,
-    Combination,
     ConstantGamma,
     DampedStepRatio,
-    Denoise,
     DPMSolverPP2S,
     Euler,
     Exponential,
@@ -47,8 +41,22 @@ from odesolvers import (
     State,
     StepRatio,
 )
+from odesolvers.extend import Combination, Denoise
 
-TABLE = Path(__file__).resolve().parent.parent / "docs" / "tables" / "gamma_search.md"
+from .common import (
+    PROBLEMS,
+    TABLES,
+    Problem,
+    Upwards,
+    encoding_error,
+    one_step,
+    reference,
+    sampling_error,
+    shown,
+    table,
+    write,
+)
+
 BUDGETS = {"mixture": (5, 6, 8, 10, 15, 20), "digits": (5, 6, 8, 10, 15, 20)}
 FEW = (5, 10, 20)
 
@@ -93,21 +101,19 @@ class BetterStart:
         self, denoiser: Any, x: Tensor, sigmas: Tensor, *, extra_args: Mapping[str, Any]
     ) -> Any:
         last, levels = len(sigmas) - 1, tuple(sigmas.tolist())
-        (move,) = HeunEDM().increments(
-            denoiser, x, levels[-1], (levels[-2],), extra_args=extra_args
-        )
-        state = State(x, x + move, last, levels, repr(self.solver))
+        newer = one_step(HeunEDM(), denoiser, x, levels[-1], levels[-2], extra_args)
+        state = State(x, newer, last, levels, repr(self.solver))
         return self.solver.invert(denoiser, state, sigmas, extra_args=extra_args)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is tried, under its name."""
+    """A named solver to try."""
 
     name: str
     solver: Any
     spare: int = 0
-    """Evaluations of the first step beyond those of the others; negative for fewer."""
+    """Evaluations of the first step beyond those of a later one; negative for fewer."""
     per_step: int = 1
 
     def steps(self, budget: int) -> int:
@@ -115,10 +121,10 @@ class Candidate:
 
 
 def over(base: IntegrationApproximator, rule: float | GammaRule, per_step: int = 1) -> Candidate:
-    shown = f"γ = {rule:g}" if isinstance(rule, float) else repr(rule)
-    # The first step has nothing behind it to evaluate.
+    name = f"γ = {rule:g}" if isinstance(rule, float) else shown(rule)
+    # The first step evaluates nothing behind it.
     spare = base.evaluations - per_step
-    return Candidate(f"{base!r}, {shown}", BDIA(base, rule), spare, per_step)
+    return Candidate(f"{base!r}, {name}", BDIA(base, rule), spare, per_step)
 
 
 def candidates() -> list[Candidate]:
@@ -127,7 +133,7 @@ def candidates() -> list[Candidate]:
     rules += [SmoothedOutput(StepRatio(1)), SmoothedOutput(DampedStepRatio())]
     starts = [StepRatio(1), DampedStepRatio(), DampedStepRatio(0.1, 2)]
     return [
-        Candidate("DDIM", UpwardDDIM()),
+        Candidate("DDIM", Upwards(DDIM())),
         over(Euler(), 1.0),
         over(DDIM(), 1.0),
         over(Exponential(Euler()), 1.0),
@@ -135,54 +141,38 @@ def candidates() -> list[Candidate]:
         *(over(Euler(), rule) for rule in rules),
         *(over(GaussianEuler(std), StepRatio(1)) for std in (0.5, 1.0)),
         *(
-            Candidate(f"first step HeunEDM(), {rule!r}", BetterStart(BDIA(Euler(), rule)), spare=1)
+            Candidate(
+                f"first step HeunEDM(), {shown(rule)}", BetterStart(BDIA(Euler(), rule)), spare=1
+            )
             for rule in starts
         ),
         *(
-            over(base, rule, per_step=3)
-            for base in (HeunEDM(), Midpoint(), DPMSolverPP2S())
+            over(base, rule, per_step)
+            for base, per_step in ((HeunEDM(), 2), (Midpoint(), 3), (DPMSolverPP2S(), 3))
             for rule in (StepRatio(1), StepRatio(2))
         ),
     ]
 
 
-def errors(
-    candidate: Any, instance: Instance, sigmas: Tensor, noise: Tensor, clean: Tensor
-) -> tuple[float, float]:
-    """Median sampling and encoding error; infinite where the run diverged."""
-
-    def median(walk: Callable[..., Any], start: Tensor, truth: Tensor) -> float:
-        try:
-            x = walk(instance.denoiser, start, sigmas, extra_args=instance.extra_args).x
-        except FloatingPointError:
-            return math.inf
-        distance = (x - truth).double().flatten(1).norm(dim=1)
-        return float(
-            distance.median() / truth.double().flatten(1).norm(dim=1).square().mean().sqrt()
-        )
-
-    return median(candidate.sample, noise, clean), median(candidate.invert, clean, noise)
-
-
-def ratios(instance: Instance, tried: Sequence[Candidate], bar: Any) -> list[tuple[float, float]]:
-    """The worst ratios over the budgets of one problem, for each candidate."""
-    problem = instance.problem
-    truth = reference(instance, 0, CACHE)
-    noise, clean = truth.noise.to(problem.dtype), truth.clean.to(problem.dtype)
+def ratios(problem: Problem, tried: Sequence[Candidate], bar: Any) -> list[tuple[float, float]]:
+    """The worst ratios of one problem for each candidate."""
+    truth = reference(problem, 0)
     budgets = BUDGETS.get(problem.name, FEW)
-    grids = {budget: problem.sigmas(budget) for budget in budgets}
-    base = {b: errors(UpwardDDIM(), instance, grids[b], noise, clean) for b in budgets}
+    base = Upwards(DDIM())
+    ddim = {
+        n: (sampling_error(base, problem, n, truth), encoding_error(base, problem, n, truth))
+        for n in budgets
+    }
     worst = []
     for candidate in tried:
         bar.set_postfix_str(f"{problem.name}, {candidate.name}")
-        sampling, encoding = [0.0], [0.0]
+        solver, sampling, encoding = candidate.solver, [0.0], [0.0]
         for budget in budgets:
             if (steps := candidate.steps(budget)) < 2:
                 continue
-            s, e = errors(candidate.solver, instance, problem.sigmas(steps), noise, clean)
-            sampling.append(s / base[budget][0])
+            sampling.append(sampling_error(solver, problem, steps, truth) / ddim[budget][0])
             if budget >= 10:
-                encoding.append(e / base[budget][1])
+                encoding.append(encoding_error(solver, problem, steps, truth) / ddim[budget][1])
         worst.append((max(sampling), max(encoding)))
         bar.update()
     return worst
@@ -197,15 +187,15 @@ def number(ratio: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--problems", nargs="+", help="names of the suite's; all by default")
-    parser.add_argument("--out", type=Path, default=TABLE)
+    parser.add_argument("--out", type=Path, default=TABLES / "gamma_search.md")
     options = parser.parse_args()
     problems: list[Problem] = [
         p for p in PROBLEMS if not options.problems or p.name in options.problems
     ]
     tried = candidates()
     with tqdm(total=len(problems) * len(tried)) as bar, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of inversions that are not to be trusted
-        columns = [ratios(problem.load(), tried, bar) for problem in problems]
+        warnings.simplefilter("ignore")  # about inversions that amplify errors
+        columns = [ratios(problem, tried, bar) for problem in problems]
     header = ["candidate", *(f"{p.name}: {way}" for p in problems for way in ("s", "e"))]
     lines = []
     for k, candidate in enumerate(tried):
@@ -213,10 +203,7 @@ def main() -> None:
         cells = [number(ratio) for pair in pairs for ratio in pair]
         worst = [number(max(pair[way] for pair in pairs)) for way in (0, 1)]
         lines.append([f"`{candidate.name}`", *cells, *worst])
-    text = table([*header, "worst s", "worst e"], lines)
-    print(text)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(text + "\n")
+    write(options.out, table([*header, "worst s", "worst e"], lines))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,20 @@
 """Every kind of model under several solvers: does it come back, and is its code noise?
 
-Measures, for each model and solver, on 18 levels of the model's own range, in float32 states:
-- round trip: relative error of the noise after `sample` and `invert` from its state;
-- in float64 states, over the same float32 network;
-- code: mean and standard deviation, over the first noise level, of a sample that is encoded on its own
-  (0 and 1 would be right; a network with random weights has no data, so its codes mean little).
+For each model and solver, on 18 levels of the model's own range:
+- the relative error of the noise after `sample` and `invert` from its state, in float32 and in float64
+  states, the latter over the same float32 network;
+- the mean and the standard deviation of the code of a lone sample, over the first noise level; right
+  are 0 and 1, but a network with random weights has no data, so its codes mean little.
 
-Against: nothing; it is the table of `docs/models.md`.
-
-Run: python benchmarks/model_table.py        (about 3 minutes on one core)
+    python -m benchmarks.models             # about 3 minutes on one core
+    python -m benchmarks.models --quick     # the closed forms only; writes nothing
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import argparse
 
 import torch
-from exact_problems import PROBLEMS, Problem
-from markdown_table import table
 from tqdm.auto import tqdm
 
 from odesolvers import (
@@ -32,6 +29,8 @@ from odesolvers import (
 )
 from odesolvers.models import InDtype
 
+from .common import EXACT_PROBLEMS, TABLES, Problem, table, write
+
 SOLVERS = {
     "DDIM, 1": BDIA(DDIM(), 1.0),
     "Euler, StepRatio(1)": BDIA(Euler(), StepRatio(1)),
@@ -40,34 +39,39 @@ SOLVERS = {
     "DPMSolverPP2S, StepRatio(1)": BDIA(DPMSolverPP2S(), StepRatio(1)),
     "HeunEDM, StepRatio(2), FixedPoint()": BDIA(HeunEDM(), StepRatio(2), FixedPoint()),
 }
-TABLE = Path(__file__).parent.parent / "docs" / "tables" / "models.md"
-NETWORKS = ("random convolutions", "letters, guided", "EDM DDPM++, random")
 
 
 def row(problem: Problem, name: str, solver: BDIA) -> list[str]:
     """One line of the table."""
-    denoiser, args = problem.build(torch.device("cpu")), problem.arguments()
-    sigmas = karras_sigmas(18, problem.sigma_min, problem.sigma_max)
+    denoiser, args = problem.denoiser, problem.arguments()
+    if problem.dtype == torch.float32:
+        denoiser = InDtype(denoiser, torch.float32)
+    sigmas = karras_sigmas(18, problem.bottom, problem.top)
     errors = []
     for dtype in (torch.float32, torch.float64):
-        x = problem.noise(dtype)
+        x = problem.noise().to(dtype)
         if isinstance(solver.arithmetic, FixedPoint):
             x = solver.arithmetic.snap(x)
-        wrapped = InDtype(denoiser, torch.float32) if problem.name in NETWORKS else denoiser
-        there = solver.sample(wrapped, x, sigmas, extra_args=args)
-        back = solver.invert(wrapped, there.state, sigmas, extra_args=args)
+        there = solver.sample(denoiser, x, sigmas, extra_args=args)
+        back = solver.invert(denoiser, there.state, sigmas, extra_args=args)
         errors.append(float((back.x - x).norm() / x.norm()))
-    code = solver.invert(wrapped, there.x, sigmas, extra_args=args).x / sigmas[0]
+    code = solver.invert(denoiser, there.x, sigmas, extra_args=args).x / sigmas[0]
     shown = ["0" if error == 0 else f"{error:.0e}" for error in errors]
     return [problem.name, name, *shown, f"{float(code.mean()):.2g}", f"{float(code.std()):.3g}"]
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="the closed forms only")
+    options = parser.parse_args()
     header = ["model", "BDIA over", "round trip, float32", "float64", "code mean", "code std"]
-    pairs = [(problem, *item) for problem in PROBLEMS for item in SOLVERS.items()]
+    problems = EXACT_PROBLEMS[:3] if options.quick else EXACT_PROBLEMS
+    pairs = [(problem, *item) for problem in problems for item in SOLVERS.items()]
     text = table(header, [row(*pair) for pair in tqdm(pairs)], words=(0, 1))
-    print(text)
-    TABLE.write_text(text + "\n")
+    if options.quick:
+        print(text)
+    else:
+        write(TABLES / "models.md", text)
 
 
 if __name__ == "__main__":

@@ -12,19 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.linalg
-import suite
-import suite_measures
-import suite_problems
-import suite_report
-import suite_rows
-import suite_solvers
 import torch
 from scipy.stats import norm
-from suite_problems import Instance, Problem, Reference
-from suite_rows import Row, Rows
-from suite_solvers import Diffusers, KDiffusion, Sample, plain
 from torch import Tensor
 
+from benchmarks.common import Problem, Reference, Upwards, reference, relative_errors
+from benchmarks.suite import __main__ as suite
+from benchmarks.suite import measures, report, solvers
+from benchmarks.suite import run as suite_run
+from benchmarks.suite.data import fine_distance
+from benchmarks.suite.peers import Diffusers, KDiffusion, Sample, Sampler
+from benchmarks.suite.results import Results
+from benchmarks.suite.rows import Row, Rows
+from benchmarks.suite.solvers import Entry, plain
 from odesolvers import BDIA, DDIM, Denoiser, Euler, StepRatio, calibrate
 from odesolvers.models import Gaussian
 
@@ -36,18 +36,16 @@ from .problems import gaussian, mixture, noise, relative_error
 def test_relative_errors_are_relative_to_the_truth() -> None:
     truth = torch.tensor([[3.0, 4.0], [0.0, 5.0], [5.0, 0.0]])
     found = truth + torch.tensor([[0.5, 0.0], [0.0, 1.0], [math.nan, 0.0]])
-    assert suite_measures.relative_errors(found, truth).tolist() == pytest.approx(
-        [0.1, 0.2, math.inf]
-    )
+    assert relative_errors(found, truth).tolist() == pytest.approx([0.1, 0.2, math.inf])
 
 
 def test_percentile_is_reached_by_that_fraction() -> None:
     errors = torch.arange(100, 0, -1, dtype=torch.float64)
-    assert suite_measures.percentile(errors, 0.5) == 50
-    assert suite_measures.percentile(errors, 0.95) == 95
+    assert measures.percentile(errors, 0.5) == 50
+    assert measures.percentile(errors, 0.95) == 95
     errors[:6] = math.inf
-    assert suite_measures.percentile(errors, 0.95) == math.inf
-    assert suite_measures.percentile(errors, 0.94) == 94
+    assert measures.percentile(errors, 0.95) == math.inf
+    assert measures.percentile(errors, 0.94) == 94
 
 
 def test_frechet_distance_of_stretched_and_shifted_points() -> None:
@@ -56,8 +54,8 @@ def test_frechet_distance_of_stretched_and_shifted_points() -> None:
     x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
     stretch, shift = torch.tensor([1.0, 2.0, 0.5]).double(), torch.tensor([0.3, 0.0, -1.0]).double()
     expected = float(shift.square().sum() + (stretch - 1).square().sum())
-    assert suite_measures.frechet_distance(x, x * stretch + shift) == pytest.approx(expected)
-    assert suite_measures.frechet_distance(x, x) == pytest.approx(0.0, abs=1e-12)
+    assert measures.frechet_distance(x, x * stretch + shift) == pytest.approx(expected)
+    assert measures.frechet_distance(x, x) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_frechet_distance_against_scipys_root() -> None:
@@ -65,7 +63,7 @@ def test_frechet_distance_against_scipys_root() -> None:
     A, B = np.cov(x.numpy().T), np.cov(y.numpy().T)
     root = scipy.linalg.sqrtm(A @ B).real
     expected = float((x.mean(0) - y.mean(0)).square().sum()) + np.trace(A + B - 2 * root)
-    assert suite_measures.frechet_distance(x, y) == pytest.approx(expected)
+    assert measures.frechet_distance(x, y) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.7])
@@ -73,21 +71,21 @@ def test_normality_of_quantiles(shift: float) -> None:
     """The largest gap between Φ(z) and Φ(z - m) is at m/2: ``2 Φ(m/2) - 1``."""
     quantiles = torch.from_numpy(norm.ppf((np.arange(2000) + 0.5) / 2000))
     expected = 2 * norm.cdf(shift / 2) - 1
-    assert suite_measures.normality(quantiles + shift) == pytest.approx(expected, abs=1e-3)
+    assert measures.normality(quantiles + shift) == pytest.approx(expected, abs=1e-3)
 
 
 # Peers: driven over the levels they are given.
 
 
 def levels(steps: int) -> Tensor:
-    return Problem("any", lambda states: (Gaussian(), {}), (1,), 1).sigmas(steps)
+    return Problem("any", lambda device: Gaussian(), (1,), 1).sigmas(steps)
 
 
 @pytest.mark.parametrize(
     "peer", [KDiffusion("sample_euler"), Diffusers("DDIMScheduler")], ids=lambda p: type(p).__name__
 )
 @pytest.mark.parametrize("steps", [2, 7, 20])
-def test_first_order_peers_are_ddim(peer: suite_solvers.Sampler, steps: int) -> None:
+def test_first_order_peers_are_ddim(peer: Sampler, steps: int) -> None:
     x, sigmas = noise(16, 3, sigma=80.0), levels(steps)
     ours = DDIM().sample(mixture(), x, sigmas).x
     assert relative_error(peer.sample(mixture(), x, sigmas).x, ours) < 1e-10
@@ -123,7 +121,7 @@ def test_dpm_solver_of_diffusers_ends_with_order_one_below_15_steps() -> None:
     ],
     ids=lambda value: getattr(value, "sampler", getattr(value, "scheduler", str(value))),
 )
-def test_orders_of_peers_against_the_exact_flow(peer: suite_solvers.Sampler, order: int) -> None:
+def test_orders_of_peers_against_the_exact_flow(peer: Sampler, order: int) -> None:
     """A peer that met other levels than the flow's would not converge."""
     x = noise(4, 5, sigma=80.0)
     exact = gaussian().flow(x, 80.0, 0.02)
@@ -135,19 +133,19 @@ def test_orders_of_peers_against_the_exact_flow(peer: suite_solvers.Sampler, ord
 
 def test_peers_keep_float32() -> None:
     x = noise(4, 5, sigma=80.0, dtype=torch.float32)
-    for entry in suite_solvers.entries():
+    for entry in solvers.entries():
         if entry.family in ("k-diffusion", "diffusers"):
-            solver = entry.make(Instance(tiny(), gaussian()), levels(6))
+            solver = entry.make(tiny(), levels(6))
             assert solver.sample(gaussian(), x, levels(6)).x.dtype == torch.float32
 
 
 def test_steps_are_the_most_within_the_budget() -> None:
-    instance = tiny().load()
-    for entry in suite_solvers.entries():
+    problem = tiny()
+    for entry in solvers.entries():
         spent = []
         for steps in (entry.steps(20), entry.steps(20) + 1):
-            meter, sigmas = suite_measures.Meter(instance.denoiser), instance.problem.sigmas(steps)
-            entry.make(instance, sigmas).sample(meter, instance.problem.noise(0), sigmas)
+            meter, sigmas = measures.Meter(problem.denoiser), problem.sigmas(steps)
+            entry.make(problem, sigmas).sample(meter, problem.noise(), sigmas)
             spent.append(meter.calls)
         assert spent[0] <= 20 < spent[1], entry.name
 
@@ -156,38 +154,47 @@ def test_steps_are_the_most_within_the_budget() -> None:
 
 
 def tiny(**changes: Any) -> Problem:
-    problem = Problem("tiny", lambda states: (gaussian(), {}), (5,), 4, fine=400, version=0)
+    problem = Problem("tiny", lambda device: gaussian(), (5,), 4, fine=400, version=0)
     return replace(problem, **changes)
 
 
 def test_fine_solution_is_the_exact_flow_and_is_solved_once(tmp_path: Path) -> None:
-    problem = tiny(data=lambda n: noise(1000, 5), frechet_states=50)
-    instance = problem.load()
-    solved = suite_problems.reference(instance, 3, tmp_path)
+    problem = tiny()
+    solved = reference(problem, 3, tmp_path)
     exact = gaussian().flow(problem.noise(3), 80.0, 0.02)
     assert relative_error(solved.clean, exact) < 1e-7
     assert 0 < solved.convergence < 1e-5
-    assert solved.frechet is not None
 
     def refuse(x: Tensor, sigma: Tensor) -> Tensor:
         raise AssertionError
 
-    again = suite_problems.reference(replace(instance, denoiser=refuse), 3, tmp_path)
+    again = reference(replace(problem, build=lambda device: refuse), 3, tmp_path)
     assert torch.equal(again.clean, solved.clean)
     assert torch.equal(again.noise, problem.noise(3))
-    assert (again.convergence, again.frechet) == (solved.convergence, solved.frechet)
+    assert again.convergence == solved.convergence
+
+
+def test_fine_solution_is_compared_with_data() -> None:
+    """Both are Gaussian: the flow carries noise to the data, so a finite sample of each is near."""
+    clean = gaussian().flow(noise(4000, 5, sigma=80.0, seed=7), 80.0, 0.02)
+    problem = tiny(data=lambda n: clean, frechet_states=4000)
+    distance = fine_distance(problem, 3)
+    assert distance is not None
+    assert 0 < distance < 0.02
+    shifted = fine_distance(replace(problem, data=lambda n: clean + 1.0), 3)
+    assert shifted == pytest.approx(5.0, rel=0.1)
+    assert fine_distance(tiny(), 3) is None
 
 
 # Rows.
 
 
-def measure(solver: suite_solvers.Sampler, problem: Problem | None = None, budget: int = 12) -> Row:
+def measure(solver: Sampler, problem: Problem | None = None, budget: int = 12) -> Row:
     problem = problem or tiny()
-    instance = problem.load()
     x = problem.noise(0)
-    truth = Reference(x, gaussian().flow(x, 80.0, 0.02), 0.0, None)
-    run = suite.Run(problem, plain("solver", "test", solver), budget, 0)
-    return suite.measure(run, instance, truth, None)
+    truth = Reference(x, gaussian().flow(x, 80.0, 0.02), 0.0)
+    run = suite_run.Run(problem, plain("solver", "test", solver), budget, 0)
+    return suite_run.measure(run, truth, None)
 
 
 def test_row_of_an_invertible_solver_against_the_exact_flow() -> None:
@@ -256,44 +263,44 @@ def test_divergence_is_a_result(error: type[Exception] | None) -> None:
     assert row.diverged == "sampling"
 
 
-def fitted(instance: Instance, sigmas: Tensor) -> suite_solvers.Sampler:
+def fitted(problem: Problem, sigmas: Tensor) -> Sampler:
     """Weights fitted on a batch that no measured seed has; refused above 5 steps."""
     if len(sigmas) > 6:
         raise OverflowError
-    x = instance.problem.calibration_noise()
-    rule = calibrate(instance.denoiser, x, sigmas, max_runs=1, reference_steps=2)
+    x = problem.calibration_noise()
+    rule = calibrate(problem.denoiser, x, sigmas, max_runs=1, reference_steps=2)
     return BDIA(Euler(), rule)
 
 
 def test_calibration_is_counted_apart() -> None:
-    entry = suite_solvers.Entry("fitted", "test", fitted, "fitted")
+    entry = Entry("fitted", "test", fitted, "fitted")
     x = tiny().noise(0)
-    truth = Reference(x, gaussian().flow(x, 80.0, 0.02), 0.0, None)
-    row = suite.measure(suite.Run(tiny(), entry, 5, 0), tiny().load(), truth, None)
-    fine, own, runs, alone = 20, 5, 2 * (5 + 5), 5  # RK4; each step's own; two rules; Euler
-    assert (row.evaluations, row.calibration_evaluations) == (5, fine + own + runs + alone)
-    row = suite.measure(suite.Run(tiny(), entry, 6, 0), tiny().load(), truth, None)
+    truth = Reference(x, gaussian().flow(x, 80.0, 0.02), 0.0)
+    row = suite_run.measure(suite_run.Run(tiny(), entry, 5, 0), truth, None)
+    learned = fitted(tiny(), tiny().sigmas(5)).gamma.report  # type: ignore[attr-defined]
+    assert (row.evaluations, row.calibration_evaluations) == (5, learned.evaluations)
+    row = suite_run.measure(suite_run.Run(tiny(), entry, 6, 0), truth, None)
     assert (row.diverged, row.sampling_median) == ("calibration", math.inf)
 
 
-def test_learnt_weights_are_kept_and_serve_longer_grids(
+def test_learned_weights_are_kept_and_serve_longer_grids(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(suite_solvers, "CACHE", tmp_path)
-    make = suite_solvers.CalibratedBDIA(Euler(), states=2)
-    instance = tiny(version=1, calibration_runs=12, learnt_steps=3).load()
-    first = make.rule(instance, 3)
-    longer = make.rule(instance, 7)
+    monkeypatch.setattr(solvers, "CACHE", tmp_path)
+    make = solvers.CalibratedBDIA(Euler(), states=2)
+    problem = tiny(version=1, calibration_runs=12, learned_steps=3)
+    first = make.rule(problem, 3)
+    longer = make.rule(problem, 7)
     assert len(list(tmp_path.iterdir())) == 2
     assert (len(first.values), len(longer.values)) == (2, 6)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    assert make(instance, tiny().sigmas(7)) == BDIA(Euler(), longer)
+    assert make(problem, problem.sigmas(7)) == BDIA(Euler(), longer)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == written
 
 
 def test_ddim_upwards_asks_for_the_noise_where_it_stands() -> None:
     x, sigmas = noise(3, 5), torch.tensor([4.0, 2.0, 0.5], dtype=torch.float64)
-    code = suite_solvers.UpwardDDIM().invert(gaussian(), x, sigmas).x
+    code = Upwards(DDIM()).invert(gaussian(), x, sigmas).x
     y = x
     for sigma, target in ((0.5, 2.0), (2.0, 4.0)):
         d = (y - gaussian()(y, torch.full((3,), sigma, dtype=torch.float64))) / sigma
@@ -346,13 +353,13 @@ def test_a_file_with_other_columns_is_refused(tmp_path: Path) -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Names and budgets of the rows that are measured."""
     calls: list[tuple[str, int]] = []
-    original = suite.measure
+    original = suite_run.measure
 
-    def counting(run: suite.Run, *rest: Any) -> Row:
+    def counting(run: suite_run.Run, *rest: Any) -> Row:
         calls.append((run.entry.name, run.budget))
         return original(run, *rest)
 
-    monkeypatch.setattr(suite, "measure", counting)
+    monkeypatch.setattr(suite_run, "measure", counting)
     return calls
 
 
@@ -408,11 +415,11 @@ def synthetic(name: str, budget: int, sampling: float, encoding: float | None, *
 
 
 @pytest.fixture
-def results(tmp_path: Path) -> suite_report.Results:
+def results(tmp_path: Path) -> Results:
     rows = Rows(tmp_path)
     for row in (
         synthetic("DDIM", 10, 0.2, None),
-        synthetic(suite_solvers.RECOMMENDED, 10, 0.1, 0.3),
+        synthetic(solvers.RECOMMENDED, 10, 0.1, 0.3),
         synthetic("ahead", 10, 0.04, 0.2),
         synthetic("ahead", 10, 0.06, 0.2, seed=1),
         synthetic("ahead", 10, 0.05, 0.2, seed=2),
@@ -420,47 +427,47 @@ def results(tmp_path: Path) -> suite_report.Results:
         replace(synthetic("ahead", 10, 9.0, 9.0), solver_setting="of yesterday"),
     ):
         rows.append(row)
-    names = ("DDIM", suite_solvers.RECOMMENDED, "ahead", "dear")
+    names = ("DDIM", solvers.RECOMMENDED, "ahead", "dear")
     entries = [replace(plain(name, "test", DDIM()), setting="s") for name in names]
-    return suite_report.Results(rows, [tiny()], entries)
+    return Results(rows, [tiny()], entries)
 
 
-def test_tables_mark_the_best_within_the_budget(results: suite_report.Results) -> None:
-    assert suite_report.by_budget(results, tiny(), "encoding_median") == [
-        [suite_solvers.RECOMMENDED, "3.0e-01"],
+def test_tables_mark_the_best_within_the_budget(results: Results) -> None:
+    assert report.by_budget(results, tiny(), "encoding_median") == [
+        [solvers.RECOMMENDED, "3.0e-01"],
         ["ahead", "**2.0e-01 ±0%**"],
         ["dear", "1.0e-02 (90)"],
     ]
-    sampling = dict(suite_report.by_budget(results, tiny(), "sampling_median"))
+    sampling = dict(report.by_budget(results, tiny(), "sampling_median"))
     assert sampling["ahead"] == "5.0e-02 ±20%"
     assert sampling["dear"] == "**1.0e-02**"
 
 
-def test_summary_counts_and_names(results: suite_report.Results) -> None:
-    lines = suite_report.summary(results).splitlines()[2:]
+def test_summary_counts_and_names(results: Results) -> None:
+    lines = report.summary(results).splitlines()[2:]
     cells = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:] for line in lines}
     assert cells["ahead"] == ["test", "1 of 1", "", "", "tiny 10 |"]
     assert cells["dear"] == ["test", "1 of 1", "", "", " |"]  # its encoding costs too much
     assert "DDIM" not in cells
 
 
-def test_worst_cases_are_the_largest_ratios_and_say_where(results: suite_report.Results) -> None:
-    (line,) = suite_report.worst_cases(results).splitlines()[2:]
+def test_worst_cases_are_the_largest_ratios_and_say_where(results: Results) -> None:
+    (line,) = report.worst_cases(results).splitlines()[2:]
     cells = line.strip("| ").split(" | ")
-    assert cells[:3] == [suite_solvers.RECOMMENDED, "tiny", "0.500 (at 10)"]
+    assert cells[:3] == [solvers.RECOMMENDED, "tiny", "0.500 (at 10)"]
     assert "DPM" not in line
 
 
 def test_ratios_are_best_near_one() -> None:
-    assert suite_report.off(1.1, True) < suite_report.off(0.8, True)
-    assert suite_report.off(1.1, True) > suite_report.off(0.95, True)
-    assert suite_report.off(math.inf, True) == math.inf
+    assert report.off(1.1, True) < report.off(0.8, True)
+    assert report.off(1.1, True) > report.off(0.95, True)
+    assert report.off(math.inf, True) == math.inf
 
 
 def test_settings_name_what_changes() -> None:
     assert tiny().setting != tiny(version=2).setting
     assert tiny().setting != tiny(fine=401).setting
-    names = [entry.name for entry in suite_solvers.entries()]
+    names = [entry.name for entry in solvers.entries()]
     assert len(names) == len(set(names))
-    assert {*suite_report.BASELINES, suite_solvers.RECOMMENDED} <= set(names)
-    assert suite_rows.Row.__dataclass_fields__.keys() >= {"encoding_median", "code_std"}
+    assert {*report.BASELINES, solvers.RECOMMENDED} <= set(names)
+    assert Row.__dataclass_fields__.keys() >= {"encoding_median", "code_std"}

@@ -1,11 +1,12 @@
 """Round trips in floating point and in fixed point: error, side information, time.
 
-Measures, on denoisers that are known in closed form and on small networks (`exact_problems`), noise ->
-data -> noise and data -> noise -> data. Against: the same solver in float32 and float64, the bits that
-any exact inverse must keep (the sum of log2 1/g_i), and 32 bits for each state of a stored trajectory.
+Noise to data to noise and data to noise to data, on denoisers in closed form and on small networks.
+Compared are the same solver in float32 and float64, the bits that any exact inverse must keep (the sum
+of log2 1/g_i), and 32 bits for each state of a stored trajectory.
 
-    python benchmarks/exactness.py            # tables, and plots in docs/images: a quarter of an hour
-    python benchmarks/exactness.py --quick    # fewer steps and repeats, no plots
+    python -m benchmarks.figures.exactness              # tables and plots, a quarter of an hour
+    python -m benchmarks.figures.exactness --quick      # fewer steps and repeats; writes nothing
+    python -m benchmarks.figures.exactness --problems   # only the table of denoisers
 """
 
 from __future__ import annotations
@@ -20,9 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import markdown_table
 import torch
-from exact_problems import PROBLEMS, Problem
 from torch import Tensor
 
 from odesolvers import (
@@ -38,6 +37,8 @@ from odesolvers import (
 )
 from odesolvers.models import IdealDenoiser, load_digits
 
+from ..common import EXACT_PROBLEMS, IMAGES, TABLES, Denoiser, Problem, table
+
 GAMMAS: dict[str, float | GammaRule] = {
     "1": 1.0,
     "0.96": 0.96,
@@ -47,12 +48,11 @@ GAMMAS: dict[str, float | GammaRule] = {
 }
 TABLE_STEPS = (18, 50, 100, 1000)
 PLOT_STEPS = (5, 10, 18, 30, 50, 100, 200, 400, 1000)
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """What one solver does on one grid."""
+    """The round trip of one solver on one grid."""
 
     steps: int
     gamma: str
@@ -63,10 +63,8 @@ class RoundTrip:
     bound: float
 
 
-def relative_error(
-    solver: BDIA, denoiser: Callable[..., Tensor], x: Tensor, sigmas: Tensor
-) -> float:
-    """Of noise -> data -> noise; infinite where the run left the numbers."""
+def relative_error(solver: BDIA, denoiser: Denoiser, x: Tensor, sigmas: Tensor) -> float:
+    """The relative error of noise -> data -> noise; infinite if the run diverged."""
     try:
         state = solver.sample(denoiser, x, sigmas).state
         back = solver.invert(denoiser, state, sigmas).x
@@ -103,7 +101,7 @@ def round_trip(steps: int, gamma: str, device: str) -> RoundTrip:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of the same runs in floating point and in fixed point, and calls of the denoiser."""
+    """Seconds of the same runs in floating and in fixed point, and the number of denoiser calls."""
 
     plain: list[float]
     fixed: list[float]
@@ -116,10 +114,10 @@ class Times:
 def measure_times(
     shape: Sequence[int], gamma: str, steps: int, repeats: int, device: str, milliseconds: float
 ) -> Times:
-    """Sample and invert at most 25 steps with a denoiser that takes so many milliseconds.
+    """Times sampling and inverting at most 25 steps, in floating and fixed point by turns.
 
-    Turn by turn in floating and fixed point. Without any milliseconds it is processor time, which
-    other work on the machine disturbs less.
+    The denoiser takes `milliseconds`. If that is 0 the times are processor times, which other work on
+    the machine disturbs less.
     """
     clock = time.perf_counter if milliseconds else time.process_time
 
@@ -155,13 +153,13 @@ def exact_cases(problem: Problem, device: str, quick: bool) -> tuple[int, int, i
         for approximator in (Euler(), DDIM(), HeunEDM()):
             for gamma in GAMMAS.values():
                 solver = BDIA(approximator, gamma, FixedPoint())
-                sigmas = karras_sigmas(5 if quick else 18, problem.sigma_min, problem.sigma_max)
-                x = solver.arithmetic.snap(problem.noise(dtype, device))
+                sigmas = karras_sigmas(5 if quick else 18, problem.bottom, problem.top)
+                x = solver.arithmetic.snap(problem.noise().to(device, dtype))
                 solution = solver.sample(denoiser, x, sigmas, extra_args=args)
                 back = solver.invert(denoiser, solution.state, sigmas, extra_args=args)
                 exact, tried = exact + torch.equal(back.x, x), tried + 1
 
-                image = solver.arithmetic.snap(x / problem.sigma_max)
+                image = solver.arithmetic.snap(x / problem.top)
                 try:
                     code = solver.invert(denoiser, image, sigmas, extra_args=args)
                 except OverflowError:
@@ -175,16 +173,12 @@ def exact_cases(problem: Problem, device: str, quick: bool) -> tuple[int, int, i
 def problems_table(device: str, quick: bool) -> str:
     """Round trips that came back to the bit, for each denoiser."""
     rows = []
-    for problem in PROBLEMS:
+    for problem in EXACT_PROBLEMS:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exact, tried, refused = exact_cases(problem, device, quick)
         rows.append([problem.name, str(tried), str(exact), str(refused)])
-    return table(["denoiser", "round trips", "exact", "refused"], rows)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return markdown_table.table(header, rows, words=range(len(header)))
+    return table(["denoiser", "round trips", "exact", "refused"], rows, words=range(4))
 
 
 def number(error: float) -> str:
@@ -247,17 +241,18 @@ def plot_errors(trips: Sequence[RoundTrip], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps and repeats, no plots")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--images", type=Path, default=ROOT / "docs" / "images")
-    parser.add_argument("--tables", type=Path, default=ROOT / "docs" / "tables")
-    parser.add_argument("--problems", action="store_true", help="the last table alone")
+    parser.add_argument("--images", type=Path, default=IMAGES)
+    parser.add_argument("--tables", type=Path, default=TABLES)
+    parser.add_argument("--problems", action="store_true", help="only the table of denoisers")
     options = parser.parse_args()
     if options.problems:
         problems = problems_table(options.device, options.quick)
         print(problems)
-        (options.tables / "exactness_problems.md").write_text(problems + "\n")
+        if not options.quick:
+            (options.tables / "exactness_problems.md").write_text(problems + "\n")
         return
     quick, device = options.quick, options.device
     repeats = 1 if quick else 7
@@ -299,7 +294,13 @@ def main() -> None:
                 ]
             )
     errors = ["float32 error", "float64 error", "exact"]
-    show(table(["steps", "gamma", *errors, "bits per element", "bound", "time", "median"], rows))
+    show(
+        table(
+            ["steps", "gamma", *errors, "bits per element", "bound", "time", "median"],
+            rows,
+            words=range(9),
+        )
+    )
     excess = max(trip.bits - trip.bound for trip in trips)
     show(
         f"Exact in {sum(trip.exact for trip in trips)} of {len(trips)} runs, of these and of the plots; "
@@ -330,7 +331,7 @@ def main() -> None:
         "time at 10 ms a call",
         "at 30 ms",
     ]
-    show(table(["state", "gamma", *header], rows))
+    show(table(["state", "gamma", *header], rows, words=range(6)))
 
     problems = problems_table(device, quick)
     print(problems)

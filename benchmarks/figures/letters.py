@@ -1,9 +1,10 @@
-"""What the letters network learned, in pictures: losses, samples, and edits of letters it never saw.
+"""Pictures of the letters network: its losses, its samples, and edits of letters it never saw.
 
-Measures, and prints as a table: how many pictures a nearest-neighbour reader takes for the letter
-they should be (beside how many real letters it reads), how far edits keep the colours of their
-source (beside samples from fresh noise), the round trip, and mean and standard deviation of the
-latents. Writes ``letters_{loss,samples,edit}.png``. Minutes on one CPU core.
+Prints as a table: the share of pictures that a nearest-neighbour reader takes for the right letter (also
+of real letters), how far edits keep the colours of their source (also samples from fresh noise), the
+round trip, and mean and standard deviation of the codes. Writes ``letters_{loss,samples,edit}.png``.
+
+    python -m benchmarks.figures.letters        # minutes on one core
 """
 
 from __future__ import annotations
@@ -20,21 +21,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from odesolvers import BDIA, Euler, StepRatio, karras_sigmas
+from odesolvers import BDIA, Denoiser, Euler, StepRatio, karras_sigmas
 from odesolvers.models.letters import LETTERS, LettersDenoiser, Style, load_letters, random_letters
 from odesolvers.models.letters.data import render_mask
 from odesolvers.models.letters.network import LOG, WEIGHTS
-from odesolvers.solver import Denoiser
+
+from ..common import IMAGES
 
 SOLVER = BDIA(Euler(), StepRatio(2))
-# Down to σ = 0.02 and not to 0: the level at which pictures are taken for clean, both ways.
+# Pictures count as clean at σ = 0.02, in both directions.
 SIGMAS = karras_sigmas(24, sigma_min=0.02, sigma_max=80.0)[:-1]
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("docs/images"), help="folder to write")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=IMAGES, help="folder to write")
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--log", type=Path, default=LOG)
     parser.add_argument("--guidance", type=float, default=5.0)
@@ -75,9 +77,9 @@ def paper_and_ink(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Reader:
-    """Says which letter a picture shows: the nearest of many rendered ones, colours set aside.
+    """Reads the letter of a picture: that of the nearest of many rendered ones, without colours.
 
-    Shares nothing with the network but the fonts.
+    It shares only the fonts with the network.
     """
 
     def __init__(self, n: int = 13_000) -> None:

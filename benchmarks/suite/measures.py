@@ -1,26 +1,20 @@
-"""What the suite measures: distances to the fine solution, to data and to normal noise."""
+"""Measures of the suite: distances to the fine solution, to data and to normal noise."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from scipy.stats import kstest
 from torch import Tensor
 
-
-def relative_errors(x: Tensor, y: Tensor) -> Tensor:
-    """``|x - y|`` of each state over the root mean square of ``|y|``; infinite where x is not finite."""
-    x, y = x.double().flatten(1), y.double().flatten(1)
-    errors = (x - y).norm(dim=1) / y.norm(dim=1).square().mean().sqrt()
-    return errors.nan_to_num(nan=math.inf)
+from ..common import Denoiser
 
 
 def percentile(errors: Tensor, of: float) -> float:
-    """The least error that the fraction `of` of all states does not exceed."""
+    """The smallest error that a fraction `of` of all states does not exceed."""
     rank = math.ceil(of * len(errors)) - 1
     return float(errors.sort().values[max(rank, 0)])
 
@@ -54,7 +48,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 
 
 def normality(code: Tensor) -> float:
-    """Kolmogorov-Smirnov statistic of all elements against N(0, 1): 0 is right, 1 the worst."""
+    """Kolmogorov-Smirnov statistic of all elements against N(0, 1): between 0, normal, and 1."""
     values = code.double().flatten()
     if not bool(values.isfinite().all()):
         return 1.0
@@ -62,9 +56,9 @@ def normality(code: Tensor) -> float:
 
 
 class Meter:
-    """Passes calls on to a denoiser and counts them, and the seconds they take."""
+    """Wraps a denoiser, and counts its calls and the seconds they take."""
 
-    def __init__(self, denoiser: Callable[..., Tensor]) -> None:
+    def __init__(self, denoiser: Denoiser) -> None:
         self.denoiser = denoiser
         self.calls = 0
         self.seconds = 0.0

@@ -1,118 +1,24 @@
-"""Tables and plots of the suite: only rows measured with today's settings are in them."""
+"""The report of the suite, made of rows that were measured with today's settings."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from markdown_table import table
-from suite_problems import Problem
-from suite_rows import Row, Rows
-from suite_solvers import RECOMMENDED, Entry
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from ..common import Problem, table
+from .plots import plot_errors, plot_pareto
+from .results import Results, number
+from .rows import Row, Rows
+from .solvers import RECOMMENDED, Entry
 
 BASELINES = {"DDIM": "DDIM", "k-diffusion dpmpp_2m": "DPM-Solver++(2M)"}
 """The samplers that a summary compares with, under the names they go by in it."""
 
 DDIM, DPM_SOLVER, UPWARDS = "DDIM", "k-diffusion dpmpp_2m", "DDIM upwards"
 OURS = (RECOMMENDED, "BDIA Euler StepRatio(1)", "BDIA Euler damped")
-
-PARETO_BUDGETS = (10, 20)
-TOP = 10.0
-"""Errors above are drawn here: the state is lost."""
-
-# Okabe and Ito's palette, which the colour-blind can tell apart, without its yellow.
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#777777")
-MARKERS = "osD^vPX*<>"
-UNMARKED = {"color": "#BBBBBB", "marker": ".", "linestyle": "none"}
-
-Errors = Callable[[Row], float | None]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A measure over all seeds of one solver, problem and budget, and the most evaluations spent."""
-
-    values: tuple[float, ...]
-    evaluations: int
-    budget: int
-
-    @property
-    def middle(self) -> float:
-        return median(self.values)
-
-    @property
-    def fair(self) -> bool:
-        """Whether it kept within the budget: only then does it compete."""
-        return self.evaluations <= self.budget
-
-    def error(self) -> str:
-        """The median and, as half the range in parts of it, the spread over seeds."""
-        text = number(self.middle)
-        if len(self.values) > 1 and math.isfinite(max(self.values)) and self.middle > 0:
-            spread = (max(self.values) - min(self.values)) / 2 / self.middle
-            text += f" ±{100 * spread:.0f}%"
-        return text if self.fair else f"{text} ({self.evaluations})"
-
-    def ratio(self) -> str:
-        """The median as a number near 1."""
-        text = f"{self.middle:.3f}" if self.middle < 100 else number(self.middle)
-        return text if self.fair else f"{text} ({self.evaluations})"
-
-
-class Results:
-    """The rows of today's problems and solvers, by name and budget."""
-
-    def __init__(self, rows: Rows, problems: Sequence[Problem], solvers: Sequence[Entry]) -> None:
-        problem_settings = {problem.name: problem.setting for problem in problems}
-        settings = {entry.name: entry.setting for entry in solvers}
-        self._rows = [
-            row
-            for row in rows
-            if problem_settings.get(row.problem) == row.problem_setting
-            and settings.get(row.solver) == row.solver_setting
-        ]
-        measured = {row.problem for row in self._rows}
-        self.problems = [problem for problem in problems if problem.name in measured]
-        self.solvers = [
-            entry for entry in solvers if entry.name in {row.solver for row in self._rows}
-        ]
-
-    def budgets(self, problem: Problem) -> list[int]:
-        return sorted({row.budget for row in self._rows if row.problem == problem.name})
-
-    def rows(self, problem: Problem, solver: str, budget: int) -> list[Row]:
-        """One for each seed."""
-        key = (problem.name, solver, budget)
-        return [row for row in self._rows if (row.problem, row.solver, row.budget) == key]
-
-    def cell(self, problem: Problem, solver: str, budget: int, of: str) -> Cell | None:
-        """The measure named `of`, of which "evaluations" are those spent on it."""
-        rows = self.rows(problem, solver, budget)
-        values = [value for row in rows if (value := getattr(row, of)) is not None]
-        if not values:
-            return None
-        encoding = of.startswith(("encoding", "code"))
-        spent = [(row.encoding_evaluations if encoding else row.evaluations) or 0 for row in rows]
-        return Cell(tuple(values), max(spent), budget)
-
-    def middle(self, problem: Problem, solver: str, budget: int, of: str) -> float | None:
-        """The median of a measure, where it kept within the budget."""
-        cell = self.cell(problem, solver, budget, of)
-        return cell.middle if cell is not None and cell.fair else None
-
-    def seeds(self, problem: Problem) -> int:
-        return len({row.seed for row in self._rows if row.problem == problem.name})
-
-    def invertible(self, entry: Entry) -> bool:
-        mine = [row for row in self._rows if row.solver == entry.name]
-        return any(row.encoding_median is not None for row in mine)
 
 
 def report(rows: Rows, problems: Sequence[Problem], solvers: Sequence[Entry], out: Path) -> None:
@@ -134,11 +40,6 @@ def report(rows: Rows, problems: Sequence[Problem], solvers: Sequence[Entry], ou
 
 def slug(problem: Problem) -> str:
     return problem.name.lower().replace(" ", "_")
-
-
-def number(value: float) -> str:
-    """Two digits; in words what is not a number any more."""
-    return f"{value:.1e}" if math.isfinite(value) else "diverged"
 
 
 def references(results: Results, rows: Rows) -> str:
@@ -343,106 +244,3 @@ def ahead(results: Results, problem: Problem, budget: int, solver: str, other: s
         if a is None or b is None or not a < b:
             return False
     return True
-
-
-def plot_errors(results: Results, problem: Problem, path: Path) -> bool:
-    """Sampling and encoding error against evaluations, side by side."""
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(7.4, 4.2), sharey=True, layout="constrained")
-    for axes, of in zip(panels, ("sampling_median", "encoding_median"), strict=True):
-        for entry, style in styles(results):
-            cells = [
-                results.cell(problem, entry.name, budget, of) for budget in results.budgets(problem)
-            ]
-            have = [cell for cell in cells if cell is not None]
-            if have:
-                spent = [cell.evaluations for cell in have]
-                axes.plot(spent, [min(cell.middle, TOP) for cell in have], **style)
-                low, high = ([min(f(cell.values), TOP) for cell in have] for f in (min, max))
-                axes.fill_between(spent, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        plain_ticks(axes, results.budgets(problem))
-        axes.set_xlabel("denoiser evaluations")
-        axes.grid(alpha=0.3)
-    panels[0].set_title(f"{problem.name}: sampling error")
-    panels[1].set_title("encoding error")
-    panels[0].set_ylabel("relative to the fine solution")
-    legend(figure, results)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return True
-
-
-def plot_pareto(results: Results, problem: Problem, path: Path) -> bool:
-    """Sampling error against encoding error: the nearer to the lower left corner the better."""
-    import matplotlib.pyplot as plt
-
-    budgets = [budget for budget in PARETO_BUDGETS if budget in results.budgets(problem)]
-    if not budgets:
-        return False
-    figure, row = plt.subplots(
-        1,
-        len(budgets),
-        figsize=(7.4, 4.4),
-        sharex=True,
-        sharey=True,
-        layout="constrained",
-        squeeze=False,
-    )
-    marked = {entry.name: style for entry, style in styles(results)}
-    for axes, budget in zip(row[0], budgets, strict=True):
-        for entry in results.solvers:
-            x = results.middle(problem, entry.name, budget, "sampling_median")
-            y = results.middle(problem, entry.name, budget, "encoding_median")
-            style = marked.get(entry.name, UNMARKED)
-            if x is not None and y is not None:
-                point = {**style, "linestyle": "none", "markersize": 7, "zorder": 3}
-                axes.plot([min(x, TOP)], [min(y, TOP)], **point)
-            elif x is not None and entry.name in marked:
-                axes.axvline(min(x, TOP), color=style["color"], linestyle="--", linewidth=1.2)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_title(f"{problem.name}, {budget} evaluations")
-        axes.set_xlabel("sampling error (dashed: no inverse)")
-        axes.grid(alpha=0.3)
-    row[0][0].set_ylabel("encoding error")
-    legend(figure, results, others="other invertible")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return True
-
-
-def styles(results: Results) -> list[tuple[Entry, dict[str, Any]]]:
-    """The solvers that are drawn, each in a colour and a marker of its own."""
-    plotted = [entry for entry in results.solvers if entry.plotted]
-    return [
-        (
-            entry,
-            {
-                "color": COLOURS[k % len(COLOURS)],
-                "marker": MARKERS[k % len(MARKERS)],
-                "linestyle": "-" if results.invertible(entry) else "--",
-                "linewidth": 1.5,
-                "markersize": 5,
-            },
-        )
-        for k, entry in enumerate(plotted)
-    ]
-
-
-def legend(figure: Any, results: Results, others: str = "") -> None:
-    """One legend under all panels, with a word for the points that are not marked."""
-    from matplotlib.lines import Line2D
-
-    pairs = styles(results)
-    handles = [Line2D([], [], label=entry.name, **style) for entry, style in pairs]
-    handles += [Line2D([], [], label=others, **UNMARKED)] if others else []
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
-
-
-def plain_ticks(axes: Axes, values: Sequence[int]) -> None:
-    """The budgets as ticks of a logarithmic axis."""
-    axes.set_xticks(values, [str(value) for value in values])
-    axes.minorticks_off()

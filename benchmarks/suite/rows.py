@@ -1,4 +1,4 @@
-"""The rows of the suite in a CSV file: appended one by one, read back on the next start."""
+"""The suite's rows in a CSV file: appended one by one, and read again by the next run."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from suite_problems import Problem, Reference
+from ..common import Problem
 
 Key = tuple[str, str, str, str, int, int]
 
 
 @dataclass
 class Row:
-    """One solver on one grid from one seed's noise; None where a measure does not apply.
+    """One solver on one grid from one seed's noise; None for a measure that does not apply.
 
-    Errors are relative: `sampling` and `encoding` to the root mean square of the truth, over the states;
-    round trips over all elements at once. `code_mean` is in units of the first level, `code_std` in
-    those of the true latent; `code_ks` the Kolmogorov-Smirnov statistic against normal noise.
-    `seconds` are those of sampling, `seconds_ratio` over what was spent inside the denoiser.
+    Sampling and encoding errors are relative to the root mean square of the truth, and are medians and
+    95th percentiles over the states; round-trip errors are relative and over all elements at once.
+    `code_mean` is in units of the first level, `code_std` in units of the true code's deviation, and
+    `code_ks` is the Kolmogorov-Smirnov statistic against normal noise. `seconds` is the time of
+    sampling, and `seconds_ratio` that time over the time inside the denoiser.
     """
 
     problem: str
@@ -51,7 +52,7 @@ class Row:
 
     @property
     def key(self) -> Key:
-        """Names and settings: a row measured with other settings is another row."""
+        """Names and settings: other settings make another row."""
         return (
             self.problem,
             self.problem_setting,
@@ -63,7 +64,7 @@ class Row:
 
 
 class Rows:
-    """All rows of ``suite.csv`` in a folder, and what is known of the fine solutions.
+    """All rows of ``suite.csv`` in a folder, and notes on the fine solutions.
 
     Raises:
         ValueError: if the file has other columns than `Row`.
@@ -80,7 +81,7 @@ class Rows:
 
     def _read(self) -> None:
         text = self.path.read_text()
-        if not text.endswith("\n"):  # a run was cut off while it wrote: that row is measured again
+        if not text.endswith("\n"):  # the row of an interrupted run is measured again
             text = text[: text.rfind("\n") + 1]
             self.path.write_text(text)
         reader = csv.DictReader(text.splitlines())
@@ -100,7 +101,7 @@ class Rows:
         return iter(self._rows.values())
 
     def append(self, row: Row) -> None:
-        """Keep a row, in the file too."""
+        """Adds a row, to the file too."""
         begin = not self.path.exists() or self.path.stat().st_size == 0
         with self.path.open("a", newline="") as file:
             writer = csv.DictWriter(file, self._columns, lineterminator="\n")
@@ -109,21 +110,22 @@ class Rows:
             writer.writerow({name: _text(value) for name, value in asdict(row).items()})
         self._rows[row.key] = row
 
-    def note(self, problem: Problem, seed: int, reference: Reference) -> None:
-        """Keep how good a fine solution is."""
+    def note(self, problem: Problem, seed: int, convergence: float, frechet: float | None) -> None:
+        """Records the convergence of a fine solution and its Fréchet distance to data."""
         notes = self.notes()
-        notes[f"{problem.name}, {problem.setting}, seed {seed}"] = {
-            "convergence": reference.convergence,
-            "frechet": reference.frechet,
-        }
+        notes[note_name(problem, seed)] = {"convergence": convergence, "frechet": frechet}
         self.notes_path.write_text(json.dumps(notes, indent=1, sort_keys=True) + "\n")
 
     def notes(self) -> dict[str, dict[str, float | None]]:
-        """What `note` kept."""
+        """All notes, by `note_name`."""
         if not self.notes_path.exists():
             return {}
         notes: dict[str, dict[str, float | None]] = json.loads(self.notes_path.read_text())
         return notes
+
+
+def note_name(problem: Problem, seed: int) -> str:
+    return f"{problem.name}, {problem.setting}, seed {seed}"
 
 
 def _text(value: object) -> str:
@@ -133,7 +135,7 @@ def _text(value: object) -> str:
 
 
 def _parse(text: str, kind: str) -> object:
-    """A value of `Row` from its text; `kind` is the annotation as it is written."""
+    """A value of `Row` from its text and its annotation."""
     if kind == "str":
         return text
     if text == "" and kind.endswith("None"):

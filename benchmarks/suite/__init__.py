@@ -1,0 +1,1 @@
+"""Samplers and inverters side by side: `python -m benchmarks.suite`."""
