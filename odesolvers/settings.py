@@ -79,11 +79,18 @@ def expression(value: Any, classes: list[Any]) -> str:
                 arguments.append(f"{name}={expression(getattr(value, name), classes)}")  # noqa: PERF401
     else:  # the first setting by place, those that have their defaults not at all
         for name, field in fields.items():
-            if field.compare and (setting := getattr(value, name)) is not field.default:
-                text = expression(setting, classes)
-                if field.default is dataclasses.MISSING or text != expression(field.default, []):
-                    first = name == next(iter(fields))
-                    arguments.append(text if first else f"{name}={text}")
+            setting, default = getattr(value, name), field.default
+            if not field.compare or setting is default:
+                continue
+            inner: list[Any] = []
+            usual: list[Any] = []
+            text = expression(setting, inner)
+            if default is dataclasses.MISSING or (text, inner) != (
+                expression(default, usual),
+                usual,
+            ):
+                arguments.append(text if name == next(iter(fields)) else f"{name}={text}")
+                classes += inner
     return f"{cls.__name__}({', '.join(arguments)})"
 
 
