@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from tqdm.auto import tqdm
 
-from odesolvers import BDIA, Calibrated, GammaRule, HeunEDM, StepRatio, calibrate
+from odesolvers import BDIA, Calibrated, GammaRule, HeunEDM, HeunStepRatio, StepRatio, calibrate
 
 from .common import (
     CACHE,
@@ -53,6 +53,7 @@ class ScaledStepRatio(GammaRule):
 
 
 RULES: dict[str, GammaRule] = {
+    "HeunStepRatio()": HeunStepRatio(),
     "h/h'": StepRatio(1),
     "(h/h')^2": StepRatio(2),
     "(h/h')^2.5": StepRatio(2.5),

@@ -74,7 +74,7 @@ def relative_error(solver: BDIA, denoiser: Denoiser, x: Tensor, sigmas: Tensor) 
 
 
 def round_trip(steps: int, gamma: str, device: str) -> RoundTrip:
-    """BDIA over Euler on digits, noise -> data -> noise."""
+    """The round trip noise -> data -> noise of BDIA over Euler on digits."""
     denoiser = IdealDenoiser(load_digits()[0][:300]).to(device)
     sigmas = karras_sigmas(steps)
     generator = torch.Generator().manual_seed(0)
@@ -145,7 +145,7 @@ def measure_times(
 
 
 def exact_cases(problem: Problem, device: str, quick: bool) -> tuple[int, int, int]:
-    """(exact, tried, refused as out of range) over approximators, gammas, dtypes and directions."""
+    """Counts round trips by approximator, gamma, dtype and direction: exact, tried, out of range."""
     denoiser = problem.build(torch.device(device))
     args = problem.arguments(device)
     exact = tried = refused = 0
@@ -171,7 +171,7 @@ def exact_cases(problem: Problem, device: str, quick: bool) -> tuple[int, int, i
 
 
 def problems_table(device: str, quick: bool) -> str:
-    """Round trips that came back to the bit, for each denoiser."""
+    """The table of round trips that were exact to the bit, for each denoiser."""
     rows = []
     for problem in EXACT_PROBLEMS:
         with warnings.catch_warnings():

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 PARETO_BUDGETS = (10, 20)
 TOP = 10.0
-"""Errors above are drawn here: the state is lost."""
+"""Larger errors are drawn here, because the state is lost."""
 
 # Okabe and Ito's palette, which the colour-blind can tell apart, without its yellow.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#777777")
@@ -93,7 +93,7 @@ def plot_pareto(results: Results, problem: Problem, path: Path) -> bool:
 
 
 def styles(results: Results) -> list[tuple[Entry, dict[str, Any]]]:
-    """The solvers that are drawn, each in a colour and a marker of its own."""
+    """The plotted solvers, each with its own colour and marker."""
     plotted = [entry for entry in results.solvers if entry.plotted]
     return [
         (
@@ -111,7 +111,7 @@ def styles(results: Results) -> list[tuple[Entry, dict[str, Any]]]:
 
 
 def legend(figure: Any, results: Results, others: str = "") -> None:
-    """One legend under all panels, with a word for the points that are not marked."""
+    """One legend under all panels; `others` labels the grey points."""
     from matplotlib.lines import Line2D
 
     pairs = styles(results)
@@ -121,6 +121,6 @@ def legend(figure: Any, results: Results, others: str = "") -> None:
 
 
 def plain_ticks(axes: Axes, values: Sequence[int]) -> None:
-    """The budgets as ticks of a logarithmic axis."""
+    """Marks the budgets as ticks of a logarithmic axis."""
     axes.set_xticks(values, [str(value) for value in values])
     axes.minorticks_off()

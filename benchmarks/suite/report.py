@@ -15,14 +15,14 @@ from .rows import Row, Rows
 from .solvers import RECOMMENDED, Entry
 
 BASELINES = {"DDIM": "DDIM", "k-diffusion dpmpp_2m": "DPM-Solver++(2M)"}
-"""The samplers that a summary compares with, under the names they go by in it."""
+"""The samplers that the summary compares with, and their names in it."""
 
 DDIM, DPM_SOLVER, UPWARDS = "DDIM", "k-diffusion dpmpp_2m", "DDIM upwards"
 OURS = (RECOMMENDED, "BDIA Euler StepRatio(1)", "BDIA Euler damped")
 
 
 def report(rows: Rows, problems: Sequence[Problem], solvers: Sequence[Entry], out: Path) -> None:
-    """Write the tables and the plots that they show, into ``out/tables`` and ``out/images``."""
+    """Writes the tables to ``out/tables`` and their plots to ``out/images``."""
     results = Results(rows, problems, solvers)
     images = out / "images"
     images.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def slug(problem: Problem) -> str:
 
 
 def references(results: Results, rows: Rows) -> str:
-    """How many states, and how far the fine solutions have converged."""
+    """The table of problems and of the convergence of their fine solutions."""
     lines = []
     for problem in results.problems:
         notes = [
@@ -71,7 +71,7 @@ def references(results: Results, rows: Rows) -> str:
 
 
 def worst_cases(results: Results) -> str:
-    """How far ours are from the baselines where they do worst, and at which budget that is."""
+    """The worst ratios of this package's main solvers to the baselines, and their budgets."""
     lines = []
     for entry in results.solvers:
         if entry.name not in OURS:
@@ -101,7 +101,7 @@ def worst(
     against: str | None,
     budgets: tuple[int, int],
 ) -> str:
-    """The largest ratio to a baseline over a range of budgets; without one, what is farthest from 1."""
+    """The largest ratio to a baseline over a range of budgets; without a baseline, farthest from 1."""
     found = []
     for budget in results.budgets(problem):
         value = results.middle(problem, solver, budget, of)
@@ -117,7 +117,7 @@ def worst(
 
 
 def problem_tables(results: Results, problem: Problem) -> str:
-    """Each measure by budget, and the rest at one budget."""
+    """The tables of one problem: some measures by budget, the others at one budget."""
     parts = []
     for of, caption in (
         ("sampling_median", "Sampling error, median over the states"),
@@ -137,7 +137,7 @@ def problem_tables(results: Results, problem: Problem) -> str:
 
 
 def by_budget(results: Results, problem: Problem, of: str) -> list[list[str]]:
-    """A row for each solver that has the measure; the best of every column in bold."""
+    """A row for each solver with the measure; the best of every column is bold."""
     ratio = of == "code_std"
     names = [entry.name for entry in results.solvers]
     columns = []
@@ -149,7 +149,7 @@ def by_budget(results: Results, problem: Problem, of: str) -> list[list[str]]:
         fair = {name: off(cell.middle, ratio) for name, cell in cells.items() if cell and cell.fair}
         best = min(fair.values(), default=math.inf)
         for name, value in fair.items():
-            if math.isfinite(value) and value <= 1.005 * best:  # those that are the same method too
+            if math.isfinite(value) and value <= 1.005 * best:  # equal methods too
                 texts[name] = f"**{texts[name]}**"
         columns.append(texts)
     return [
@@ -160,14 +160,14 @@ def by_budget(results: Results, problem: Problem, of: str) -> list[list[str]]:
 
 
 def off(value: float, ratio: bool) -> float:
-    """How far from right: an error from 0, a ratio from 1."""
+    """The distance from the ideal: 0 for an error, 1 for a ratio."""
     if not ratio:
         return value
     return abs(math.log(value)) if 0 < value < math.inf else math.inf
 
 
 def details(results: Results, problem: Problem, budget: int) -> str:
-    """What was spent and what came back, at one budget."""
+    """The table of round trips and costs at one budget."""
     lines = []
     for entry in results.solvers:
         rows = results.rows(problem, entry.name, budget)
@@ -202,7 +202,7 @@ def middle(rows: Sequence[Row], of: str) -> float | None:
 
 
 def summary(results: Results) -> str:
-    """For each invertible solver: where it is ahead of the usual samplers, and of `RECOMMENDED`."""
+    """The table of cases in which invertible solvers beat the usual samplers and `RECOMMENDED`."""
     cases = [
         (problem, budget) for problem in results.problems for budget in results.budgets(problem)
     ]
@@ -227,7 +227,7 @@ def summary(results: Results) -> str:
 def won(
     results: Results, cases: Sequence[tuple[Problem, int]], solver: str, baseline: str, of: str
 ) -> str:
-    """In how many of the cases in which both were measured `solver` has the smaller error."""
+    """The number of cases, of those measured for both, in which `solver` has the smaller error."""
     pairs = [
         [results.middle(problem, name, budget, of) for name in (solver, baseline)]
         for problem, budget in cases

@@ -14,7 +14,7 @@ from .solvers import Entry
 
 @dataclass(frozen=True)
 class Cell:
-    """A measure over all seeds of one solver, problem and budget, and the most evaluations spent."""
+    """One measure of a solver at one budget: a value for each seed, and the most evaluations spent."""
 
     values: tuple[float, ...]
     evaluations: int
@@ -26,11 +26,11 @@ class Cell:
 
     @property
     def fair(self) -> bool:
-        """Whether it kept within the budget: only then does it compete."""
+        """Whether the solver kept within the budget; otherwise it does not compete."""
         return self.evaluations <= self.budget
 
     def error(self) -> str:
-        """The median and, as half the range in parts of it, the spread over seeds."""
+        """The median as text, with half the range over seeds in per cent of it."""
         text = number(self.middle)
         if len(self.values) > 1 and math.isfinite(max(self.values)) and self.middle > 0:
             spread = (max(self.values) - min(self.values)) / 2 / self.middle
@@ -38,7 +38,7 @@ class Cell:
         return text if self.fair else f"{text} ({self.evaluations})"
 
     def ratio(self) -> str:
-        """The median as a number near 1."""
+        """The median as text, for a number near 1."""
         text = f"{self.middle:.3f}" if self.middle < 100 else number(self.middle)
         return text if self.fair else f"{text} ({self.evaluations})"
 
@@ -65,12 +65,12 @@ class Results:
         return sorted({row.budget for row in self._rows if row.problem == problem.name})
 
     def rows(self, problem: Problem, solver: str, budget: int) -> list[Row]:
-        """One for each seed."""
+        """The rows of all seeds."""
         key = (problem.name, solver, budget)
         return [row for row in self._rows if (row.problem, row.solver, row.budget) == key]
 
     def cell(self, problem: Problem, solver: str, budget: int, of: str) -> Cell | None:
-        """The measure named `of`, of which "evaluations" are those spent on it."""
+        """The measure `of`, with the evaluations that it took; None if it was not measured."""
         rows = self.rows(problem, solver, budget)
         values = [value for row in rows if (value := getattr(row, of)) is not None]
         if not values:
@@ -80,7 +80,7 @@ class Results:
         return Cell(tuple(values), max(spent), budget)
 
     def middle(self, problem: Problem, solver: str, budget: int, of: str) -> float | None:
-        """The median of a measure, where it kept within the budget."""
+        """The median of a measure; None if it was not measured or exceeded the budget."""
         cell = self.cell(problem, solver, budget, of)
         return cell.middle if cell is not None and cell.fair else None
 
@@ -93,5 +93,5 @@ class Results:
 
 
 def number(value: float) -> str:
-    """Two digits; in words what is not a number any more."""
+    """Two digits, or "diverged"."""
     return f"{value:.1e}" if math.isfinite(value) else "diverged"

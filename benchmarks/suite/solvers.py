@@ -25,6 +25,7 @@ from odesolvers import (
     Euler,
     FixedPointInversion,
     HeunEDM,
+    HeunStepRatio,
     IntegrationApproximator,
     McCallumFoster,
     Midpoint,
@@ -156,7 +157,9 @@ def entries() -> list[Entry]:
         plain(
             "BDIA Euler StepRatio(1) smoothed", bdia, BDIA(Euler(), SmoothedOutput(StepRatio(1)))
         ),
+        plain("BDIA HeunEDM HeunStepRatio()", bdia, BDIA(HeunEDM(), HeunStepRatio())),
         plain("BDIA HeunEDM StepRatio(1)", bdia, BDIA(HeunEDM(), StepRatio(1))),
+        plain("BDIA HeunEDM behind StepRatio(1)", bdia, BDIA(HeunEDM("behind"), StepRatio(1))),
         plain("BDIA DPMSolverPP2S StepRatio(1)", bdia, BDIA(DPMSolverPP2S(), StepRatio(1))),
         plain("BDIA Midpoint StepRatio(1)", bdia, BDIA(Midpoint(), StepRatio(1))),
         plain("O-BELM", field, BELM(), plotted=True),
