@@ -54,7 +54,7 @@ class BDIA(Solver):
         object.__setattr__(self, "gamma", rule)
 
     def step(self, behind: float, sigma: float, ahead: float, g: float) -> Shear:
-        """From x_{i+1} and x_i, at the levels `behind` and `sigma`, to x_{i-1} at `ahead`."""
+        """The shear from x_{i+1} and x_i, at the levels `behind` and `sigma`, to x_{i-1} at `ahead`."""
         g = self.arithmetic.weight(g)
         if g == 0.0:
             return self.start(sigma, ahead)

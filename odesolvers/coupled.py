@@ -86,7 +86,7 @@ class EDICT(CoupledSolver):
         check_is(self.arithmetic, Arithmetic, "arithmetic must be one such as FloatingPoint()")
 
     def step(self, sigma: float, target: float) -> tuple[Shear, ...]:
-        """From (x, y) at level `sigma` to (x'', y'') at level `target`."""
+        """The shears from (x, y) at level `sigma` to (x'', y'') at level `target`."""
         p, r = (
             self.arithmetic.weight(self.p),
             variance_preserving(target) / variance_preserving(sigma),
@@ -140,7 +140,7 @@ class McCallumFoster(CoupledSolver):
         check_is(self.arithmetic, Arithmetic, "arithmetic must be one such as FloatingPoint()")
 
     def step(self, sigma: float, target: float) -> tuple[Shear, ...]:
-        """From (y, v) at level `sigma` to (y', v') at level `target`."""
+        """The shears from (y, v) at level `sigma` to (y', v') at level `target`."""
         scale, weight = self.approximator.scale, self.arithmetic.weight
         r = scale(sigma) / scale(target) if target > 0.0 else 1.0
         ahead = self.approximator.increment_to
@@ -167,7 +167,7 @@ class ReversibleHeun(CoupledSolver):
     and leaves ŷ as it is.
 
     Args:
-        arithmetic: see `BDIA`. All weights are 1 or -1: `FixedPoint` keeps nothing.
+        arithmetic: see `BDIA`. All weights are 1 or -1: `FixedPoint` needs no side information.
 
     Raises:
         TypeError: at construction, if `arithmetic` is not usable.
@@ -179,7 +179,7 @@ class ReversibleHeun(CoupledSolver):
         check_is(self.arithmetic, Arithmetic, "arithmetic must be one such as FloatingPoint()")
 
     def step(self, sigma: float, target: float) -> tuple[Shear, ...]:
-        """From (y, ŷ) at level `sigma` to (y', ŷ') at level `target`."""
+        """The shears from (y, ŷ) at level `sigma` to (y', ŷ') at level `target`."""
         h = target - sigma
         if target == 0.0:
             return _along_slope(sigma, h), SWAP

@@ -1,4 +1,4 @@
-"""What it takes to write solvers, methods, rules and arithmetics of your own.
+"""The names needed to write solvers, methods, rules and arithmetics of your own.
 
 A newcomer does not need this module. `Combination` is the type that formulas compute with, `Shear` one
 step of a pair of states, and `Solver` the base of everything with `sample` and `invert`.

@@ -5,7 +5,7 @@ state x, ``x_{i-1} = F + g_i (x_{i+1} - B)``. The recurrence has a second soluti
 in sign; each step multiplies it by ``-g_i`` when sampling and by ``-1/g_i`` when inverting. A rule
 is therefore a choice between accuracy when sampling (large g_i keeps that solution alive) and
 stability when inverting (small g_i amplifies it). What a contraction by g_i destroys is side
-information, ``log2(1 / g_i)`` bits for each element, which `FixedPoint` keeps. So each rule has an
+information, ``log2(1 / g_i)`` bits for each element, which `FixedPoint` stores. So each rule has an
 order, an amplification each way, which is a product of its weights, and a number of bits;
 `stability_report` gives them for any solver and grid.
 """
@@ -37,11 +37,11 @@ class GammaRule(Settings, ABC):
         """
 
     def check_approximator(self, approximator: object) -> None:
-        """Refuse an approximator that the rule was not made for, with a ValueError."""
+        """Raises a ValueError for an approximator that the rule was not made for."""
         del approximator
 
     def encoding_error(self, grid: Grid) -> float | None:
-        """What is known by measurement of the relative error of codes on `grid`; None for nothing."""
+        """Measured relative error of codes on `grid`, or None."""
         del grid
         return None
 

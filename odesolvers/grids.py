@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 Sigmas: TypeAlias = "Grid | Tensor | Sequence[float]"
-"""What `Grid.of` reads; numpy arrays as well."""
+"""The types that `Grid.of` reads; numpy arrays are among them."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Grid:
 
     @classmethod
     def of(cls, sigmas: Sigmas) -> Grid:
-        """Read a grid given as a tensor, an array or a sequence of numbers."""
+        """Reads a grid given as a tensor, an array or a sequence of numbers."""
         if isinstance(sigmas, Grid):
             return sigmas
         levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")

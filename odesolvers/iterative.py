@@ -207,7 +207,7 @@ def _extrapolation(moves: list[tuple[Tensor, Tensor]], f: Tensor) -> Tensor:
 
 
 def _norms(x: Tensor) -> Tensor:
-    """Of each element of the batch, shape ``(B,)``."""
+    """The norm of each element of the batch, shape ``(B,)``."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     norms: Tensor = torch.linalg.vector_norm(wide.reshape(x.shape[0], -1), dim=1)
     return norms

@@ -138,7 +138,7 @@ class LinearRun:
         )
 
     def amplification_up(self, unit: float) -> float:
-        """The same up the grid."""
+        """The largest growth of an alternating error up the grid."""
         return largest_product(
             math.prod(_scale(s.here, s.older, unit) / abs(s.gain) for s in step)
             for step in reversed(self.undoable)
@@ -146,7 +146,7 @@ class LinearRun:
 
 
 def _slope(shear: Shear, data_std: float) -> tuple[float, float]:
-    """How `rest` depends on the current state, and the sum of squares of its terms."""
+    """The factor of the current state in `rest`, and the sum of squares of its terms."""
     v = data_std * data_std
     values = [1.0]
     for point, sigma in shear.calls:
@@ -157,7 +157,7 @@ def _slope(shear: Shear, data_std: float) -> tuple[float, float]:
 
 
 def _rounded(stage: Stage, variance: float) -> float:
-    """Variance of what rounding adds to `older` between a stage and its undoing, in squared roundoffs.
+    """Variance of the rounding errors of a stage and its undoing, in `older`, in squared roundoffs.
 
     Both ways one product and one sum are rounded. Where the weight is 1 or near it, the roundings back
     undo most of those on the way, and this is too high by a factor of 3 or more. `rest` is the same to
@@ -199,7 +199,7 @@ def _undo(
 
 
 def _do(path: Iterable[Stage]) -> float:
-    """The same down the grid, ``newer = gain · older + slope · here``, for truncation errors."""
+    """`_undo` for truncation errors down the grid, ``newer = gain · older + slope · here``."""
     oo, oh, hh = 0.0, 0.0, 0.0
     for stage in path:
         older, here, newer = stage.sizes

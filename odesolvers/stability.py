@@ -16,13 +16,13 @@ from .solver import Solver
 from .trust import ENCODING_LIMIT, ROUND_TRIP_LIMIT, roundoff
 
 STD_LIMIT: Final = 0.1
-"""How far from 1 the standard deviation of a code may be, over the true one's."""
+"""The largest deviation from 1 of a code's standard deviation, relative to that of the true code."""
 
 
 @final
 @dataclass(frozen=True)
 class StabilityReport:
-    """What to expect of a solver on a grid; `print` it for the same in words. See `stability_report`.
+    """The expected behaviour of a solver on a grid; `print` gives it in words. See `stability_report`.
 
     Attributes:
         solver: its `repr`.
@@ -140,7 +140,7 @@ class StabilityReport:
 
 
 def stability_report(solver: Solver, sigmas: Sigmas, *, data_std: float = 0.5) -> StabilityReport:
-    """What inverting `solver` on `sigmas` amplifies, and what that leaves of a round trip and of a code.
+    """The amplification of an inversion, and the round trip and the codes that it leaves to expect.
 
     The figures are exact statements, or expectations over independent roundings and truncation errors,
     for Gaussian data of one width. No denoiser is called. Data that is not Gaussian has a flow that

@@ -1,4 +1,4 @@
-"""How a state is stored and a step applied to it."""
+"""The representations of states: floating point and fixed point."""
 
 from .base import Arithmetic
 from .fixed_point import FixedPoint

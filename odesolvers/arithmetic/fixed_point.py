@@ -36,7 +36,7 @@ class FixedPoint(Arithmetic):
         Z_{i-1} = g_i ⊗ Z_{i+1} + round(2^F rest(x_i))        x_i = 2^-F Z_i, in the dtype of x
 
     `rest`, with all denoiser outputs, is a function of Z_i alone, the same in both directions; adding
-    integers is exact; and ⊗, the multiplication by a fraction, keeps its remainders in the side
+    integers is exact; and ⊗, the multiplication by a fraction, stores its remainders in the side
     information of the state, see `Stack`: about ``log2(1 / g_i)`` bits for each element and step,
     which is what a contraction by g_i destroys, and nothing for g_i = 1.
 
@@ -91,7 +91,7 @@ class FixedPoint(Arithmetic):
         return self.load(self.store(x), x.dtype)
 
     def check(self, grid: Grid) -> None:
-        """Refuse a grid with levels that 2^F does not resolve, or that leave no room above them."""
+        """Raises a ValueError for levels that 2^F does not resolve, or that leave no room above them."""
         F, top = self.fractional_bits, grid.levels[0]
         bottom = min(sigma for sigma in grid.levels if sigma > 0)
         most = _STATE_BITS - math.ceil(math.log2(top * _HEADROOM))
@@ -147,7 +147,7 @@ class FixedPoint(Arithmetic):
     def close(
         self, memory: Stack, current: Tensor, partner: Tensor | None, index: int
     ) -> SideInformation:
-        """Check the run, and give what the state at `index` must carry.
+        """The side information of the state at `index`, after a check of the run.
 
         A step maps (pair, side information) to (pair, side information) one to one. So a run that is
         undone to its first pair must find that pair, by its checksum, and the empty side information
@@ -210,7 +210,7 @@ class FixedPoint(Arithmetic):
         return fraction.as_integer_ratio()
 
     def _check_extent(self, stack: Stack, x: Tensor, factor: float) -> None:
-        """Check that `x` times `factor` is in range: on the CPU now, elsewhere at the end of the run."""
+        """Checks that `x` times `factor` is in range: at once on the CPU, elsewhere at the end of the run."""
         low, high = x.aminmax()
         if x.dtype == torch.int64:
             factor *= 2.0**-self.fractional_bits

@@ -1,4 +1,4 @@
-"""What a contraction destroys, kept: integers multiplied by fractions and divided again, exactly."""
+"""Exactly invertible multiplication of integers by fractions."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _GROUP: Final = 32
 
 
 class Done(NamedTuple):
-    """A multiplication or division of a run, as whoever undoes it must know it."""
+    """The record of a multiplication or division, from which it is undone."""
 
     move: int
     """1 for a multiplication, -1 for a division."""
     a: int
     b: int
     bound: int
-    """What no element of W exceeded before it."""
+    """An upper bound of the elements of W before it."""
     words: int
-    """How many words of W were put aside for it."""
+    """The number of words of W that were put aside for it."""
 
 
 @dataclass(frozen=True, eq=False)
 class SideInformation:
-    """What a fixed-point state carries beside its two tensors of integers, in 32-bit words.
+    """The bits that a fixed-point state carries beside its two tensors of integers, in 32-bit words.
 
     Each element of the state has a stack of bits. The stacks are equally high and are stored in
     slices: `words` are whole 32-bit slices, the lowest first, and `packed` is what lies above them,
@@ -64,12 +64,12 @@ class SideInformation:
         return sum(word.nbytes for word in self.words) + self.packed.nbytes
 
     def fresh(self, current: Tensor, partner: Tensor, index: int) -> SideInformation:
-        """What a run that begins at this pair starts with: nothing, and the checksum of the pair."""
+        """The side information of a run that starts at this pair: empty, with the checksum of the pair."""
         total = checksum(current) + checksum(partner)
         return Stack(current.shape, index, total, self.dtype).pack()
 
     def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What JSON can hold of it, and its tensors by name: see `of_parts`."""
+        """A description that JSON can hold, and the tensors by name: see `of_parts`."""
         tensors = {f"side.word.{i}": word for i, word in enumerate(self.words)}
         tensors |= {"side.packed": self.packed, "side.checksum": self.checksum}
         described = {
@@ -136,7 +136,7 @@ class Stack:
         self.overflows: list[Tensor] = []
         """Tensors that are True where side information overflowed: never in an exact run."""
         self.extents: list[tuple[float, Tensor, Tensor, float]] = []
-        """Of the values on the way, where not checked at once: level, minimum, maximum, factor."""
+        """Level, minimum, maximum and factor of values whose range is checked at the end of the run."""
         self._shape = shape
         self._top: Tensor | None = None  # W; None while the bound says that it is 0
         self._bound = 0  # no element of W is larger
@@ -207,7 +207,7 @@ class Stack:
         return v.add_(q.sub_(top), alpha=a)
 
     def _make_room(self, b: int) -> int:
-        """Put words aside until W b + b - 1 cannot overflow; how many."""
+        """Puts words aside until W b + b - 1 cannot overflow, and returns their number."""
         words = 0
         while self._top is not None and self._bound * b + b - 1 > _LARGEST:
             self._aside.append(low_word(self._top))
@@ -217,14 +217,14 @@ class Stack:
         return words
 
     def _take_back(self) -> None:
-        """Take back the word that was put aside last."""
+        """Takes back the word that was put aside last."""
         assert self._top is not None
         # What was put aside fits here again, unless the run was not undone exactly.
         self.overflows.append((self._top >> 31).any())
         self._top = from_word(self._aside.pop()) | self._top << 32
 
     def pack(self) -> SideInformation:
-        """What must be stored to go on. Waits for the device, to learn how high the stacks are."""
+        """The side information needed to continue. Waits for the device, for the height of the stacks."""
         words = [word.flatten() for word in self._aside]
         top = self._top
         if top is None:

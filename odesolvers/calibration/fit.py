@@ -1,4 +1,4 @@
-"""Weights g_i learnt for a model: least squares over whole runs, sampling and encoding together."""
+"""Weights g_i learned for a model: least squares over whole runs, sampling and encoding together."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .rule import Calibrated, CalibrationReport, step_ratios
 Vector = npt.NDArray[np.float64]
 
 LOWEST, HIGHEST = 0.01, 2.0
-"""The range of a learnt weight."""
+"""The range of a learned weight."""
 _STARTS: Final[tuple[GammaRule, ...]] = (
     StepRatio(1),
     StepRatio(1.5),
@@ -45,7 +45,7 @@ _ENOUGH: Final = 0.02
 @final
 @dataclass(frozen=True)
 class Objective:
-    """What `calibrate` makes small: ``sampling · log e_s + encoding · log e_c``, on average.
+    """The quantity that `calibrate` minimises: ``sampling · log e_s + encoding · log e_c``, on average.
 
     e_s is the distance of a sample to the fine solution, e_c that of the code of a lone image to the
     noise it came from, each relative to the root mean square of what it should be. Logarithms, so
@@ -82,7 +82,7 @@ def calibrate(
     max_runs: int | None = None,
     progress: bool = False,
 ) -> Calibrated:
-    """Learn the weights g_i of `BDIA` for a model from a small batch of noise.
+    """Learns the weights g_i of `BDIA` for a model from a small batch of noise.
 
     In one line, ``solver = BDIA(Euler(), calibrate(denoiser, x, sigmas))``.
 
@@ -160,7 +160,7 @@ def calibrate(
 
 @dataclass(frozen=True)
 class _Run:
-    """What one vector of weights gives: the objective, and what it is made of."""
+    """The objective of one vector of weights, and its parts."""
 
     log_g: Vector
     value: float
@@ -169,11 +169,11 @@ class _Run:
     residual: Tensor
     """All relative errors, sketched, one row for each state and error: ``(rows, columns)``."""
     importance: Tensor
-    """Of each row: its weight in the objective over its squared error."""
+    """The weight of each row in the objective over its squared error."""
 
 
 class _Fit:
-    """The least squares of one calibration, and what they have cost so far."""
+    """The least squares of one calibration, and their cost so far."""
 
     def __init__(
         self,
@@ -203,7 +203,7 @@ class _Fit:
         return self._progress
 
     def solve_finely(self, steps: int) -> None:
-        """Where the batch should end: `RK4` on a refinement of the grid."""
+        """Computes the target of the batch by `RK4` on a refinement of the grid."""
         each = max(1, math.ceil(steps / self.grid.steps))
         fine = [self.grid.levels[0]]
         for sigma, target in self.grid.intervals():
@@ -381,7 +381,7 @@ def _rows(error: Tensor, like: Tensor) -> Tensor:
 
 
 def _lengths(rows: Tensor) -> Tensor:
-    """Of each row, with a floor: one state that is met exactly must not outweigh all others."""
+    """The norm of each row, with a floor: a state that is met exactly must not outweigh the others."""
     lengths: Tensor = torch.linalg.vector_norm(rows, dim=1).clamp_min(1e-7)
     return lengths
 

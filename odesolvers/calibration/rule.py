@@ -25,7 +25,7 @@ _BEYOND: Final = 4.0
 @final
 @dataclass(frozen=True)
 class CalibrationReport:
-    """How a calibration went. Errors are geometric means over its batch; NaN where not asked for.
+    """The outcome of a calibration. Errors are geometric means over its batch; NaN where not asked for.
 
     Attributes:
         sampling: (before, after): sampling error under `StepRatio(1)`, and as calibrated.
@@ -59,10 +59,10 @@ class CalibrationReport:
 @final
 @dataclass(frozen=True, repr=False, eq=False)
 class Calibrated(GammaRule):
-    """Weights that `calibrate` learnt for one model, base and range of noise levels.
+    """Weights that `calibrate` learned for one model, base and range of noise levels.
 
-    On the grid they were learnt on they are taken as they are. A grid with another number of steps
-    in the same range takes what they have to say beyond the step ratio,
+    The grid of the calibration uses them as they are. A grid with another number of steps in the
+    same range uses their ratio to the step ratio,
 
         ψ_k = (g_1 ... g_k) / (h_k / h_0),        g_i = (h_i / h_{i+1}) (ψ_i / ψ_{i+1})
 
@@ -72,10 +72,10 @@ class Calibrated(GammaRule):
     that level. As steps shrink, g_i goes to 1, and a base of odd order gains its order.
 
     Attributes:
-        base: the `repr` of the approximator that they are for.
-        levels: the grid they were learnt on.
+        base: the `repr` of their approximator.
+        levels: the grid of the calibration.
         values: g_i in x, one for every step but the first, in sampling order.
-        report: how the calibration went; no part of the rule.
+        report: the outcome of the calibration; not a setting of the rule.
     """
 
     base: str
@@ -181,7 +181,7 @@ class Calibrated(GammaRule):
 
 
 def _without_nan(report: dict[str, Any]) -> dict[str, Any]:
-    """With null for NaN, which JSON does not know."""
+    """The report with null for NaN, which JSON does not have."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, tuple):
