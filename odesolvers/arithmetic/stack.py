@@ -64,7 +64,7 @@ class SideInformation:
         return sum(word.nbytes for word in self.words) + self.packed.nbytes
 
     def fresh(self, current: Tensor, partner: Tensor, index: int) -> SideInformation:
-        """The side information of a run that starts at this pair: empty, with the checksum of the pair."""
+        """The side information of a run that starts at this pair: empty, with a checksum."""
         total = checksum(current) + checksum(partner)
         return Stack(current.shape, index, total, self.dtype).pack()
 
@@ -224,7 +224,7 @@ class Stack:
         self._top = from_word(self._aside.pop()) | self._top << 32
 
     def pack(self) -> SideInformation:
-        """The side information needed to continue. Waits for the device, for the height of the stacks."""
+        """The side information needed to continue. Waits for the device."""
         words = [word.flatten() for word in self._aside]
         top = self._top
         if top is None:
