@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from .approximators import IntegrationApproximator, leaving
-from .arithmetic import Arithmetic, FloatingPoint
-from .checks import check_is
+from .approximators import IntegrationApproximator, check_approximator, leaving
+from .arithmetic import Arithmetic, FloatingPoint, check_arithmetic
 from .formula import Combination, Denoise, Shear
 from .gamma import ConstantGamma, GammaRule, as_rule
 from .grids import Grid
@@ -45,10 +44,8 @@ class BDIA(Solver):
     arithmetic: Arithmetic = FloatingPoint()
 
     def __post_init__(self) -> None:
-        check_is(
-            self.approximator, IntegrationApproximator, "BDIA wraps a method such as HeunEDM()"
-        )
-        check_is(self.arithmetic, Arithmetic, "arithmetic must be one such as FloatingPoint()")
+        check_approximator(self, self.approximator)
+        check_arithmetic(self.arithmetic)
         rule = as_rule(self.gamma)
         rule.check_approximator(self.approximator)
         object.__setattr__(self, "gamma", rule)

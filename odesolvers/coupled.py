@@ -13,13 +13,14 @@ from typing import ClassVar, Final, final
 
 from .approximators import (
     IntegrationApproximator,
+    check_approximator,
     euler,
     leaving,
     slope,
     variance_preserving,
 )
-from .arithmetic import Arithmetic, FloatingPoint
-from .checks import check_is, checked_share
+from .arithmetic import Arithmetic, FloatingPoint, check_arithmetic
+from .checks import checked_share
 from .formula import Combination, Shear
 from .grids import Grid
 from .solver import Solver
@@ -83,7 +84,7 @@ class EDICT(CoupledSolver):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "p", checked_share("p", self.p))
-        check_is(self.arithmetic, Arithmetic, "arithmetic must be one such as FloatingPoint()")
+        check_arithmetic(self.arithmetic)
 
     def step(self, sigma: float, target: float) -> tuple[Shear, ...]:
         """The shears from (x, y) at level `sigma` to (x'', y'') at level `target`."""
@@ -131,13 +132,9 @@ class McCallumFoster(CoupledSolver):
     arithmetic: Arithmetic = FloatingPoint()
 
     def __post_init__(self) -> None:
-        check_is(
-            self.approximator,
-            IntegrationApproximator,
-            "McCallumFoster wraps a method such as HeunEDM()",
-        )
+        check_approximator(self, self.approximator)
         object.__setattr__(self, "zeta", checked_share("zeta", self.zeta))
-        check_is(self.arithmetic, Arithmetic, "arithmetic must be one such as FloatingPoint()")
+        check_arithmetic(self.arithmetic)
 
     def step(self, sigma: float, target: float) -> tuple[Shear, ...]:
         """The shears from (y, v) at level `sigma` to (y', v') at level `target`."""
@@ -176,7 +173,7 @@ class ReversibleHeun(CoupledSolver):
     arithmetic: Arithmetic = FloatingPoint()
 
     def __post_init__(self) -> None:
-        check_is(self.arithmetic, Arithmetic, "arithmetic must be one such as FloatingPoint()")
+        check_arithmetic(self.arithmetic)
 
     def step(self, sigma: float, target: float) -> tuple[Shear, ...]:
         """The shears from (y, ŷ) at level `sigma` to (y', ŷ') at level `target`."""

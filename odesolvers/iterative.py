@@ -12,8 +12,7 @@ from typing import ClassVar, TypeAlias, final
 import torch
 from torch import Tensor
 
-from .approximators import DDIM, IntegrationApproximator
-from .checks import check_is
+from .approximators import DDIM, IntegrationApproximator, check_approximator
 from .formula import Shear
 from .grids import Grid
 from .run import Pair, Run, Steps
@@ -112,9 +111,7 @@ class DDIMInversion(IterativeSolver):
     approximator: IntegrationApproximator = DDIM()
 
     def __post_init__(self) -> None:
-        check_is(
-            self.approximator, IntegrationApproximator, "an inversion is of one such as DDIM()"
-        )
+        check_approximator(self, self.approximator)
 
     def solve(
         self, residual: Residual, after: Tensor, guess: Tensor
@@ -153,9 +150,7 @@ class FixedPointInversion(IterativeSolver):
     memory: int = 2
 
     def __post_init__(self) -> None:
-        check_is(
-            self.approximator, IntegrationApproximator, "an inversion is of one such as DDIM()"
-        )
+        check_approximator(self, self.approximator)
         if not 0 < self.tolerance < 1:
             raise ValueError(f"tolerance must be between 0 and 1, got {self.tolerance}")
         for name, least in (("max_iterations", 1), ("memory", 0)):

@@ -27,8 +27,8 @@ from odesolvers import (
     karras_sigmas,
     vp_sigmas,
 )
+from odesolvers.extend import Shear
 from odesolvers.models import Gaussian, InDtype
-from odesolvers.step import Step
 
 from .problems import noise
 from .test_approximators import ALL
@@ -37,13 +37,13 @@ STD = 0.6
 DENOISER = Gaussian(mean=0.0, std=STD)
 
 
-def slope_of_rest(step: Step) -> tuple[float, float]:
+def slope_of_rest(shear: Shear) -> tuple[float, float]:
     """How `rest` depends on the current state, and the size of the terms it is added up from."""
     values = [1.0]
-    for call in step.evaluations:
-        point = sum(c * values[k] for k, c in call.point)
-        values.append(STD**2 / (STD**2 + call.sigma**2) * point)
-    terms = [c * values[k] for k, c in step.rest]
+    for point, sigma in shear.calls:
+        x = sum(c * values[k] for k, c in point.terms.items())
+        values.append(STD**2 / (STD**2 + sigma**2) * x)
+    terms = [c * values[k] for k, c in shear.rest.terms.items()]
     return sum(terms), sum(abs(term) for term in terms)
 
 

@@ -26,7 +26,7 @@ from odesolvers import (
 )
 
 from .contract import GRID, IterativeContract
-from .problems import Recorder, gaussian, mixture, noise, relative_error
+from .problems import Recorder, gaussian, increment, mixture, noise, relative_error
 
 BASES: list[IntegrationApproximator] = [
     Euler(),
@@ -153,8 +153,8 @@ def test_each_step_solves_its_equation(base: IntegrationApproximator, memory: in
     solver = FixedPointInversion(base, tolerance=1e-9, memory=memory)
     image = noise(4, 3, seed=1)
     solution = solver.invert(mixture(), image, [1.0, 0.8])
-    (increment,) = base.increments(mixture(), solution.x, 1.0, (0.8,))
-    residual = (image - solution.x - increment).norm(dim=1) / image.norm(dim=1)
+    moved = increment(base, mixture(), solution.x, 1.0, 0.8)
+    residual = (image - solution.x - moved).norm(dim=1) / image.norm(dim=1)
     assert float(residual.max()) <= 1.1e-9
     (outcome,) = solution.convergence
     torch.testing.assert_close(outcome.residual, residual, rtol=1e-4, atol=1e-14)

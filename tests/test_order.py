@@ -24,11 +24,11 @@ from odesolvers import (
     ReversibleHeun,
     Rex,
     SmoothedOutput,
-    Solver,
     StepRatio,
     karras_sigmas,
     order_gaining,
 )
+from odesolvers.extend import Solver
 
 from .problems import mixture, noise, reference, relative_error
 from .test_approximators import ALL, EXPONENTIAL

@@ -1,6 +1,6 @@
 """One-step methods: each estimates the integral of the flow from one state alone."""
 
-from .base import IntegrationApproximator, euler, slope
+from .base import IntegrationApproximator, check_approximator, euler, slope
 from .exponential import DPMSolverPP2S, Exponential
 from .first_order import DDIM, Euler, FlowEuler, variance_preserving
 from .runge_kutta import RK3, RK4, HeunEDM, Midpoint, leaving
@@ -16,6 +16,7 @@ __all__ = [
     "HeunEDM",
     "IntegrationApproximator",
     "Midpoint",
+    "check_approximator",
     "euler",
     "leaving",
     "slope",

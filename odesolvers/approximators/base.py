@@ -97,3 +97,12 @@ def slope(x: Combination, sigma: float, denoise: Denoise) -> Combination:
 def euler(x: Combination, sigma: float, target: float, denoise: Denoise) -> Combination:
     """``(τ - σ) d(x, σ)``: the Euler increment, which lands on D(x, σ) where the target is 0."""
     return (target - sigma) * slope(x, sigma, denoise)
+
+
+def check_approximator(solver: object, approximator: object) -> None:
+    """An instance of `IntegrationApproximator`, or a TypeError."""
+    if not isinstance(approximator, IntegrationApproximator):
+        raise TypeError(
+            f"{type(solver).__name__} wraps an IntegrationApproximator instance such as HeunEDM(), got "
+            f"{approximator!r}"
+        )

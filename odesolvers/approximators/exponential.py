@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from ..checks import check_choice, check_is
+from ..checks import check_choice
 from ..formula import Combination, Denoise
-from .base import IntegrationApproximator, euler
+from .base import IntegrationApproximator, check_approximator, euler
 from .first_order import variance_preserving
 from .runge_kutta import leaving
 
@@ -89,11 +89,7 @@ class Exponential(IntegrationApproximator):
     approximator: IntegrationApproximator
 
     def __post_init__(self) -> None:
-        check_is(
-            self.approximator,
-            IntegrationApproximator,
-            "Exponential wraps a method such as HeunEDM()",
-        )
+        check_approximator(self, self.approximator)
 
     @property
     def order(self) -> int:

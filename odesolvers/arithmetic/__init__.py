@@ -1,6 +1,6 @@
 """The representations of states: floating point and fixed point."""
 
-from .base import Arithmetic
+from .base import Arithmetic, check_arithmetic
 from .fixed_point import FixedPoint
 from .floating import FloatingPoint
 from .stack import SideInformation
@@ -10,4 +10,5 @@ __all__ = [
     "FixedPoint",
     "FloatingPoint",
     "SideInformation",
+    "check_arithmetic",
 ]

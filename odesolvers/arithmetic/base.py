@@ -65,3 +65,11 @@ class Arithmetic(Settings, ABC):
     @abstractmethod
     def inverse(self, gain: float, c: Tensor, rest: Tensor, memory: Any) -> Tensor:
         """``(c - rest) / gain``, the `a` that `forward` was given."""
+
+
+def check_arithmetic(arithmetic: object) -> None:
+    """An instance of `Arithmetic`, or a TypeError."""
+    if not isinstance(arithmetic, Arithmetic):
+        raise TypeError(
+            f"arithmetic must be an instance such as FloatingPoint(), got {arithmetic!r}"
+        )

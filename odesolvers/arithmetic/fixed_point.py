@@ -210,7 +210,7 @@ class FixedPoint(Arithmetic):
         return fraction.as_integer_ratio()
 
     def _check_extent(self, stack: Stack, x: Tensor, factor: float) -> None:
-        """Checks the range of `x` times `factor`: at once on the CPU, elsewhere at the end of the run."""
+        """Checks the range of `x` times `factor`: at once on the CPU, else at the end of the run."""
         low, high = x.aminmax()
         if x.dtype == torch.int64:
             factor *= 2.0**-self.fractional_bits
