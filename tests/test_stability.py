@@ -87,11 +87,12 @@ def test_round_trips_are_as_expected(
         assert least / 3 < measured_round_trip(solver, mixture(), sigmas, dtype) / expected < 10
 
 
-def test_half_precision_has_a_figure_too() -> None:
+def test_half_precision_has_a_bound() -> None:
+    """Its sums are formed in float32 and rounded once, which the figure does not count on."""
     solver, sigmas = BDIA(HeunEDM(), 0.9), karras_sigmas(10)
     expected = stability_report(solver, sigmas).round_trip_error(torch.bfloat16)
     measured = measured_round_trip(solver, Gaussian(std=STD), sigmas, torch.bfloat16)
-    assert 0.2 < measured / expected < 5
+    assert 0.02 < measured / expected < 2
 
 
 def test_data_of_another_width() -> None:
