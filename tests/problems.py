@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
+from odesolvers.extend import Call, Combination, Denoise, trace
 from odesolvers.models import Gaussian, GaussianMixture
 
 
@@ -41,6 +42,48 @@ def reference(denoiser: Callable[..., Tensor], x: Tensor, sigma: float, target: 
 
     run = solve_ivp(slope, (sigma, target), x.numpy().ravel(), "DOP853", rtol=1e-13, atol=1e-13)
     return torch.from_numpy(run.y[:, -1].reshape(x.shape))
+
+
+def moved(
+    denoiser: Callable[..., Tensor], calls: Sequence[Call], x: Tensor, result: Combination
+) -> Tensor:
+    """The combination `result` of `x` and of the outputs of `calls`, as a tensor."""
+    values = [x]
+    for point, sigma in calls:
+        y = sum(c * values[k] for k, c in point.terms.items())
+        values.append(denoiser(y, torch.full(x.shape[:1], sigma, dtype=x.dtype)))
+    return sum((c * values[k] for k, c in result.terms.items()), torch.zeros_like(x))
+
+
+def increment(
+    method: Any, denoiser: Callable[..., Tensor], x: Tensor, sigma: float, target: float
+) -> Tensor:
+    """``Δ(σ → τ | x)`` of a one-step method, as a tensor."""
+
+    def formula(x: Combination, D: Denoise) -> Combination:
+        found: Combination = method.increment_to(x, sigma, target, D)
+        return found
+
+    calls, result = trace(formula)
+    return moved(denoiser, calls, x, result)
+
+
+def both_increments(
+    method: Any,
+    denoiser: Callable[..., Tensor],
+    x: Tensor,
+    sigma: float,
+    ahead: float,
+    behind: float,
+) -> tuple[Tensor, Tensor]:
+    """The two increments that a step of `BDIA` is made of, as tensors."""
+
+    def formula(x: Combination, D: Denoise) -> tuple[Combination, Combination]:
+        found: tuple[Combination, Combination] = method.both_increments(x, sigma, ahead, behind, D)
+        return found
+
+    calls, (to_ahead, to_behind) = trace(formula)
+    return moved(denoiser, calls, x, to_ahead), moved(denoiser, calls, x, to_behind)
 
 
 @dataclass

@@ -15,8 +15,6 @@ from odesolvers import (
     DDIM,
     RK3,
     RK4,
-    Combination,
-    Denoise,
     DPMSolverPP2S,
     Euler,
     Exponential,
@@ -27,11 +25,11 @@ from odesolvers import (
     SmoothedOutput,
     StepRatio,
     karras_sigmas,
-    slope,
 )
+from odesolvers.extend import Combination, Denoise, slope
 
 from .contract import ApproximatorContract, TwoStepContract
-from .problems import Recorder, mixture, noise
+from .problems import Recorder, both_increments, increment, mixture, noise
 
 ALL: list[IntegrationApproximator] = [
     Euler(),
@@ -48,7 +46,7 @@ EXPONENTIAL: list[IntegrationApproximator] = [Exponential(Midpoint()), Exponenti
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Ralston(IntegrationApproximator):
     """One that is not in the library: what the guide to adding one ends with."""
 
@@ -78,6 +76,15 @@ class TestFlowEuler(ApproximatorContract):
 
 class TestHeunEDM(ApproximatorContract):
     approximator = HeunEDM()
+
+
+class TestHeunBehind(ApproximatorContract):
+    approximator = HeunEDM("behind")
+    keeps_its_step = False
+
+
+class TestHeunBoth(ApproximatorContract):
+    approximator = HeunEDM("both")
 
 
 class TestMidpoint(ApproximatorContract):
@@ -124,8 +131,20 @@ class TestBDIAHeunEDM(TwoStepContract):
     solver = BDIA(HeunEDM())
 
 
+class TestBDIAHeunBehind(TwoStepContract):
+    solver = BDIA(HeunEDM("behind"))
+
+
+class TestBDIAHeunBoth(TwoStepContract):
+    solver = BDIA(HeunEDM("both"))
+
+
 class TestBDIAMidpoint(TwoStepContract):
     solver = BDIA(Midpoint())
+
+
+class TestBDIAMidpointBoth(TwoStepContract):
+    solver = BDIA(Midpoint("both"))
 
 
 class TestBDIARK3(TwoStepContract):
@@ -138,6 +157,14 @@ class TestBDIARK4(TwoStepContract):
 
 class TestBDIADPMSolverPP2S(TwoStepContract):
     solver = BDIA(DPMSolverPP2S())
+
+
+class TestBDIADPMSolverPP2SBoth(TwoStepContract):
+    solver = BDIA(DPMSolverPP2S("both"))
+
+
+class TestBDIAExponential(TwoStepContract):
+    solver = BDIA(Exponential(HeunEDM()), StepRatio(1))
 
 
 class TestBDIAAnothersApproximator(TwoStepContract):
@@ -167,7 +194,7 @@ def test_coefficients_give_what_the_formula_gives_on_tensors(
         return mixture()(point, torch.full((3,), level, dtype=torch.float64))
 
     for target in (0.1, 0.5, 3.0):
-        (planned,) = approximator.increments(mixture(), x, 2.0, (target,))
+        planned = increment(approximator, mixture(), x, 2.0, target)
         direct = approximator.increment(x, 2.0, target, denoise)  # type: ignore[arg-type]
         torch.testing.assert_close(planned, direct, rtol=1e-13, atol=1e-13)
 
@@ -186,17 +213,18 @@ def test_scales_are_those_of_the_published_states() -> None:
 
 
 def test_ddim_and_euler_differ_in_scale_alone() -> None:
-    assert DDIM().plan(2.0, (1.0, 3.0)) == Euler().plan(2.0, (1.0, 3.0))
-    assert FlowEuler().plan(2.0, (1.0, 3.0)) == Euler().plan(2.0, (1.0, 3.0))
+    for target in (1.0, 3.0):
+        assert DDIM().start(2.0, target) == Euler().start(2.0, target)
+        assert FlowEuler().start(2.0, target) == Euler().start(2.0, target)
     assert (Euler().scale(3.0), DDIM().scale(3.0)) == (1.0, pytest.approx(10**-0.5))
     assert FlowEuler().scale(3.0) == 0.25
 
 
-@pytest.mark.parametrize("targets", [(1.0,), (0.0,), (3.0,)])
-def test_exponential_over_euler_is_euler(targets: tuple[float, ...]) -> None:
+@pytest.mark.parametrize("target", [1.0, 0.0, 3.0])
+def test_exponential_over_euler_is_euler(target: float) -> None:
     x = noise(3, 3, sigma=2.0)
-    (euler,) = Euler().increments(mixture(), x, 2.0, targets)
-    (exponential,) = Exponential(Euler()).increments(mixture(), x, 2.0, targets)
+    euler = increment(Euler(), mixture(), x, 2.0, target)
+    exponential = increment(Exponential(Euler()), mixture(), x, 2.0, target)
     torch.testing.assert_close(exponential, euler, rtol=1e-13, atol=1e-13)
 
 
@@ -209,8 +237,8 @@ def test_exponential_heun_is_the_trapezoid_rule_for_the_denoisers_output() -> No
     second = mixture()(ahead, torch.full((3,), target, dtype=torch.float64))
     expected = target * (x / sigma + h / 2 * (first + second))
     recorder = Recorder(mixture())
-    (increment,) = Exponential(HeunEDM()).increments(recorder, x, sigma, (target,))
-    torch.testing.assert_close(x + increment, expected, rtol=1e-13, atol=1e-13)
+    found = increment(Exponential(HeunEDM()), recorder, x, sigma, target)
+    torch.testing.assert_close(x + found, expected, rtol=1e-13, atol=1e-13)
     assert recorder.sigmas == [sigma, target]
 
 
@@ -218,10 +246,49 @@ def test_exponential_evaluates_at_the_very_levels_of_the_grid() -> None:
     """Whatever the rounding of 1/σ: a call that is shared must be at one number."""
     for sigma, target in pairwise(karras_sigmas(60, append_zero=False).tolist()):
         for base in (HeunEDM(), RK4()):
-            calls = Exponential(base).plan(sigma, (target,)).evaluations
+            calls = Exponential(base).start(sigma, target).calls
             assert (calls[0].sigma, calls[-1].sigma) == (sigma, target)
 
 
 def test_exponential_wraps_an_approximator() -> None:
     with pytest.raises(TypeError, match=r"Exponential wraps .* got <class"):
         Exponential(Euler)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [HeunEDM, Midpoint, DPMSolverPP2S])
+def test_the_second_output_of_a_step_serves_both_sides(kind: type[IntegrationApproximator]) -> None:
+    """`BDIA` costs what the method costs; with an output on each side, one more a step."""
+    sides = ("ahead", "behind", "both") if kind is HeunEDM else ("ahead", "both")
+    for grid in (karras_sigmas(7), karras_sigmas(7, append_zero=False)):
+        x = noise(2, 3, sigma=80.0)
+        alone = kind().sample(mixture(), x, grid).nfe
+        for second in sides:
+            solver = BDIA(kind(second))  # type: ignore[call-arg]
+            more = len(grid) - 2 if second == "both" else 0  # in every step but the first
+            assert solver.sample(mixture(), x, grid).nfe == alone + more
+
+
+@pytest.mark.parametrize("kind", [HeunEDM, Midpoint, DPMSolverPP2S])
+def test_a_side_that_there_is_not(kind: type[IntegrationApproximator]) -> None:
+    with pytest.raises(ValueError, match=r"second must be 'ahead'.* or 'both', got 'left'"):
+        kind("left")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("ahead", [1.2, 0.0])
+@pytest.mark.parametrize("second", ["ahead", "behind"])
+def test_heun_continues_one_quadratic_to_both_sides(second: str, ahead: float) -> None:
+    """The slope ``d + k t`` at the time t from the step, fitted to two slopes, integrated by hand."""
+    x, sigma, behind = noise(3, 3, sigma=2.0), 2.0, 2.7
+
+    def d(x: torch.Tensor, level: float) -> torch.Tensor:
+        return (x - mixture()(x, torch.full((3,), level, dtype=x.dtype))) / level
+
+    first = d(x, sigma)
+    level = ahead if second == "ahead" else behind
+    k = torch.zeros_like(x)
+    if ahead > 0.0:
+        k = (d(x + (level - sigma) * first, level) - first) / (level - sigma)
+    found = both_increments(HeunEDM(second), mixture(), x, sigma, ahead, behind)
+    for target, change in zip((ahead, behind), found, strict=True):
+        t = target - sigma
+        torch.testing.assert_close(change, t * first + t**2 / 2 * k, rtol=1e-12, atol=1e-12)

@@ -23,7 +23,15 @@ from odesolvers import (
     vp_sigmas,
 )
 
-from .problems import Recorder, gaussian, mixture, noise, relative_error
+from .problems import (
+    Recorder,
+    both_increments,
+    gaussian,
+    increment,
+    mixture,
+    noise,
+    relative_error,
+)
 from .test_approximators import ALL
 
 
@@ -94,17 +102,20 @@ def test_step_and_inverse_in_the_words_of_the_docstring(
     x = noise(2, 3, sigma=3.0)
     solver = BDIA(approximator, StepRatio(1))
     first = solver.sample(mixture(), x, grid, stop=1).x
-    ahead, behind = approximator.increments(mixture(), first, 2.0, (1.4, 3.0))
+    ahead, behind = both_increments(approximator, mixture(), first, 2.0, 1.4, 3.0)
     expected = (first + ahead) + 0.6 * (x - (first + behind))
     assert relative_error(solver.sample(mixture(), x, grid).x, expected) < 1e-14
 
 
-def test_heun_spends_one_evaluation_more_than_alone_and_one_sequence_of_two() -> None:
+@pytest.mark.parametrize(
+    ("second", "levels"), [("ahead", [1, 2]), ("behind", [1, 0]), ("both", [1, 2, 0])]
+)
+def test_heun_evaluates_on_the_side_it_says(second: str, levels: list[int]) -> None:
     recorder = Recorder(gaussian())
     grid = karras_sigmas(6, append_zero=False)
-    solution = BDIA(HeunEDM()).sample(recorder, noise(1, 5, sigma=80.0), grid)
-    assert solution.nfe == 2 + 4 * 3
-    assert sorted(recorder.sigmas[2:5], reverse=True) == grid[:3].tolist()
+    solution = BDIA(HeunEDM(second)).sample(recorder, noise(1, 5, sigma=80.0), grid)
+    assert solution.nfe == 2 + 4 * len(levels)
+    assert recorder.sigmas[2 : 2 + len(levels)] == grid[levels].tolist()
 
 
 def test_smoothing_cancels_the_alternating_part_of_the_sample() -> None:
@@ -185,7 +196,7 @@ def test_a_lone_image_above_level_zero_gets_its_neighbour_from_the_approximator(
 ) -> None:
     image = noise(4, 3, seed=1)
     code = BDIA(approximator).invert(mixture(), image, [3.0, 2.0])
-    (behind,) = approximator.increments(mixture(), image, 2.0, (3.0,))
+    behind = increment(approximator, mixture(), image, 2.0, 3.0)
     assert relative_error(code.x, image + behind) < 1e-14
 
 
@@ -197,7 +208,7 @@ def test_a_run_that_starts_in_the_middle_takes_the_approximators_step_first() ->
     assert torch.equal(middle.x, solver.sample(mixture(), x, grid[2:]).x)
     assert middle.state.index == 6
     up = solver.invert(mixture(), lone, grid)
-    (behind,) = HeunEDM().increments(mixture(), x, float(grid[2]), (float(grid[1]),))
+    behind = increment(HeunEDM(), mixture(), x, float(grid[2]), float(grid[1]))
     assert up.state.index == 1
     pair = State(x, x + behind, 2, tuple(grid.tolist()), repr(solver))
     assert relative_error(up.x, solver.invert(mixture(), pair, grid).x) < 1e-13

@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from amplification import amplification, stable_diffusion
 
+from benchmarks.amplification import amplification, stable_diffusion
 from odesolvers import (
     BDIA,
     DDIM,
@@ -16,16 +16,19 @@ from odesolvers import (
     ConstantGamma,
     DampedStepRatio,
     Euler,
+    FixedPoint,
     GammaRule,
     Grid,
     HeunEDM,
+    HeunStepRatio,
     PerStep,
     SmoothedOutput,
     StepRatio,
+    karras_sigmas,
     order_gaining,
 )
 
-from .problems import gaussian, noise
+from .problems import gaussian, mixture, noise, reference, relative_error
 
 GRID = Grid.of([8.0, 4.0, 3.0, 1.0, 0.0])
 
@@ -150,3 +153,22 @@ def test_the_order_gaining_rule() -> None:
         order_gaining(HeunEDM())
     with pytest.raises(TypeError, match=r"instance such as Euler\(\), got 'euler'"):
         order_gaining("euler")  # type: ignore[arg-type]
+
+
+def test_heuns_step_ratio_in_closed_form() -> None:
+    """r² / (1 + 2 r): 1/3 on equal steps."""
+    assert weights(HeunStepRatio()) == pytest.approx([1 / 24, 4 / 5, 1 / 8], rel=1e-14)
+    equal = HeunStepRatio().weights(Grid.of([4.0, 3.0, 2.0, 1.0]), Euler().scale)
+    assert equal == pytest.approx([1 / 3, 1 / 3], rel=1e-14)
+
+
+def test_heuns_step_ratio_samples_better_than_heun_and_goes_back_in_fixed_point() -> None:
+    """At the same evaluations, and exactly."""
+    grid = karras_sigmas(13, 0.1, 8.0, append_zero=False)
+    x = FixedPoint().snap(noise(16, 3, sigma=8.0))
+    exact = reference(mixture(), x, 8.0, 0.1)
+    solver = BDIA(HeunEDM(), HeunStepRatio(), FixedPoint())
+    alone, refined = HeunEDM().sample(mixture(), x, grid), solver.sample(mixture(), x, grid)
+    assert refined.nfe == alone.nfe
+    assert relative_error(refined.x, exact) < 0.5 * relative_error(alone.x, exact)
+    assert solver.invert(mixture(), refined.state, grid).x.equal(x)
