@@ -98,7 +98,6 @@ class Run:
         # Half precision does not resolve noise levels.
         level = torch.float64 if self.dtype == torch.float64 else torch.float32
         self._levels = self.state.current.new_empty(0, dtype=level)
-        self._versions = not torch.is_inference_mode_enabled()  # inference tensors have none
         self._twice = self.arithmetic.check_determinism
         self._last: tuple[Tensor, float, Tensor] | None = None
         self._reported = -1
@@ -219,11 +218,11 @@ class Run:
         del last  # an output less while the next is made
         for point, sigma in shear.calls[len(values) - 1 :]:
             y = x if point.terms == {0: 1.0} else point.of(values).to(x.dtype)
-            version = y._version if self._versions else 0
+            version = -1 if y.is_inference() else y._version  # inference tensors have none
             level = self._levels.new_full(x.shape[:1], sigma)
             output = self.denoiser(y, level, **self.extra_args)
             self.nfe += 1
-            if self._versions and y._version != version:
+            if version >= 0 and y._version != version:
                 raise ValueError(
                     f"the denoiser wrote to its input {place(sigma, k)}: work on a copy, x.clone()"
                 )

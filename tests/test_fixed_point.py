@@ -9,11 +9,12 @@ from fractions import Fraction
 
 import pytest
 import torch
-from exact_problems import PROBLEMS, Problem
 from hypothesis import HealthCheck, assume, given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.common import EXACT_PROBLEMS as PROBLEMS
+from benchmarks.common import Problem
 from odesolvers import (
     BDIA,
     DDIM,
@@ -171,7 +172,9 @@ def test_any_walk_on_the_grid_comes_back_to_the_bit_at_length(walk) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
 @pytest.mark.parametrize("gamma", [1.0, StepRatio(1)], ids=str)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::odesolvers.InversionWarning"
+)
 def test_every_problem_is_exact_both_ways(problem: Problem, gamma, device: str) -> None:
     if "Stable Diffusion" in problem.name:
         pytest.importorskip("diffusers")
@@ -179,15 +182,15 @@ def test_every_problem_is_exact_both_ways(problem: Problem, gamma, device: str) 
         import_k_diffusion()
     denoiser = problem.build(torch.device(device))
     args = problem.arguments(device)
-    sigmas = karras_sigmas(8, problem.sigma_min, problem.sigma_max)
-    solver = BDIA(HeunEDM(), gamma, FixedPoint())
-    x = solver.arithmetic.snap(problem.noise(device=device))
+    sigmas = karras_sigmas(8, problem.bottom, problem.top)
+    solver = BDIA(HeunEDM("behind"), gamma, FixedPoint())
+    x = solver.arithmetic.snap(problem.noise().to(device))
 
     solution = solver.sample(denoiser, x, sigmas, extra_args=args)
     back = solver.invert(denoiser, solution.state, sigmas, extra_args=args)
     assert torch.equal(back.x, x)
 
-    image = solver.arithmetic.snap(x / problem.sigma_max)
+    image = solver.arithmetic.snap(x / problem.top)
     code = solver.invert(denoiser, image, sigmas, extra_args=args)
     again = solver.sample(denoiser, code.state, sigmas, extra_args=args)
     assert torch.equal(again.x, image)
@@ -214,7 +217,7 @@ def test_fixed_point_computes_what_floating_point_computes(approximator, gamma) 
     exact = BDIA(approximator, gamma, FixedPoint()).sample(denoiser, x, sigmas)
     plain = BDIA(approximator, gamma).sample(denoiser, x, sigmas)
     assert exact.nfe == plain.nfe
-    # Weights differ by 1e-6 in general, on terms that are small beside the state.
+    # Weights differ by up to 2^-12, on terms that are small beside the state.
     torch.testing.assert_close(exact.x, plain.x, rtol=1e-5, atol=1e-5)
 
 
@@ -265,19 +268,19 @@ def aside(state: State) -> int:
 def test_any_fractions_are_undone_after_the_stack_was_stored(fractions, seed: int) -> None:
     """Numerators other than 1 as well: undoing pushes those, with a bound that may be looser."""
     z = torch.randint(-(2**40), 2**40, (33,), generator=torch.Generator().manual_seed(seed))
-    stack, trail, product = Stack(z.shape, 0, checksum(z)), [z], 1.0
+    stack, trail, product = Stack(z.shape, 0, checksum(z), torch.float32), [z], 1.0
     for a, b in fractions:
         product *= a / b
         if product > 2**18 or a == b:
             product /= a / b
             continue
-        trail.append(stack.multiply(trail[-1], a, b))
-        stack = Stack.unpack(stack.pack(torch.float32), z.shape)
-    done = [(done.a, done.b) for done in stack.pack(torch.float32).done]
+        trail.append(stack.multiply(trail[-1], a, b).clone())
+        stack = Stack.unpack(stack.pack(), z.shape)
+    done = [(done.a, done.b) for done in stack.pack().done]
     for before, (a, b) in zip(reversed(trail[:-1]), reversed(done), strict=True):
         assert torch.equal(stack.divide(trail.pop(), a, b), before)
-        stack = Stack.unpack(stack.pack(torch.float32), z.shape)
-    side = stack.pack(torch.float32)
+        stack = Stack.unpack(stack.pack(), z.shape)
+    side = stack.pack()
     assert (side.bits_per_element, side.done) == (0, ())
 
 
@@ -377,7 +380,7 @@ def test_the_bound_is_the_sum_of_the_logarithms() -> None:
 def test_the_stack_is_the_algorithm_on_integers_without_limit(values, scalings) -> None:
     """Against the five lines of Maclaurin et al. in Python's own integers."""
     z = torch.tensor(values)
-    stack = Stack(z.shape, 0, torch.tensor(0))
+    stack = Stack(z.shape, 0, torch.tensor(0), torch.float32)
     expected, piles = list(values), [0] * len(values)
     done = []
     for a, b, multiply in scalings:
@@ -387,17 +390,17 @@ def test_the_stack_is_the_algorithm_on_integers_without_limit(values, scalings) 
             quotient, remainder = divmod(value, b)
             piles[i], t = divmod(piles[i] * b + remainder, a)
             expected[i] = quotient * a + t
-        z = stack.multiply(z, a, b) if multiply else stack.divide(z, b, a)
+        z = (stack.multiply(z, a, b) if multiply else stack.divide(z, b, a)).clone()
         done.append((a, b, multiply))
         assert z.tolist() == expected
-        stack = Stack.unpack(stack.pack(torch.float32), z.shape)
-    side = stack.pack(torch.float32)
+        stack = Stack.unpack(stack.pack(), z.shape)
+    side = stack.pack()
     assert side.bits_per_element >= max(piles).bit_length()
     for a, b, multiply in reversed(done):
-        z = stack.divide(z, a, b) if multiply else stack.multiply(z, b, a)
+        z = (stack.divide(z, a, b) if multiply else stack.multiply(z, b, a)).clone()
     assert z.tolist() == values
     if all(multiply for _, _, multiply in done):
-        assert stack.pack(torch.float32).bits_per_element == 0
+        assert stack.pack().bits_per_element == 0
 
 
 @given(st.integers(0, 31), st.integers(1, 200), st.randoms(use_true_random=False))
@@ -492,7 +495,7 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path) -> None:
         path.write_bytes(broken)
         with pytest.raises(ValueError, match="damaged"):
             State.load(path)
-    path.write_bytes(data.replace(b'"version":"1"', b'"version":"7"'))
+    path.write_bytes(data.replace(b'"version":"2"', b'"version":"7"'))
     with pytest.raises(ValueError, match="version 7"):
         State.load(path)
     path.write_bytes(data[:-9])
@@ -615,7 +618,7 @@ def test_a_state_that_leaves_the_range_is_an_error() -> None:
 def test_the_range_is_checked_at_the_end_where_it_was_not_on_the_way() -> None:
     """As on a GPU, where a check on the way would wait for it."""
     arithmetic, z = FixedPoint(), torch.zeros(4, dtype=torch.int64)
-    stack = arithmetic.open(z, z, None, 1)
+    stack = arithmetic.open(State(z, z, 1, (2.0, 1.0), ""), 1, torch.float64)
     small, large = torch.tensor(-3.0), torch.tensor(3e6)
     stack.extents += [
         (80.0, small, -small, 1.0),
@@ -623,7 +626,7 @@ def test_the_range_is_checked_at_the_end_where_it_was_not_on_the_way() -> None:
         (1.0, small, small, 9e9),
     ]
     with pytest.raises(OverflowError, match="reaches 3e\\+06 in the step from sigma = 40"):
-        arithmetic.close(stack, z, z, 3, torch.float32)
+        arithmetic.close(stack, z, z, 3)
 
 
 @pytest.mark.parametrize("bits", [7, 54, 40.0, True, "40"])
@@ -649,13 +652,13 @@ def test_fractional_bits_must_fit_the_grid() -> None:
 def test_weights_are_near_and_are_their_own(log2: float) -> None:
     g = 2.0**log2
     weight = FixedPoint().weight(g)
-    assert abs(weight - g) <= g / 8000
+    assert abs(weight - g) <= g / 2**12
     assert FixedPoint().weight(weight) == weight
 
 
 def test_weights_that_are_simple_stay_and_hopeless_ones_are_refused() -> None:
-    for g in (0.0, 1.0, 0.5, 0.96, 2.0, 1 / 3, 0.001):
-        assert FixedPoint().weight(g) == pytest.approx(g, rel=1e-15)
+    for g in (0.0, 1.0, 0.5, 2.0, 0.75, 2**-12, 3000.0):
+        assert FixedPoint().weight(g) == g
     with pytest.raises(ValueError, match="too far from 1"):
         FixedPoint().weight(1e-15)
     with pytest.raises(ValueError, match="too far from 1"):
@@ -711,12 +714,10 @@ def test_other_arguments_on_the_way_back_are_noticed() -> None:
 
 def test_a_step_taken_twice_finds_a_denoiser_that_is_not_deterministic() -> None:
     sigmas, x = karras_sigmas(4), torch.randn(2, 8)
-    solver = BDIA(HeunEDM(), 0.9, FixedPoint(check_determinism=True))
-    with pytest.raises(
-        RuntimeError, match=r"not deterministic: call 1 of the step from level 0.* 1 of 16 elements"
-    ):
+    solver = BDIA(HeunEDM("both"), 0.9, FixedPoint(check_determinism=True))
+    with pytest.raises(RuntimeError, match=r"not deterministic: .*at level 0 .* 1 of 16 elements"):
         solver.sample(Noisy(call=3), x, sigmas)
-    plain = BDIA(HeunEDM(), 0.9, FixedPoint())
+    plain = BDIA(HeunEDM("both"), 0.9, FixedPoint())
     solution, expected = solver.sample(smooth, x, sigmas), plain.sample(smooth, x, sigmas)
     assert torch.equal(solution.x, expected.x)
     assert solution.nfe == expected.nfe + 2

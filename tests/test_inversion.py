@@ -54,13 +54,11 @@ def rounding_bound(solver: BDIA, grid: Grid, sizes: Sequence[float], unit: float
     state x_k off by e_k, and u the unit roundoff,
 
         e_{k-1} = (e_{k+1} - rest' e_k) / g_k + η_k,
-        |η_k| <= u (16 |terms of rest| + 7 |x_{k+1}| + 9 g_k |x_{k-1}|) / g_k,
+        |η_k| <= u (16 |terms of rest| + 2 |x_{k+1}| + 3 g_k |x_{k-1}|) / g_k,
 
-    where η_k collects the roundings there and back, and the rest computed at a neighbouring point. A
-    state a is moved towards the mean m, the rest over T = 1 - g, as a + T (m - a) where |T| < 1/2. Its
-    three roundings come to 3 |new| + 2 |a|; else as m - g (m - a), and they come to |new| + 2 g |a| +
-    6 |terms|. The way back is the same with 1 - 1 / g for T, 3 |a| + 2 |new| or 3 |a| + 4 |terms| / g.
-    Where T is 0 the sum is formed, with fewer.
+    where η_k collects the roundings there and back: of the product g a and of the sum on the way, of
+    the difference and of the quotient on the way back, and of the rest where it is computed at a
+    neighbouring point, with the calls and the points that it is made of.
     """
     steps = [step for (step,) in solver.steps(grid)]
     total = 0.0
@@ -71,7 +69,7 @@ def rounding_bound(solver: BDIA, grid: Grid, sizes: Sequence[float], unit: float
             behind = (ahead - slope * here) / steps[k].gain
             if k == made_at:
                 g = steps[k].gain
-                local = 16 * terms * sizes[k] + 7 * sizes[k + 1] + 9 * g * sizes[k - 1]
+                local = 16 * terms * sizes[k] + 2 * sizes[k + 1] + 3 * g * sizes[k - 1]
                 behind = unit * local / g
             ahead, here = here, behind
         total += abs(here)

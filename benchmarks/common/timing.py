@@ -76,15 +76,11 @@ class Watch(TorchDispatchMode):
         denoiser: the denoiser; pass `denoise` to the solver.
         start: the caller's tensor, which is not counted.
         elements: the size from which a tensor counts as a state.
-        outputs: whether the denoiser's outputs count among the states.
     """
 
-    def __init__(
-        self, denoiser: Denoiser, start: Any, elements: int, *, outputs: bool = False
-    ) -> None:
+    def __init__(self, denoiser: Denoiser, start: Tensor, elements: int) -> None:
         super().__init__()
-        self._outputs = outputs
-        self._theirs = start.untyped_storage().data_ptr() if isinstance(start, Tensor) else 0
+        self._theirs = start.untyped_storage().data_ptr()
         self.operations: Counter[str] = Counter()
         self.peak = 0
         self._denoiser, self._elements, self._inside = denoiser, elements, False
@@ -101,7 +97,6 @@ class Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if not self._inside:
             self.operations[".".join(str(func).split(".")[:2])] += 1
-        if self._outputs or not self._inside:
             if isinstance(result, Tensor) and result.numel() >= self._elements:
                 self._made.append(weakref.ref(result))
             alive = [x.untyped_storage() for ref in self._made if (x := ref()) is not None]

@@ -1,0 +1,222 @@
+"""Behaviour of a run: memory, writes by others, gradients, and devices that are not waited for."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from odesolvers import (
+    BDIA,
+    EDICT,
+    RK4,
+    Euler,
+    FixedPoint,
+    HeunEDM,
+    ReversibleHeun,
+    StepRatio,
+    karras_sigmas,
+)
+from odesolvers.extend import Solver
+
+from .problems import gaussian, mixture, noise
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+SOLVERS: list[Solver] = [BDIA(Euler(), 0.96), BDIA(HeunEDM()), EDICT(), ReversibleHeun()]
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_memory_does_not_grow_with_the_steps(solver: Solver) -> None:
+    """Tensors of the size of a state that are alive at any call of the denoiser."""
+    x = noise(1, 1000, sigma=80.0)
+
+    def most_alive(run: Callable[..., Any], start: Any, n: int) -> int:
+        counts = []
+
+        def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+            alive = {
+                t.untyped_storage().data_ptr()
+                for t in gc.get_objects()
+                if type(t) is Tensor and t.numel() == 1000
+            }
+            counts.append(len(alive))
+            return 0.5 * x
+
+        run(denoiser, start, karras_sigmas(n))
+        return max(counts)
+
+    few, many = (most_alive(solver.sample, x, n) for n in (5, 30))
+    assert many == few
+    states = [solver.sample(lambda x, sigma: 0.5 * x, x, karras_sigmas(n)).state for n in (5, 30)]
+    few, many = (most_alive(solver.invert, s, n) for s, n in zip(states, (5, 30), strict=True))
+    assert many == few
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [BDIA(Euler()), BDIA(HeunEDM(), 0.9), BDIA(RK4()), BDIA(RK4(), 0.9)],
+    ids=repr,
+)
+def test_denoisers_may_return_their_input(solver: BDIA) -> None:
+    """What lies in the storage of a point is not written over while it is needed."""
+    x, grid = noise(2, 5, sigma=80.0), karras_sigmas(6)
+
+    def copy(x: Tensor, sigma: Tensor) -> Tensor:
+        return x.clone() if float(sigma[0]) > 1 else 0.5 * x
+
+    def same(x: Tensor, sigma: Tensor) -> Tensor:
+        return x if float(sigma[0]) > 1 else 0.5 * x
+
+    there = solver.sample(copy, x, grid)
+    assert torch.equal(solver.sample(same, x, grid).x, there.x)
+    back = solver.invert(copy, there.state, grid)
+    assert torch.equal(solver.invert(same, there.state, grid).x, back.x)
+
+
+def test_a_failure_that_does_not_come_again() -> None:
+    calls = []
+
+    def once(x: Tensor, sigma: Tensor) -> Tensor:
+        calls.append(sigma)
+        return torch.full_like(x, float("inf")) if len(calls) == 3 else 0.5 * x
+
+    seen: list[int] = []
+    with pytest.raises(FloatingPointError, match="made again it did not"):
+        BDIA(Euler()).sample(
+            once, noise(2, 5), karras_sigmas(5), callback=lambda info: seen.append(info["i"])
+        )
+    assert len(calls) == 10
+    assert seen == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "solver", [BDIA(Euler(), StepRatio(1)), BDIA(HeunEDM("both")), EDICT()], ids=repr
+)
+def test_gradients_on_request(solver: Solver) -> None:
+    grid = karras_sigmas(3, 0.5, 5.0)
+    x = noise(2, 3).requires_grad_()
+    scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+
+    def sample(x: Tensor, scale: Tensor) -> Tensor:
+        return solver.sample(lambda x, sigma: torch.tanh(scale * x), x, grid, differentiable=True).x
+
+    def there_and_back(x: Tensor, scale: Tensor) -> Tensor:
+        def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+            return torch.tanh(scale * x)
+
+        state = solver.sample(denoiser, x, grid, differentiable=True).state
+        return solver.invert(denoiser, state, grid, differentiable=True).x
+
+    assert torch.autograd.gradcheck(sample, (x, scale))
+    (gradient,) = torch.autograd.grad(there_and_back(x, scale).sum(), x)
+    torch.testing.assert_close(gradient, torch.ones_like(x), rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="no gradient, for it rounds every state"):
+        BDIA(Euler(), arithmetic=FixedPoint()).sample(mixture(), x, grid, differentiable=True)
+
+
+@pytest.mark.cuda
+@needs_gpu
+@pytest.mark.parametrize("solver", [BDIA(Euler(), 0.96), BDIA(HeunEDM()), EDICT()], ids=repr)
+def test_no_step_waits_for_the_device(solver: Solver) -> None:
+    """From the first call of the denoiser to the last: an error of torch where one does."""
+    x, grid = noise(4, 64, sigma=80.0, dtype=torch.float32).cuda(), karras_sigmas(10)
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        denoiser.calls += 1  # type: ignore[attr-defined]
+        last = denoiser.calls == denoiser.all  # type: ignore[attr-defined]
+        torch.cuda.set_sync_debug_mode("default" if last else "error")
+        return x / (1 + sigma.unsqueeze(1) ** 2)
+
+    def counted(run: Callable[..., Any], start: Any) -> Any:
+        nfe = run(lambda x, sigma: x / (1 + sigma.unsqueeze(1) ** 2), start, grid).nfe
+        denoiser.calls, denoiser.all = 0, nfe  # type: ignore[attr-defined]
+        return run(denoiser, start, grid)
+
+    try:
+        there = counted(solver.sample, x)
+        counted(solver.invert, there.state)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+@needs_gpu
+@pytest.mark.parametrize("n", [5, 50])
+def test_memory_on_the_gpu(n: int) -> None:
+    x = noise(1, 2**22, sigma=80.0, dtype=torch.float32).cuda()
+    solver, grid = BDIA(Euler(), 0.96), karras_sigmas(n)
+    solver.sample(lambda x, sigma: x, x, grid)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    solver.sample(lambda x, sigma: x, x, grid)
+    assert torch.cuda.max_memory_allocated() - before <= 3.1 * x.nbytes
+
+
+def test_writes_to_levels_reach_no_other_call() -> None:
+    x, grid = noise(2, 5), karras_sigmas(4)
+    for solver in SOLVERS:
+        expected = solver.sample(gaussian(), x, grid).x
+        calls: list[Tensor] = []
+
+        def denoiser(x: Tensor, sigma: Tensor, calls: list[Tensor] = calls) -> Tensor:
+            found = gaussian()(x, sigma)
+            calls.append(sigma)
+            for level in calls:
+                level.zero_()
+            return found
+
+        assert torch.equal(solver.sample(denoiser, x, grid).x, expected)
+
+
+def test_writes_of_a_callback_reach_no_state() -> None:
+    x, grid = noise(2, 5), karras_sigmas(4)
+
+    def write(info: dict[str, Any]) -> None:
+        for name in ("x", "denoised", "sigma", "sigma_hat"):
+            info[name].zero_()
+
+    for solver in SOLVERS:
+        plain = solver.sample(gaussian(), x, grid)
+        watched = solver.sample(gaussian(), x, grid, callback=write)
+        assert torch.equal(watched.x, plain.x)
+        back = solver.invert(gaussian(), plain.state, grid, callback=write)
+        assert torch.equal(back.x, solver.invert(gaussian(), plain.state, grid).x)
+
+
+def test_what_the_caller_keeps_is_never_written_to() -> None:
+    """Every tensor that the denoiser sees or returns keeps its values."""
+    for solver in SOLVERS:
+        kept: list[tuple[Tensor, Tensor]] = []
+
+        def denoiser(x: Tensor, sigma: Tensor, kept: list[tuple[Tensor, Tensor]] = kept) -> Tensor:
+            found = mixture()(x, sigma)
+            kept.extend((tensor, tensor.clone()) for tensor in (x, sigma, found))
+            return found
+
+        there = solver.sample(denoiser, noise(2, 3, sigma=80.0), karras_sigmas(5))
+        solver.invert(denoiser, there.state, karras_sigmas(5))
+        assert all(torch.equal(tensor, copy) for tensor, copy in kept)
+
+
+def test_runs_in_inference_mode() -> None:
+    x, grid = noise(2, 3, sigma=80.0), karras_sigmas(5)
+    for solver in SOLVERS:
+        plain = solver.sample(mixture(), x, grid)
+        with torch.inference_mode():
+            there = solver.sample(mixture(), x, grid)
+            back = solver.invert(mixture(), there.state, grid)
+        assert torch.equal(there.x, plain.x)
+        assert torch.equal(solver.invert(mixture(), there.state, grid).x, back.x)
+
+
+def test_half_precision_is_summed_in_float32() -> None:
+    """Terms that overflow float16 where their sum does not."""
+    x = torch.full((1, 4), 300.0, dtype=torch.float16)
+    solution = BDIA(Euler()).sample(lambda x, sigma: x - 1e-3, x, [1.0, 0.5, 0.25])
+    assert bool(solution.x.isfinite().all())
+    up = Euler().sample(lambda x, sigma: x, x, [0.002, 0.001]).x
+    assert torch.equal(up, x)
