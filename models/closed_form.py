@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .base import append_dims, can_look_at, check_device
+from .base import append_dims, check_device, values_readable
 
 
 class Gaussian(nn.Module):
@@ -169,7 +169,7 @@ class IdealDenoiser(GaussianMixture):
             )
         check_device(x, self.means, class_labels=class_labels)
         match = class_labels.unsqueeze(1) == self.labels
-        if can_look_at(match) and not bool(match.any(1).all()):  # elsewhere the output is NaN
+        if values_readable(match) and not bool(match.any(1).all()):  # elsewhere the output is NaN
             known = sorted(set(self.labels.tolist()))
             raise ValueError(f"class_labels must be among {known}, got {class_labels.tolist()}")
         return self._denoise(x, sigma, self.log_weights.masked_fill(~match, -math.inf))

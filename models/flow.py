@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from odesolvers.grids import Grid
 
-from .base import append_dims, can_look_at
+from .base import append_dims, check_floating_dtype, values_readable
 
 FLOW_SIGMA_MAX = 2.0**20
 """The noise level that stands for the time t = 1 of a flow, where σ would be infinite."""
@@ -52,8 +52,8 @@ class FlowDenoiser(nn.Module):
         super().__init__()
         if not callable(velocity):
             raise TypeError(f"velocity must be callable, got {type(velocity).__name__}")
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating point dtype, got {dtype}")
+        if dtype is not None:
+            check_floating_dtype(dtype)
         self.velocity = velocity
         self.dtype = dtype
 
@@ -72,7 +72,7 @@ class FlowDenoiser(nn.Module):
             ValueError: if a level is out of range or the velocity has another shape than z.
         """
         inside = (sigma >= 0) & (sigma <= FLOW_SIGMA_MAX)
-        if can_look_at(sigma) and not bool(inside.all()):
+        if values_readable(sigma) and not bool(inside.all()):
             raise ValueError(
                 f"sigma must lie between 0 and FLOW_SIGMA_MAX = {FLOW_SIGMA_MAX:.0f}, which stands "
                 f"for t = 1, got {sigma[~inside][0].item():.6g}; flow_sigmas makes levels of times"

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batching import join
-
 from .base import DenoiserFunction
+from .batching import join
 
 
 class ClassifierFreeGuidance(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from odesolvers.grids import level_dtype
 
-from .base import DenoiserFunction
+from .base import DenoiserFunction, check_floating_dtype
 
 
 class InDtype(nn.Module):
@@ -31,8 +31,7 @@ class InDtype(nn.Module):
 
     def __init__(self, denoiser: DenoiserFunction, dtype: torch.dtype) -> None:
         super().__init__()
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating point dtype, got {dtype}")
+        check_floating_dtype(dtype)
         self.denoiser = denoiser
         self.dtype = dtype
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from odesolvers.grids import ddim_timesteps, sigmas_from_alphas_cumprod
 
-from .base import append_dims, can_look_at
+from .base import append_dims, values_readable
 
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
@@ -165,7 +165,7 @@ class StableDiffusion(nn.Module):
         log = sigma.double().log()
         tolerance = 1e-6  # float32 levels are off by 1e-7; neighbours differ by 1e-3 and more
         inside = (log > table[0] - tolerance) & (log < table[-1] + tolerance)
-        if can_look_at(sigma) and not bool(inside.all()):
+        if values_readable(sigma) and not bool(inside.all()):
             raise ValueError(
                 f"sigma must lie within the model's training levels, {self.sigma_min:.6g} to "
                 f"{self.sigma_max:.6g}, got {sigma[~inside][0].item():.6g}; model.sigmas(n) is a "

@@ -15,6 +15,7 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor
 
+from ..base import check_floating_dtype
 from .networks import DhariwalConfig, DhariwalUNet, SongConfig, SongUNet, UNet
 from .pickles import CheckpointError, Record, module_states, module_tensors, read_pickle
 from .preconditioning import EDMPrecond, IDDPMPrecond, Preconditioner, VEPrecond, VPPrecond
@@ -55,8 +56,7 @@ def load_edm(
         ConnectionError: if it cannot be downloaded.
         CheckpointError: if the file is damaged, is of an unknown kind, or is refused.
     """
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating point dtype, got {dtype}")
+    check_floating_dtype(dtype)
     path = _local(os.fspath(path_or_url))
     read = _read_safetensors if path.suffix == ".safetensors" else _read_published
     denoiser = read(path)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from odesolvers.grids import karras_sigmas
 
-from ..base import append_dims, can_look_at
+from ..base import append_dims, values_readable
 from .networks import UNet
 
 
@@ -157,7 +157,7 @@ class Preconditioner(nn.Module, ABC):
                 f"the network is on {device}, x on {x.device} and sigma on {sigma.device}: move "
                 "them together, e.g. denoiser.to(x.device)"
             )
-        if can_look_at(sigma) and not bool(self._in_range(sigma).all()):
+        if values_readable(sigma) and not bool(self._in_range(sigma).all()):
             raise ValueError(
                 f"sigma must lie within [{self.sigma_min:.6g}, {self.sigma_max:.6g}], above 0, for "
                 f"this network, got {sigma.min().item():.6g} to {sigma.max().item():.6g}; "
@@ -181,7 +181,7 @@ class Preconditioner(nn.Module, ABC):
                     f"floating point class_labels must be one-hot, shape ({batch}, {classes}), got "
                     f"{tuple(labels.shape)}; class numbers are int64"
                 )
-            if can_look_at(labels) and not bool(labels.isfinite().all()):
+            if values_readable(labels) and not bool(labels.isfinite().all()):
                 raise ValueError("class_labels are not finite")
             return labels
         if labels.dtype not in (torch.int64, torch.int32):
@@ -192,7 +192,7 @@ class Preconditioner(nn.Module, ABC):
                 f"{tuple(labels.shape)}"
             )
         known = (labels >= 0) & (labels < classes)
-        if can_look_at(labels) and not bool(known.all()):
+        if values_readable(labels) and not bool(known.all()):
             raise ValueError(
                 f"class_labels must lie between 0 and {classes - 1}, got {labels.tolist()}"
             )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base import can_look_at, check_device
+from ..base import check_device, check_floating_dtype, values_readable
 from ..kdiffusion import import_k_diffusion
 from .data import LETTERS, SIZE
 
@@ -75,7 +75,7 @@ class LettersDenoiser(nn.Module):
                 f"sigma must have shape ({x.shape[0]},), one for each picture, got "
                 f"{tuple(sigma.shape)}"
             )
-        if can_look_at(sigma) and not bool((sigma > 0).all()):
+        if values_readable(sigma) and not bool((sigma > 0).all()):
             raise ValueError(f"sigma must be above 0, got {sigma.min().item()}")
         condition = self._condition(x, class_labels)
         denoised: Tensor = self.denoiser(x, sigma, mapping_cond=condition)
@@ -101,7 +101,7 @@ class LettersDenoiser(nn.Module):
         known = torch.arange(UNCONDITIONAL, len(LETTERS), device=x.device)
         rows = class_labels.unsqueeze(1) == known
         known_labels = rows.any(1, keepdim=True)
-        if can_look_at(class_labels) and not bool(known_labels.all()):
+        if values_readable(class_labels) and not bool(known_labels.all()):
             raise ValueError(
                 f"class_labels must be 0 to {len(LETTERS) - 1}, or -1 for no label, got "
                 f"{class_labels.tolist()}"
@@ -139,8 +139,7 @@ def load_letters(
         ImportError: where k-diffusion or safetensors is not installed.
         ValueError: if the file at `path` does not hold the weights of this network.
     """
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating point dtype, got {dtype}")
+    check_floating_dtype(dtype)
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
