@@ -27,7 +27,7 @@ from odesolvers.models.edm import (
     VEPrecond,
     VPPrecond,
 )
-from odesolvers.models.edm.networks import (
+from odesolvers.models.edm.layers import (
     Block,
     ConvDown,
     FourierEmbedding,
