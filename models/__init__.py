@@ -1,4 +1,4 @@
-"""Denoisers: everything that turns a model into ``denoiser(x, sigma, **extra_args)``."""
+"""Denoisers: adapters from models to the contract ``denoiser(x, sigma, **extra_args)``."""
 
 from .closed_form import Gaussian, GaussianMixture, IdealDenoiser
 from .digits import load_digits
