@@ -1,4 +1,4 @@
-"""Denoisers: everything that turns a model into ``denoiser(x, sigma, **extra_args)``."""
+"""Denoisers: adapters from models to the contract ``denoiser(x, sigma, **extra_args)``."""
 
 from .closed_form import Gaussian, GaussianMixture, IdealDenoiser
 from .digits import load_digits
@@ -8,7 +8,8 @@ from .guidance import ClassifierFreeGuidance
 from .kdiffusion import import_k_diffusion, wrapper_sigmas
 from .letters import load_letters, random_letters, render_letter
 from .precision import InDtype
-from .stable_diffusion import StableDiffusion, load_stable_diffusion
+from .stable_diffusion import StableDiffusion
+from .stable_diffusion_loading import load_stable_diffusion
 from .tiny_stable_diffusion import save_tiny_stable_diffusion
 
 __all__ = [

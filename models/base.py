@@ -1,4 +1,4 @@
-"""What the models share."""
+"""Helpers shared by the models."""
 
 from __future__ import annotations
 
@@ -7,24 +7,27 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 DenoiserFunction: TypeAlias = Callable[..., Tensor]
-"""``denoiser(x, sigma, **extra_args)``; see `odesolvers.Denoiser`."""
+"""A callable ``denoiser(x, sigma, **extra_args)``; see `odesolvers.Denoiser`."""
 
 
 def append_dims(v: Tensor, like: Tensor) -> Tensor:
-    """`v` of shape (B,) as (B, 1, ..., 1), to multiply tensors of the form of `like`."""
+    """Reshape `v` from (B,) to (B, 1, ..., 1), to broadcast against `like` of shape (B, ...)."""
     return v.reshape(v.shape[0], *([1] * (like.ndim - 1)))
 
 
-def can_look_at(x: Tensor) -> bool:
-    """Whether values can be read without waiting for a device, or breaking a graph that is traced."""
-    return x.device.type == "cpu" and not (torch.compiler.is_compiling() or get_proxy_mode())
+def values_readable(x: Tensor) -> bool:
+    """Whether the values of `x` can be read without a device synchronisation or a graph break.
+
+    On a GPU and under `torch.compile` they cannot; denoisers then return NaN for invalid values
+    instead of raising an error.
+    """
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_device(x: Tensor, of_model: Tensor, **others: Tensor | None) -> None:
-    """Refuse a state, or conditions, on another device than the model's.
+    """Check that a state and its conditions are on the same device as `of_model`.
 
     Raises:
         ValueError: naming both devices.
@@ -35,3 +38,13 @@ def check_device(x: Tensor, of_model: Tensor, **others: Tensor | None) -> None:
                 f"{name} is on {tensor.device}, the model on {of_model.device}: move one of them with "
                 ".to(device)"
             )
+
+
+def check_floating_dtype(dtype: torch.dtype) -> None:
+    """Check that a network can compute in `dtype`.
+
+    Raises:
+        TypeError: if `dtype` is not a floating point dtype.
+    """
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating point dtype, got {dtype}")

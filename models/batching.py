@@ -1,4 +1,4 @@
-"""Arguments of several denoiser calls as those of one call with a larger batch."""
+"""Concatenation of the arguments of several denoiser calls into one call with a larger batch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from torch import Tensor
 
 
 def join(branches: list[Any], n: int, name: str) -> Any:
-    """The same argument of each branch as one, for a batch of `n` states a branch.
+    """Join the values of one argument in several branches, each for a batch of `n` states.
 
-    Tensors are joined along their first dimension, also inside mappings and lists; it is `n`, or 1 for
-    what all states share. Anything else must be equal in all branches. `name` is for messages.
+    Tensors are concatenated along their first dimension, also inside mappings and lists. That
+    dimension is `n`, or 1 for a value shared by all states. Anything else must be equal in all
+    branches. Error messages call the argument `name`.
 
     Raises:
-        TypeError, ValueError: if the branches do not have one form.
+        TypeError, ValueError: if the branches cannot be joined.
     """
     first = branches[0]
     if any(isinstance(b, Tensor) != isinstance(first, Tensor) for b in branches):

@@ -1,4 +1,4 @@
-"""Denoisers known in closed form: a Gaussian, a mixture of Gaussians, and a set of real images."""
+"""Denoisers in closed form: of a Gaussian, of a Gaussian mixture and of a finite set of images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .base import append_dims, can_look_at, check_device
+from .base import append_dims, check_device, values_readable
 
 
 class Gaussian(nn.Module):
@@ -16,9 +16,8 @@ class Gaussian(nn.Module):
     ``D(x, σ) = (std² x + σ² mean) / (std² + σ²)``.
 
     Args:
-        mean: tensor that broadcasts against the state, without the batch dimension; a number for
-            the same everywhere.
-        std: likewise, 0 or more.
+        mean: a number, or a tensor that broadcasts against one state (without the batch dimension).
+        std: a number or tensor likewise, 0 or more.
     """
 
     mean: Tensor
@@ -32,7 +31,7 @@ class Gaussian(nn.Module):
             raise ValueError("std must not be negative")
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """``E[x0 | x]`` for `x` of shape ``(B, ...)`` and `sigma` of shape ``(B,)``."""
+        """The posterior mean ``E[x0 | x]`` for `x` ``(B, ...)`` and `sigma` ``(B,)``."""
         check_device(x, self.mean, sigma=sigma)
         noise = append_dims(sigma.double(), x) ** 2
         denoised = (self.std**2 * x + noise * self.mean) / (self.std**2 + noise)
@@ -50,13 +49,13 @@ class Gaussian(nn.Module):
 class GaussianMixture(nn.Module):
     """The denoiser of a mixture of isotropic Gaussians.
 
-    The posterior over components is computed in float64 with the common part of the exponents taken
-    out, so that it is as good at σ = 0.002 as at σ = 80.
+    The posterior over components is computed in float64. The part that all exponents share is
+    cancelled analytically, so that the result is as accurate at σ = 0.002 as at σ = 80.
 
     Args:
-        means: ``(K, ...)``, one mean for each component.
+        means: floating point ``(K, ...)``, one mean for each component.
         stds: ``(K,)`` or a number, 0 or more.
-        weights: ``(K,)`` positive; even by default. Normalised.
+        weights: ``(K,)``, positive; they are normalised. Uniform by default.
     """
 
     means: Tensor
@@ -89,11 +88,11 @@ class GaussianMixture(nn.Module):
         self.register_buffer("log_weights", torch.log(weights.double() / weights.double().sum()))
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """``E[x0 | x]`` for `x` of shape ``(B, ...)`` and `sigma` of shape ``(B,)``, above 0."""
+        """The posterior mean ``E[x0 | x]`` for `x` ``(B, ...)`` and `sigma` ``(B,)``, above 0."""
         return self._denoise(x, sigma, self.log_weights)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """`n` draws from the mixture, float64 ``(n, ...)`` on the device of the means."""
+        """Draw `n` samples of the mixture, float64 ``(n, ...)`` on the device of the means."""
         device = self.means.device
         k = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
         shape = (n, *self.means.shape[1:])
@@ -103,14 +102,15 @@ class GaussianMixture(nn.Module):
     def _denoise(self, x: Tensor, sigma: Tensor, log_prior: Tensor) -> Tensor:
         check_device(x, self.means, sigma=sigma)
         if x.shape[1:] != self.means.shape[1:]:
+            sizes = ", ".join(map(str, self.means.shape[1:]))
             raise ValueError(
-                f"this denoiser is for states of shape (B, {_sizes(self.means)}), got "
-                f"{tuple(x.shape)}"
+                f"this denoiser is for states of shape (B, {sizes}), got {tuple(x.shape)}"
             )
         points, means = x.flatten(1).double(), self.means.flatten(1).double()
         noise = sigma.double().unsqueeze(1) ** 2
         variances = self.stds**2 + noise  # (B, K)
-        # |x - m|² / 2v less |x|² / 2σ²: where all stds are 0 no large terms are left to cancel.
+        # The exponent -|x - m|² / 2v plus |x|² / 2σ², which is the same for all components: if all
+        # stds are 0, no large terms remain that would have to cancel.
         fit = points @ means.T - means.square().sum(1) / 2
         excess = points.square().sum(1, keepdim=True) / 2 * (1 / noise - 1 / variances)
         log_norm = means.shape[1] / 2 * torch.log(variances / noise)
@@ -123,12 +123,12 @@ class GaussianMixture(nn.Module):
 class IdealDenoiser(GaussianMixture):
     """The best possible denoiser of a finite set of images (Karras et al. 2022, appendix B.3).
 
-    ``D(x, σ) = Σ_k softmax_k(-|x - y_k|² / 2σ²) y_k``: what a network trained on these images alone
-    would converge to. Samples are the images themselves.
+    ``D(x, σ) = Σ_k softmax_k(-|x - y_k|² / 2σ²) y_k`` is the function to which a network trained on
+    these images alone would converge. Its samples are the images themselves.
 
     Args:
-        images: ``(K, ...)`` floating point.
-        labels: ``(K,)`` integers from 0; the denoiser is then class-conditional.
+        images: floating point ``(K, ...)``.
+        labels: integers from 0, ``(K,)``; they make the denoiser class-conditional.
     """
 
     labels: Tensor | None
@@ -150,13 +150,19 @@ class IdealDenoiser(GaussianMixture):
         return self.means
 
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """``E[x0 | x, class]`` for `x` ``(B, ...)``, `sigma` ``(B,)`` above 0.
+        """The posterior mean ``E[x0 | x, class]``.
 
         Args:
-            x: noisy images.
-            sigma: their noise levels.
+            x: noisy images ``(B, ...)``.
+            sigma: their noise levels ``(B,)``, above 0.
             class_labels: int64 ``(B,)``, each the label of at least one image; None for all images.
-                For any other label the output is NaN on a GPU, and an error on the CPU.
+
+        Returns:
+            Denoised images with the shape and dtype of `x`. A label that no image has gives NaN where
+            values cannot be checked, as on a GPU.
+
+        Raises:
+            ValueError: if a shape, dtype or device is wrong, or (on the CPU) if no image has a label.
         """
         if class_labels is None:
             return self._denoise(x, sigma, self.log_weights)
@@ -169,11 +175,7 @@ class IdealDenoiser(GaussianMixture):
             )
         check_device(x, self.means, class_labels=class_labels)
         match = class_labels.unsqueeze(1) == self.labels
-        if can_look_at(match) and not bool(match.any(1).all()):  # elsewhere the output is NaN
+        if values_readable(match) and not bool(match.any(1).all()):  # otherwise the output is NaN
             known = sorted(set(self.labels.tolist()))
             raise ValueError(f"class_labels must be among {known}, got {class_labels.tolist()}")
         return self._denoise(x, sigma, self.log_weights.masked_fill(~match, -math.inf))
-
-
-def _sizes(means: Tensor) -> str:
-    return ", ".join(str(n) for n in means.shape[1:])

@@ -1,4 +1,4 @@
-"""Real images that need no download: scikit-learn's handwritten digits."""
+"""The handwritten digits of scikit-learn: real images that need no download."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ def load_digits() -> tuple[Tensor, Tensor]:
     """The 1,797 handwritten digits of scikit-learn (UCI optical recognition of digits).
 
     Returns:
-        Images, float32 ``(1797, 1, 8, 8)`` in [-1, 1], and labels 0 to 9, int64 ``(1797,)``.
+        Images, float32 ``(1797, 1, 8, 8)`` in [-1, 1], and labels from 0 to 9, int64 ``(1797,)``.
 
     Raises:
-        ImportError: where scikit-learn is not installed.
+        ImportError: if scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits as load

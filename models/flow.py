@@ -1,4 +1,4 @@
-"""Flow-matching models (velocity prediction, as SD3 and FLUX) as denoisers."""
+"""Flow-matching models (velocity prediction, as in SD3 and FLUX) as denoisers."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from torch import Tensor, nn
 
 from odesolvers.grids import Grid
 
-from .base import append_dims, can_look_at
+from .base import append_dims, check_floating_dtype, values_readable
 
 FLOW_SIGMA_MAX = 2.0**20
-"""The noise level that stands for the time t = 1 of a flow, where σ would be infinite."""
+"""The finite noise level that represents flow time t = 1, where σ is infinite."""
 
 
 class FlowDenoiser(nn.Module):
-    """A velocity network as ``denoiser(x, sigma, **extra_args)``.
+    """Converts a velocity network to a denoiser ``denoiser(x, sigma, **extra_args)``.
 
     A flow-matching model (Liu et al. 2022, arXiv 2209.03003; Esser et al. 2024, arXiv 2403.03206)
     is trained on ``z = (1 - t) x0 + t noise`` to predict ``v = noise - x0``. With::
 
         x = z / (1 - t),   σ = t / (1 - t),   t = σ / (1 + σ),   z = x / (1 + σ)
 
-    this is ``x = x0 + σ noise``, and ``D(x, σ) = z - t v(z, t)``. Euler's step in x is then exactly the
-    model's own, ``z' = z + (t' - t) v``, and `odesolvers.FlowEuler` is the method to choose, for its
-    state scale ``s = 1 / (1 + σ)`` makes z the state in which `BDIA` applies γ.
+    this is ``x = x0 + σ noise``, and ``D(x, σ) = z - t v(z, t)``. An Euler step in x then equals the
+    model's own step ``z' = z + (t' - t) v``. `odesolvers.FlowEuler` is the recommended method: with its
+    state scale ``s = 1 / (1 + σ)``, `BDIA` applies γ to z.
 
-    A run starts at t = 1, where σ is infinite and z is noise alone. `FLOW_SIGMA_MAX`, 2^20, stands
-    for it: the network is asked at t = 1 there, ``x = (1 + σ) z`` keeps all digits of z, and the first
-    step is off by 2^-20 of the velocity, which is of the size of float32's rounding over a run::
+    Sampling starts at t = 1, where σ is infinite and z is pure noise. `FLOW_SIGMA_MAX`, 2^20,
+    represents this level: the network is evaluated at t = 1, ``x = (1 + σ) z`` preserves all digits of
+    z, and the error of the first step is 2^-20 of the velocity, comparable to the float32 rounding
+    errors of a run::
 
         sigmas = flow_sigmas(flow_times(28, shift=3.0))
         x = torch.randn(1, 16, 64, 64) * (1 + sigmas[0])
@@ -39,40 +40,44 @@ class FlowDenoiser(nn.Module):
 
     Args:
         velocity: ``velocity(z, t, **extra_args) -> v`` with `z` of shape ``(B, ...)`` and `t` in [0, 1]
-            of shape ``(B,)``. The transformers of diffusers count time in thousandths (SD3):
+            of shape ``(B,)``. The SD3 transformer of diffusers expects times from 0 to 1000:
             ``lambda z, t, **args: net(z, timestep=1000 * t, return_dict=False, **args)[0]``.
-        dtype: what the network computes in, where that is not the dtype of the state: it is given
-            `z` in this dtype; times stay in float32.
+        dtype: the dtype of `z` in calls of the network, with times in float32; by default both have
+            the dtypes of the state and of sigma.
 
     Raises:
-        TypeError: if `velocity` cannot be called or `dtype` is no floating point dtype.
+        TypeError: if `velocity` is not callable or `dtype` is not a floating point dtype.
     """
 
     def __init__(self, velocity: Callable[..., Tensor], dtype: torch.dtype | None = None) -> None:
         super().__init__()
         if not callable(velocity):
             raise TypeError(f"velocity must be callable, got {type(velocity).__name__}")
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating point dtype, got {dtype}")
+        if dtype is not None:
+            check_floating_dtype(dtype)
         self.velocity = velocity
         self.dtype = dtype
 
     def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
-        """``E[x0 | x]``.
+        """The posterior mean ``E[x0 | x]``.
 
         Args:
             x: noisy states ``(B, ...)``.
-            sigma: their noise levels ``(B,)``, 0 to `FLOW_SIGMA_MAX`. Beyond it is an error; on a GPU,
-                whose values cannot be looked at without waiting for them, the output is NaN, which
-                the solvers report with the level.
-            extra_args: for the network.
+            sigma: their noise levels ``(B,)``, from 0 to `FLOW_SIGMA_MAX`. On a GPU they cannot be
+                checked without a synchronisation: a level out of range gives NaN, which the solvers
+                report with the level.
+            extra_args: further arguments of the network.
+
+        Returns:
+            Denoised states with the shape and dtype of `x`.
 
         Raises:
-            TypeError: if the network returns anything but a tensor.
-            ValueError: if a level is out of range or the velocity has another shape than z.
+            TypeError: if the network does not return a tensor.
+            ValueError: if (on the CPU) a level is out of range, or if the shape of the velocity is not
+                that of z.
         """
         inside = (sigma >= 0) & (sigma <= FLOW_SIGMA_MAX)
-        if can_look_at(sigma) and not bool(inside.all()):
+        if values_readable(sigma) and not bool(inside.all()):
             raise ValueError(
                 f"sigma must lie between 0 and FLOW_SIGMA_MAX = {FLOW_SIGMA_MAX:.0f}, which stands "
                 f"for t = 1, got {sigma[~inside][0].item():.6g}; flow_sigmas makes levels of times"
@@ -97,16 +102,19 @@ class FlowDenoiser(nn.Module):
 
 
 def flow_sigmas(times: Tensor | Sequence[float]) -> Tensor:
-    """The levels ``σ = t / (1 - t)`` of flow times, decreasing from 1 (or below) to 0 (or above).
+    """The noise levels ``σ = t / (1 - t)`` of flow times.
 
-    ``flow_sigmas(scheduler.sigmas)`` is the grid of a `FlowMatchEulerDiscreteScheduler` of diffusers,
-    which calls its times sigmas, after ``scheduler.set_timesteps(...)``.
+    After ``scheduler.set_timesteps(...)``, ``flow_sigmas(scheduler.sigmas)`` is the grid of diffusers'
+    `FlowMatchEulerDiscreteScheduler`, whose `sigmas` are flow times.
+
+    Args:
+        times: strictly decreasing, in [0, 1].
 
     Returns:
-        float64 tensor of the shape of `times` on the CPU; t = 1 becomes `FLOW_SIGMA_MAX`.
+        float64 tensor with the shape of `times` on the CPU; t = 1 becomes `FLOW_SIGMA_MAX`.
 
     Raises:
-        ValueError: if the times do not decrease or leave [0, 1].
+        ValueError: if the times do not decrease strictly or lie outside [0, 1].
     """
     t = torch.as_tensor(times).detach().to("cpu", torch.float64)
     Grid.of(t)
@@ -118,18 +126,19 @@ def flow_sigmas(times: Tensor | Sequence[float]) -> Tensor:
 def flow_times(
     n: int, *, shift: float = 1.0, start: float = 1.0, num_train_timesteps: int = 1000
 ) -> Tensor:
-    """The times of the `n` steps that diffusers' `FlowMatchEulerDiscreteScheduler` takes, and 0.
+    """The times of diffusers' `FlowMatchEulerDiscreteScheduler` for `n` steps, including the final 0.
 
-    Evenly spaced before the shift ``t → shift t / (1 + (shift - 1) t)`` (Esser et al. 2024, arXiv
-    2403.03206, section 5.3.2), which the scheduler applies to the lowest training time twice.
+    They are evenly spaced before the shift ``t → shift t / (1 + (shift - 1) t)`` (Esser et al. 2024,
+    arXiv 2403.03206, section 5.3.2). Like the scheduler, this function shifts the lowest training time
+    twice.
 
     Args:
         n: number of steps.
-        shift: of the model; 3 for SD3, 1 for none. Where it depends on the size of the image (FLUX),
-            shift by ``exp(mu)`` or take the scheduler's own times.
-        start: the first time. 1 is for `FlowEuler`, `DDIM` and others with a state scale that falls
-            as 1 / σ; methods in the unscaled state (`HeunEDM`, `Midpoint`, the Runge-Kutta methods)
-            take the jump from σ = 2^20 badly: start them at 0.99 or so.
+        shift: shift of the model; 3 for SD3, 1 for none. If it depends on the image size (FLUX), pass
+            ``exp(mu)`` or use the scheduler's own times.
+        start: the first time. 1 suits `FlowEuler`, `DDIM` and other methods whose state scale
+            decreases as 1 / σ. Methods in the unscaled state (`HeunEDM`, `Midpoint`, the Runge-Kutta
+            methods) are inaccurate in the step from σ = 2^20: start them at about 0.99.
         num_train_timesteps: length of the training schedule.
 
     Returns:
@@ -147,7 +156,7 @@ def flow_times(
         return shift * t / (1 + (shift - 1) * t)
 
     lowest = shifted(torch.tensor(1 / num_train_timesteps, dtype=torch.float64))
-    first = start / (shift - (shift - 1) * start)  # which the shift moves to `start`
+    first = start / (shift - (shift - 1) * start)  # the shift maps it to `start`
     if n > 1 and lowest.item() >= first:
         raise ValueError(
             f"start = {start} is not above the lowest time, {shifted(lowest).item():.6g}"

@@ -9,19 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batching import join
-
 from .base import DenoiserFunction
+from .batching import join
 
 
 class ClassifierFreeGuidance(nn.Module):
-    """``D(x, σ) = D₋ + scale (D₊ - D₋)``, both branches in one call of twice the batch.
+    """Classifier-free guidance ``D(x, σ) = D₋ + scale (D₊ - D₋)``, in one call of twice the batch.
 
-    Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598), written for the denoised
-    image. Noise, velocity and data predictions are linear in each other with coefficients of σ and
-    x alone that do not differ between the branches, so guiding any of them is the same.
+    This is the guidance of Ho and Salimans 2022 (arXiv 2207.12598), written for the denoised image.
+    Noise, velocity and data predictions are affine functions of one another. Their coefficients depend
+    only on σ and x, not on the branch, so guiding any of them is equivalent.
 
-    Each branch is given as the keyword arguments it would be called with alone::
+    Each branch is given by the keyword arguments of a call of the denoiser for that branch alone::
 
         guided = ClassifierFreeGuidance(denoiser, scale=4.0)
         extra_args = {
@@ -30,19 +29,19 @@ class ClassifierFreeGuidance(nn.Module):
         }
         solver.sample(guided, x, sigmas, extra_args=extra_args)
 
-    Tensors of the two branches are joined along their first dimension, also inside mappings and
-    lists; it is the batch of x, or 1 for a condition that all images share. Anything else must be
-    equal in both.
+    Tensors of the two branches are concatenated along their first dimension, also inside mappings and
+    lists. That dimension is the batch size of x, or 1 for a condition shared by all images. Anything
+    else must be equal in both branches.
 
     Args:
-        denoiser: conditional; called once as ``denoiser(x, sigma, **arguments)``, with the negative
-            branch in the first half of the batch and the positive one in the second.
-        scale: how far to go from the negative (0) to the positive prediction (1) and beyond. At 1 the
-            negative branch has no say and is not evaluated.
+        denoiser: a conditional denoiser, called once as ``denoiser(x, sigma, **arguments)``, with the
+            negative branch in the first half of the batch and the positive one in the second.
+        scale: the guidance scale, 0 for the negative prediction and 1 for the positive one. At 1 the
+            negative branch has no effect and is not evaluated.
 
     Raises:
-        TypeError: if `denoiser` is guided already: guidance of an already combined prediction is
-            not guidance of any strength.
+        TypeError: if `denoiser` is not callable or is guided already: guiding a guided prediction is
+            not guidance with any scale.
         ValueError: if `scale` is not a finite number.
     """
 
@@ -72,17 +71,17 @@ class ClassifierFreeGuidance(nn.Module):
         negative: Mapping[str, Any] | None = None,
         **shared: Any,
     ) -> Tensor:
-        """The guided ``E[x0 | x]`` for `x` ``(B, ...)`` and `sigma` ``(B,)``.
+        """The guided denoised states.
 
         Args:
-            x: noisy states.
-            sigma: their noise levels.
-            positive: keyword arguments of the branch to go towards.
-            negative: keyword arguments of the branch to go away from; may be left out at scale 1.
+            x: noisy states ``(B, ...)``.
+            sigma: their noise levels ``(B,)``.
+            positive: keyword arguments of the branch to guide towards.
+            negative: keyword arguments of the branch to guide away from; optional at scale 1.
             shared: keyword arguments of both branches.
 
         Raises:
-            TypeError, ValueError: if a branch is missing, or the two cannot be evaluated together.
+            TypeError, ValueError: if a branch is missing, or if the two cannot be evaluated together.
         """
         for name, branch in (("positive", positive), ("negative", negative)):
             if branch is None and (name == "positive" or self.scale != 1.0):

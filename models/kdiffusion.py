@@ -1,4 +1,4 @@
-"""k-diffusion's wrappers as denoisers: they are used unchanged; here are their grids."""
+"""Noise level grids for the wrappers of k-diffusion, which are denoisers as they are."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from odesolvers.grids import karras_sigmas
 
 
 def import_k_diffusion() -> Any:
-    """The package `k_diffusion`.
+    """Import and return the package `k_diffusion`.
 
-    It is imported on first use only: it takes seconds and brings CLIP and clean-fid along. Warnings
-    of theirs about themselves are not shown.
+    It is imported only on first use, because this takes seconds and also imports CLIP and clean-fid.
+    Warnings raised during the import are suppressed.
 
     Raises:
-        ImportError: where it, or a package that it needs, is not installed; says what to install.
+        ImportError: if it, or a package that it needs, is not installed, with the command to install
+            it.
     """
     try:
         with warnings.catch_warnings():
@@ -47,28 +48,29 @@ def wrapper_sigmas(
     sigma_min: float | None = None,
     sigma_max: float | None = None,
 ) -> Tensor:
-    """The grid that belongs to a wrapper of k-diffusion.
+    """The noise level grid of a wrapper of k-diffusion.
 
     - Wrappers of discrete schedules (`DiscreteEpsDDPMDenoiser`, `DiscreteVDDPMDenoiser`,
       `CompVisDenoiser`, `CompVisVDenoiser`, `OpenAIDenoiser`): `n` times evenly spaced over the
-      training timesteps. Between two of them log σ is interpolated, as the wrapper's own
-      ``get_sigmas(n)`` does; with `quantize` each time is rounded to the nearest timestep, so that
-      every level is one the network was trained at. All training levels where `n` is None.
-    - `VDenoiser`: `n` times evenly spaced in its own time, ``σ = tan(π t / 2)``.
-    - `layers.Denoiser`, which has no time of its own: `karras_sigmas`.
+      training timesteps. Between timesteps log σ is interpolated, as in the wrapper's own
+      ``get_sigmas(n)``. With `quantize`, each time is rounded to the nearest timestep, so that the
+      network was trained at every level. If `n` is None, the grid consists of all training levels.
+    - `VDenoiser`: `n` times evenly spaced in t, with ``σ = tan(π t / 2)``.
+    - `layers.Denoiser`, which defines no time: `karras_sigmas`.
 
     Args:
         wrapper: an instance of one of these classes.
-        n: noise levels above 0, the number of steps.
-        quantize: training levels only; by default as the wrapper was made. Discrete schedules only.
-        sigma_min: the lowest level above 0 of a continuous wrapper, 0.002 by default.
-        sigma_max: its highest, 80 by default.
+        n: number of noise levels above 0, which is the number of steps.
+        quantize: whether to use training levels only; by default the wrapper's own setting. For
+            discrete schedules only.
+        sigma_min: the lowest level above 0, for continuous wrappers only; 0.002 by default.
+        sigma_max: the highest level, for continuous wrappers only; 80 by default.
 
     Returns:
-        float64 tensor of shape ``(n + 1,)`` on the CPU, decreasing, the last level 0.
+        float64 tensor of shape ``(n + 1,)`` on the CPU, decreasing to 0.
 
     Raises:
-        TypeError: if `wrapper` is none of k-diffusion's.
+        TypeError: if `wrapper` is not one of these classes.
         ValueError: if `n` does not fit the schedule, or an argument does not apply to the wrapper.
     """
     K = import_k_diffusion()
@@ -90,7 +92,7 @@ def wrapper_sigmas(
     top = 80.0 if sigma_max is None else sigma_max
     if isinstance(wrapper, K.layers.Denoiser):
         return karras_sigmas(n, bottom, top)
-    karras_sigmas(n, bottom, top)  # the same errors
+    karras_sigmas(n, bottom, top)  # checks the arguments
     times = torch.linspace(math.atan(top), math.atan(bottom), n, dtype=torch.float64)
     return _append_zero(torch.tan(times))
 
@@ -101,7 +103,7 @@ def _discrete(wrapper: Any, n: int | None, quantize: bool) -> Tensor:
         return _append_zero(wrapper.sigmas.flip(0))
     if not 1 <= n <= count:
         raise ValueError(f"n must be between 1 and the {count} training timesteps, got {n}")
-    # In float32 and on the wrapper's device, as its get_sigmas has it: the same bits.
+    # Float32 on the wrapper's device, to match its get_sigmas bit for bit.
     t = torch.linspace(count - 1, 0, n, device=wrapper.sigmas.device)
     return _append_zero(wrapper.sigmas[t.round().long()] if quantize else wrapper.t_to_sigma(t))
 

@@ -1,4 +1,4 @@
-"""Networks in one precision under states in another."""
+"""Evaluation of networks in another precision than that of the solver's state."""
 
 from __future__ import annotations
 
@@ -9,30 +9,32 @@ from torch import Tensor, nn
 
 from odesolvers.grids import level_dtype
 
-from .base import DenoiserFunction
+from .base import DenoiserFunction, check_floating_dtype
 
 
 class InDtype(nn.Module):
-    """Runs a denoiser in `dtype` and returns the dtype of the state.
+    """Evaluates a denoiser in `dtype` and converts its output to the dtype of the state.
 
-    The state of a solver keeps its precision whatever the network computes in. Given the same bits a
-    network rounds the same way, in half precision too. But where a state comes back off by its last
-    bit, some of the network's many roundings fall on the other side of a boundary and the output is
-    off by units of `dtype`: met in nearly every run in a float32 state, all but impossible in a
-    float64 one.
+    The precision of the solver's state does not depend on that of the network. Equal inputs give equal
+    outputs, also in half precision. If an inverted state differs in its last bit, however, some of the
+    network's intermediate results can round in the other direction, and its output then differs by
+    units of `dtype`. With a float32 state this happens in nearly every run, with a float64 state
+    almost never.
 
     Args:
-        denoiser: called with `x` in `dtype` and sigma in what the contract gives a state of that
-            dtype: float64 for float64, else float32, which resolves the lowest levels. `extra_args`
-            stay as they are. A network inside a wrapper of k-diffusion may also be wrapped itself:
+        denoiser: called with `x` in `dtype`, and with sigma in float64 if `dtype` is float64 and in
+            float32 otherwise, which resolves the lowest levels. `extra_args` are passed unchanged. In
+            a wrapper of k-diffusion the network itself can be wrapped instead:
             ``wrapper.inner_model = InDtype(network, torch.float16)``.
         dtype: a floating point dtype such as ``torch.bfloat16``.
+
+    Raises:
+        TypeError: if `dtype` is not a floating point dtype.
     """
 
     def __init__(self, denoiser: DenoiserFunction, dtype: torch.dtype) -> None:
         super().__init__()
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating point dtype, got {dtype}")
+        check_floating_dtype(dtype)
         self.denoiser = denoiser
         self.dtype = dtype
 

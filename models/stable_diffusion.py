@@ -1,11 +1,9 @@
-"""Stable Diffusion 1.x, 2.x and XL as denoisers on latents, through diffusers."""
+"""Stable Diffusion 1.x, 2.x and XL of diffusers as denoisers on latents."""
 
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,39 +11,42 @@ from torch import Tensor, nn
 
 from odesolvers.grids import ddim_timesteps, sigmas_from_alphas_cumprod
 
-from .base import append_dims, can_look_at
+from .base import append_dims, values_readable
 
-_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+"""The supported pipeline classes of diffusers."""
 
 
 class StableDiffusion(nn.Module):
-    """A Stable Diffusion pipeline as ``denoiser(x, sigma, encoder_hidden_states=...)`` on latents.
+    """Converts a Stable Diffusion pipeline to a denoiser on latents.
 
     The network is trained in the variance-preserving state ``z = x / sqrt(1 + σ²)`` at integer
-    timesteps t with ``σ_t = sqrt((1 - ᾱ_t) / ᾱ_t)``. From its output ``f(z, t)``
+    timesteps t with ``σ_t = sqrt((1 - ᾱ_t) / ᾱ_t)``. The denoiser is computed from its output
+    ``f(z, t)`` according to the prediction type:
 
     - epsilon: ``D = x - σ f``;
     - v prediction (Salimans and Ho 2022, arXiv 2202.00512): ``D = (z - σ f) / sqrt(1 + σ²)``;
     - sample: ``D = f``.
 
-    At the levels of the schedule t is that integer; between two of them, where multi-stage methods
-    evaluate, it is interpolated in log σ, as k-diffusion does. Scaling and combining take place in the
-    dtype of the state, the network runs in its own. A schedule with zero terminal SNR, whose last level
-    is infinite, ends at 2^20.
+    At the training levels t is that integer. Between them, where multi-stage methods evaluate, t is
+    interpolated in log σ, as in k-diffusion. The network computes in its own dtype, everything else in
+    the dtype of the state. A schedule with zero terminal SNR, whose last level is infinite, ends at
+    2^20.
 
     Args:
         pipeline: a `diffusers.StableDiffusionPipeline` or `StableDiffusionXLPipeline`, for text to
-            image. Its models are used, not copied: they are frozen and set to evaluation. Gradients of
-            the inputs flow through all of it.
-        prediction_type: "epsilon", "v_prediction" or "sample"; by default what the pipeline's
-            scheduler says.
-        autocast: run the network under `torch.autocast` in this dtype, its weights as they are.
-        channels_last: keep the network and its inputs in that memory format, which convolutions
-            in half precision on a GPU prefer.
+            image. Its models are not copied; they are frozen and set to evaluation mode. Gradients
+            with respect to the inputs are available.
+        prediction_type: "epsilon", "v_prediction" or "sample"; by default that of the pipeline's
+            scheduler.
+        autocast: dtype for running the network under `torch.autocast`, without converting its weights.
+        channels_last: whether to store the network and its inputs in the channels-last memory format,
+            which is faster for convolutions in half precision on a GPU.
 
     Raises:
+        ImportError: if diffusers or transformers is not installed.
         TypeError: if `pipeline` is another kind of pipeline.
-        ValueError: if its prediction type is unknown.
+        ValueError: if the prediction type is unknown.
     """
 
     log_sigmas: Tensor
@@ -61,9 +62,9 @@ class StableDiffusion(nn.Module):
         super().__init__()
         diffusers = import_diffusers()
         kind = type(pipeline).__name__
-        if kind not in _PIPELINES:
-            raise TypeError(f"pipeline must be a {' or '.join(_PIPELINES)}, got {kind}")
-        # Whatever sampler is published with the model, its DDIM form says where the levels are.
+        if kind not in PIPELINES:
+            raise TypeError(f"pipeline must be a {' or '.join(PIPELINES)}, got {kind}")
+        # The DDIM form of the published scheduler, of any kind, defines the noise levels.
         scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
         self.schedule = scheduler.config
         self.prediction_type = prediction_type or self.schedule.prediction_type
@@ -72,7 +73,7 @@ class StableDiffusion(nn.Module):
                 "prediction_type must be 'epsilon', 'v_prediction' or 'sample', got "
                 f"{self.prediction_type!r}"
             )
-        self.pipeline = pipeline  # not a module
+        self.pipeline = pipeline  # not a submodule: its models are registered below
         self.unet = pipeline.unet
         self.vae = pipeline.vae
         self.text_encoder = pipeline.text_encoder
@@ -81,7 +82,7 @@ class StableDiffusion(nn.Module):
         self.channels_last = channels_last
         if channels_last:
             self.unet.to(memory_format=torch.channels_last)
-        # A schedule with zero terminal SNR ends at ᾱ = 0, σ = ∞: the level 2^20 stands for it.
+        # A schedule with zero terminal SNR ends at ᾱ = 0, σ = ∞, which the level 2^20 represents.
         self.alphas_cumprod = scheduler.alphas_cumprod.double().clamp(min=2.0**-40)
         levels = torch.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
         self.register_buffer("log_sigmas", levels.log())
@@ -99,15 +100,18 @@ class StableDiffusion(nn.Module):
         encoder_hidden_states: Tensor | None = None,
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """``E[x0 | x, prompt]`` for latents.
+        """The posterior mean ``E[x0 | x, prompt]`` of latents.
 
         Args:
             x: noisy latents ``(B, C, H, W)``.
-            sigma: their noise levels ``(B,)``, within the training levels. Elsewhere it is an error;
-                on a GPU, whose values cannot be looked at without waiting for them, the output is
-                NaN, which the solvers report with the level.
-            encoder_hidden_states: from `encode_prompt`, of B prompts or 1.
-            added_cond_kwargs: likewise; XL only.
+            sigma: their noise levels ``(B,)``, within the range of the training levels. On a GPU they
+                cannot be checked without a synchronisation: a level out of range gives NaN, which the
+                solvers report with the level.
+            encoder_hidden_states: prompt embeddings from `encode_prompt`, of B prompts or 1.
+            added_cond_kwargs: added conditions from `encode_prompt`, for XL only.
+
+        Returns:
+            Denoised latents with the shape and dtype of `x`.
 
         Raises:
             ValueError: if the prompt is missing or an input does not fit the network.
@@ -151,10 +155,12 @@ class StableDiffusion(nn.Module):
         return denoised.to(x.dtype)
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """The timestep of each noise level, float32 ``(B,)``, whole at the training levels.
+        """The timestep of each noise level, float32 ``(B,)``, an integer at the training levels.
 
         Raises:
-            ValueError: if a level lies outside the training levels; on a GPU its timestep is NaN.
+            TypeError: if the table of noise levels was converted to another dtype than float64.
+            ValueError: if a level is outside the range of the training levels; on a GPU its timestep
+                is NaN instead.
         """
         table = self.log_sigmas
         if table.dtype != torch.float64:
@@ -163,9 +169,11 @@ class StableDiffusion(nn.Module):
                 "with load_stable_diffusion(..., dtype=...) or model.unet.to(dtype)"
             )
         log = sigma.double().log()
-        tolerance = 1e-6  # float32 levels are off by 1e-7; neighbours differ by 1e-3 and more
+        tolerance = (
+            1e-6  # errors of float32 levels are about 1e-7, distances between levels at least 1e-3
+        )
         inside = (log > table[0] - tolerance) & (log < table[-1] + tolerance)
-        if can_look_at(sigma) and not bool(inside.all()):
+        if values_readable(sigma) and not bool(inside.all()):
             raise ValueError(
                 f"sigma must lie within the model's training levels, {self.sigma_min:.6g} to "
                 f"{self.sigma_max:.6g}, got {sigma[~inside][0].item():.6g}; model.sigmas(n) is a "
@@ -186,12 +194,12 @@ class StableDiffusion(nn.Module):
         spacing: Literal["leading", "trailing", "linspace"] | None = None,
         final: Literal["zero", "first"] | None = None,
     ) -> Tensor:
-        """The `n` levels that diffusers' `DDIMScheduler` visits on this model, and the last.
+        """The noise level grid of diffusers' `DDIMScheduler` for `n` steps.
 
         Args:
             n: number of steps.
-            spacing: how the timesteps are spread, by default as the pipeline's scheduler is set.
-            final: the level to end at, 0 or that of timestep 0; by default likewise.
+            spacing: spacing of the timesteps; by default that of the pipeline's scheduler.
+            final: the last level, 0 or that of timestep 0; by default that of the pipeline's scheduler.
 
         Returns:
             float64 tensor of shape ``(n + 1,)``; see `odesolvers.sigmas_from_alphas_cumprod`.
@@ -206,7 +214,7 @@ class StableDiffusion(nn.Module):
         return sigmas_from_alphas_cumprod(self.alphas_cumprod, steps, final=final or end)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
-        """``(C, H, W)`` of the latents of an image, by default of the size the model is made for."""
+        """The shape ``(C, H, W)`` of the latents of an image; its default size is the model's own."""
         factor, own = self.pipeline.vae_scale_factor, self.unet.config.sample_size
         rows, columns = (own if size is None else size // factor for size in (height, width))
         return int(self.unet.config.in_channels), int(rows), int(columns)
@@ -218,24 +226,25 @@ class StableDiffusion(nn.Module):
         *,
         size: tuple[int, int] | None = None,
     ) -> dict[str, dict[str, Any]]:
-        """The conditions of both branches of `ClassifierFreeGuidance`.
+        """Encode prompts as the conditions of both branches of `ClassifierFreeGuidance`.
 
-        ``encode_prompt(...)`` is the `extra_args` of the guided denoiser; its ``["positive"]`` alone
-        is that of the unguided one.
+        The result is the `extra_args` of the guided denoiser; its item ``"positive"`` alone is that of
+        the unguided denoiser.
 
         Args:
             prompt: one prompt for all images, or one for each.
-            negative_prompt: what to guide away from; by default the empty prompt (XL: zeros, where
-                its configuration says so).
-            size: height and width of the images in pixels that XL is told; by default its own.
+            negative_prompt: the prompt, or one for each image, to guide away from; by default the
+                empty prompt (XL: zeros, if its configuration requires this).
+            size: height and width in pixels on which XL is conditioned; by default its own image size.
 
         Returns:
             ``{"positive": ..., "negative": ...}``, each with ``encoder_hidden_states`` of shape
             ``(prompts, tokens, features)`` and, for XL, ``added_cond_kwargs``.
 
         Raises:
-            TypeError: if the prompt is missing or not text.
-            ValueError: if the numbers of prompts disagree.
+            TypeError: if a prompt is missing or not text.
+            ValueError: if the numbers of prompts disagree, or if `size` is given for another model
+                than XL.
         """
         prompts = _texts(prompt, "prompt")
         negatives = None if negative_prompt is None else _texts(negative_prompt, "negative_prompt")
@@ -260,7 +269,7 @@ class StableDiffusion(nn.Module):
         if self._is_xl:
             factor = self.pipeline.vae_scale_factor
             height, width = size or (factor * n for n in self.latent_shape()[1:])
-            # The size of the original, the corner of the crop, and the size to make.
+            # Original size, top left corner of the crop, and target size.
             ids = torch.tensor([[height, width, 0, 0, height, width]] * len(prompts))
             for name, pooled in zip(branches, encoded[2:], strict=True):
                 branches[name]["added_cond_kwargs"] = {
@@ -272,18 +281,19 @@ class StableDiffusion(nn.Module):
         return branches
 
     def encode(self, image: Tensor) -> Tensor:
-        """Latents of images: the mode of the VAE's posterior, scaled as the network expects.
+        """Encode images as the mode of the VAE's posterior, scaled for the network.
 
-        Not a draw from it: encoding the same image twice gives the same latents.
+        Encoding is deterministic, because the mode is used rather than a sample.
 
         Args:
-            image: ``(B, 3, H, W)`` in [-1, 1], with sides that the VAE's factor (8 mostly) divides.
+            image: floating point ``(B, 3, H, W)`` in [-1, 1]; H and W are divisible by the VAE's factor
+                (usually 8).
 
         Returns:
-            ``(B, C, H / 8, W / 8)`` in the dtype of `image`.
+            Latents ``(B, C, H / 8, W / 8)`` in the dtype of `image`.
 
         Raises:
-            ValueError: if `image` has another form or range.
+            ValueError: if the shape, dtype or range of `image` is wrong.
         """
         factor, channels = self.pipeline.vae_scale_factor, self.vae.config.in_channels
         if (
@@ -306,7 +316,13 @@ class StableDiffusion(nn.Module):
         return ((latents - mean) / std).to(image.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images ``(B, 3, 8 H, 8 W)`` of latents, about [-1, 1] and not clipped, in their dtype."""
+        """Decode latents ``(B, C, H, W)`` to images ``(B, 3, 8 H, 8 W)`` in the dtype of `latents`.
+
+        Values are approximately in [-1, 1]; they are not clipped.
+
+        Raises:
+            ValueError: if the shape of `latents` is wrong.
+        """
         if latents.ndim != 4 or latents.shape[1] != self.vae.config.latent_channels:
             raise ValueError(
                 f"latents must have shape (B, {self.vae.config.latent_channels}, H, W), got "
@@ -328,7 +344,7 @@ class StableDiffusion(nn.Module):
         return torch.autocast(device, dtype=self.autocast)
 
     def _condition(self, value: Tensor, x: Tensor, name: str) -> Tensor:
-        """A condition for every state of the batch, in the dtype of the network."""
+        """Expand a condition to the batch of `x`, in the dtype of the network."""
         n = x.shape[0]
         if value.shape[0] not in (1, n):
             raise ValueError(
@@ -340,7 +356,7 @@ class StableDiffusion(nn.Module):
         return value.expand(n, *value.shape[1:]).to(self.unet.dtype)
 
     def _latent_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation that the VAE's latents are normalised with."""
+        """The mean and standard deviation for normalising the VAE's latents."""
         config = self.vae.config
         factor = 1 / config.scaling_factor
         mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
@@ -350,80 +366,15 @@ class StableDiffusion(nn.Module):
         return like.new_tensor(mean).reshape(form), like.new_tensor(std).reshape(form) * factor
 
 
-def load_stable_diffusion(
-    path_or_id: str | Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    channels_last: bool = False,
-    autocast: torch.dtype | None = None,
-    prediction_type: str | None = None,
-    variant: str | None = None,
-    config: str | Path | None = None,
-) -> StableDiffusion:
-    """Stable Diffusion 1.x, 2.x or XL from a directory, the Hugging Face hub or a single file.
-
-    Args:
-        path_or_id: a directory in diffusers' layout; a hub id such as
-            ``"stabilityai/stable-diffusion-xl-base-1.0"``; or a ``.safetensors`` or ``.ckpt`` file in
-            the original layout.
-        dtype: of the network and the text encoders. The VAE computes in float32, since that of XL
-            overflows in half precision, and solver states keep the dtype they come in.
-        device: where to put all of it.
-        channels_last: see `StableDiffusion`.
-        autocast: see `StableDiffusion`.
-        prediction_type: see `StableDiffusion`; a single file cannot always tell.
-        variant: the weight files to take from a directory or the hub, such as ``"fp16"``.
-        config: the directory or hub id with the configuration of a single file; by default diffusers
-            recognises the model and fetches it from the hub.
-
-    Raises:
-        ImportError: where diffusers or transformers is not installed.
-        FileNotFoundError: if `path_or_id` is neither there nor on the hub.
-        ValueError: if what is there is damaged, or no Stable Diffusion for text to image.
-    """
-    diffusers = import_diffusers()
-    path = Path(path_or_id)
-    source = str(path_or_id)
-    if path.suffix in (".safetensors", ".ckpt") and not path.is_file():
-        raise FileNotFoundError(f"there is no file {source}")
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        raise ValueError(
-            f"{source} holds no model_index.json, so it is no directory that a diffusers pipeline "
-            "was saved to; give the directory above unet/ and vae/, or a single-file checkpoint"
-        )
-    try:
-        if path.is_file():
-            pipeline = _from_single_file(diffusers, path, dtype, config)
-        else:
-            pipeline = _from_pretrained(diffusers, source, dtype, variant)
-        for name, part in pipeline.components.items():
-            if isinstance(part, nn.Module):
-                _refuse_missing(name, [k for k, p in part.named_parameters() if p.is_meta])
-    except Exception as error:  # of many kinds, from three libraries and the network
-        if path.exists():
-            raise ValueError(
-                f"{source} could not be read as a Stable Diffusion checkpoint: {error}"
-            ) from error
-        raise FileNotFoundError(
-            f"{source} is no local path, and the Hugging Face hub did not provide it: {error}"
-        ) from error
-    pipeline.vae.float()
-    model = StableDiffusion(
-        pipeline, prediction_type=prediction_type, autocast=autocast, channels_last=channels_last
-    )
-    return model.to(device)
-
-
 def import_diffusers() -> Any:
-    """The package `diffusers`, imported on first use.
+    """Import and return the package `diffusers`.
 
     Raises:
-        ImportError: where it or transformers is not installed; says what to install.
+        ImportError: if it or transformers is not installed, with the command to install them.
     """
     try:
         import diffusers
-        import transformers  # noqa: F401  # diffusers has no Stable Diffusion without it
+        import transformers  # noqa: F401  # diffusers needs it for Stable Diffusion
     except ImportError as error:
         raise ImportError(
             f"Stable Diffusion needs diffusers and transformers ({error}): "
@@ -433,72 +384,8 @@ def import_diffusers() -> Any:
     return diffusers
 
 
-def _from_pretrained(diffusers: Any, source: str, dtype: torch.dtype, variant: str | None) -> Any:
-    """A pipeline from a directory in diffusers' layout or from the hub."""
-    import transformers
-
-    index = diffusers.DiffusionPipeline.load_config(source)
-    kind = index["_class_name"]
-    if kind not in _PIPELINES:
-        raise ValueError(f"it is a {kind}; supported are {' and '.join(_PIPELINES)}")
-    parts: dict[str, Any] = {"variant": variant}
-    if kind == _PIPELINES[0]:
-        parts |= {"safety_checker": None, "requires_safety_checker": False}
-    with _quiet_about_torch_dtype():
-        for name in ("text_encoder", "text_encoder_2"):
-            if name in index:
-                # Left to the pipeline, weights that are missing would be made up at random.
-                parts[name], report = getattr(transformers, index[name][1]).from_pretrained(
-                    source,
-                    subfolder=name,
-                    torch_dtype=dtype,
-                    variant=variant,
-                    output_loading_info=True,
-                )
-                _refuse_missing(name, report["missing_keys"])
-        return getattr(diffusers, kind).from_pretrained(source, torch_dtype=dtype, **parts)
-
-
-def _from_single_file(
-    diffusers: Any, path: Path, dtype: torch.dtype, config: str | Path | None
-) -> Any:
-    """A pipeline from one file in the original layout."""
-    if path.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-    else:
-        content = torch.load(path, map_location="meta", weights_only=True)
-        keys = list(content.get("state_dict", content))
-    if not any(key.startswith("model.diffusion_model.") for key in keys):
-        raise ValueError("it has no model.diffusion_model, so no network in the original layout")
-    is_xl = any(key.startswith("conditioner.") for key in keys)
-    options = {} if config is None else {"config": str(config)}
-    with _quiet_about_torch_dtype():
-        return getattr(diffusers, _PIPELINES[is_xl]).from_single_file(
-            str(path), torch_dtype=dtype, **options
-        )
-
-
-def _refuse_missing(part: str, names: Iterable[str]) -> None:
-    missing = sorted(names)
-    if missing:
-        raise ValueError(
-            f"weights of the {part} are missing: {', '.join(missing[:3])}"
-            + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        )
-
-
-@contextlib.contextmanager
-def _quiet_about_torch_dtype() -> Iterator[None]:
-    """`torch_dtype` is called `dtype` in newer versions; the old name works in all of them."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
-        yield
-
-
 def _texts(prompt: Any, name: str) -> list[str]:
+    """Check a prompt, or a sequence of prompts, and return it as a list."""
     texts = [prompt] if isinstance(prompt, str) else prompt
     if (
         not isinstance(texts, Sequence)

@@ -1,4 +1,4 @@
-"""Stable Diffusion in miniature, with random weights: for tests and for trying code out."""
+"""Miniature Stable Diffusion pipelines with random weights, for tests and experiments."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ Family = Literal["1.x", "2.x", "2.x-v", "xl"]
 def save_tiny_stable_diffusion(
     folder: str | Path, family: Family = "1.x", *, seed: int = 0
 ) -> None:
-    """Write a pipeline that is whole but small, as `load_stable_diffusion` reads it.
+    """Write a small but complete pipeline that `load_stable_diffusion` can read.
 
-    Every part is there and of the published kind (network, VAE, text encoders, a byte-level CLIP
-    tokenizer, scheduler settings), with a few hundred thousand random weights: latents ``(4, 8, 8)``,
-    images ``(3, 16, 16)``. It makes no pictures.
+    It has all parts of a published pipeline (network, VAE, text encoders, a byte-level CLIP tokenizer,
+    scheduler settings) with a few hundred thousand random weights. Latents are ``(4, 8, 8)``, images
+    ``(3, 16, 16)``. Its samples are not meaningful images.
 
     Args:
-        folder: the directory to write to.
+        folder: the output directory.
         family: "1.x", "2.x" (epsilon), "2.x-v" (v prediction) or "xl".
-        seed: of the weights; the global generator is left as it was.
+        seed: seed of the weights; the global random state is not changed.
+
+    Raises:
+        ImportError: if diffusers or transformers is not installed.
+        ValueError: if `family` is unknown.
     """
     if family not in ("1.x", "2.x", "2.x-v", "xl"):
         raise ValueError(f"family must be '1.x', '2.x', '2.x-v' or 'xl', got {family!r}")
@@ -93,7 +97,7 @@ def save_tiny_stable_diffusion(
 
 
 def _added_conditions() -> dict[str, Any]:
-    """Six numbers of size and crop in 8 features each, and the pooled embedding of 64."""
+    """Settings of XL's added conditions: six size and crop numbers in 8 features each, 64 pooled."""
     return {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
@@ -122,7 +126,7 @@ def _text_encoder(activation: str, *, projection: bool = False) -> Any:
 
 
 def _tokenizer(folder: Path) -> Any:
-    """A CLIP tokenizer without merges but one, so that text is spelled out in bytes."""
+    """A CLIP tokenizer with a single merge, so that text is encoded almost byte by byte."""
     import transformers
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,7 +139,7 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _vocabulary() -> list[str]:
-    """Printable characters for the 256 bytes (as GPT-2 has them), alone and ending a word."""
+    """The 256 bytes as printable characters (as in GPT-2), each inside and at the end of a word."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(b) for b in printable] + [chr(256 + k) for k in range(256 - len(printable))]
     ends = [letter + "</w>" for letter in letters]

@@ -1,12 +1,13 @@
-"""Checkpoints of "Elucidating the design space of diffusion-based generative models".
+"""Networks and checkpoints of "Elucidating the design space of diffusion-based generative models".
 
-Karras et al. 2022, arXiv 2206.00364; the files are at github.com/NVlabs/edm.
+Karras et al. 2022, arXiv 2206.00364; the published files are at github.com/NVlabs/edm.
 """
 
 from .checkpoint import load_edm, save_edm
-from .networks import DhariwalConfig, DhariwalUNet, SongConfig, SongUNet
+from .dhariwal import DhariwalConfig, DhariwalUNet
 from .pickles import CheckpointError
 from .preconditioning import EDMPrecond, IDDPMPrecond, Preconditioner, VEPrecond, VPPrecond
+from .song import SongConfig, SongUNet
 
 __all__ = [
     "CheckpointError",

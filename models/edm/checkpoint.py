@@ -1,4 +1,4 @@
-"""`load_edm` and `save_edm`: published pickles and safetensors to denoisers and back."""
+"""Reading of published pickles, and reading and writing of safetensors files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor
 
-from .networks import DhariwalConfig, DhariwalUNet, SongConfig, SongUNet, UNet
+from ..base import check_floating_dtype
+from .dhariwal import DhariwalConfig, DhariwalUNet
 from .pickles import CheckpointError, Record, module_states, module_tensors, read_pickle
 from .preconditioning import EDMPrecond, IDDPMPrecond, Preconditioner, VEPrecond, VPPrecond
+from .song import SongConfig, SongUNet
+from .unet import UNet
 
-# The names in the files, each with the network that its class takes where none is named.
+# The class names in the files, each with its default network.
 _PRECONDITIONERS: dict[str, tuple[type[Preconditioner], str]] = {
     "VPPrecond": (VPPrecond, "SongUNet"),
     "VEPrecond": (VEPrecond, "SongUNet"),
@@ -35,28 +38,28 @@ def load_edm(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Preconditioner:
-    """A denoiser from a checkpoint of Karras et al. 2022 (github.com/NVlabs/edm).
+    """Load a denoiser from a checkpoint of Karras et al. 2022 (github.com/NVlabs/edm).
 
-    Reads the published pickles and training snapshots, whose code is not executed, and what
-    `save_edm` writes.
+    Published pickles, training snapshots and the files of `save_edm` are supported. Code in pickles is
+    not executed.
 
     Args:
-        path_or_url: a ``.pkl`` or ``.safetensors`` file, or the address of one, which is downloaded
-            once, into ``torch.hub.get_dir()``.
-        device: where to put the network.
-        dtype: what the network computes in; the state of a solver, the preconditioning and the
-            noise embedding keep their own precision.
+        path_or_url: path or URL of a ``.pkl`` or ``.safetensors`` file. A URL is downloaded once, to
+            ``torch.hub.get_dir()``.
+        device: device of the network.
+        dtype: dtype that the network computes in. The state of a solver, the preconditioning and the
+            noise embedding are not affected.
 
     Returns:
-        The network with its averaged weights, in evaluation mode, without gradients.
+        The network with its averaged weights, frozen and in evaluation mode.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ConnectionError: if it cannot be downloaded.
-        CheckpointError: if the file is damaged, is of an unknown kind, or is refused.
+        FileNotFoundError: if the file does not exist.
+        ConnectionError: if the file cannot be downloaded.
+        TypeError: if `dtype` is not a floating point dtype.
+        CheckpointError: if the file is damaged, unsupported or refused.
     """
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating point dtype, got {dtype}")
+    check_floating_dtype(dtype)
     path = _local(os.fspath(path_or_url))
     read = _read_safetensors if path.suffix == ".safetensors" else _read_published
     denoiser = read(path)
@@ -65,11 +68,15 @@ def load_edm(
 
 
 def save_edm(denoiser: Preconditioner, path: str | os.PathLike[str]) -> None:
-    """Write a denoiser as safetensors: its tensors as they are, its construction as metadata.
+    """Write a denoiser to a safetensors file, with its constructor arguments as metadata.
 
     Args:
-        denoiser: from `load_edm`, or made from the classes of this package.
-        path: the file to write, ending in ``.safetensors``.
+        denoiser: a denoiser from `load_edm` or from the classes of this package.
+        path: the output file, ending in ``.safetensors``.
+
+    Raises:
+        ImportError: if safetensors is not installed.
+        ValueError: if `path` does not end in ``.safetensors``.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -80,7 +87,7 @@ def save_edm(denoiser: Preconditioner, path: str | os.PathLike[str]) -> None:
 
 
 def _describe(denoiser: Preconditioner) -> dict[str, Any]:
-    """The class name and arguments by which a file records `denoiser`; see `_build`."""
+    """The class name and constructor arguments of `denoiser`, the input of `_build`."""
     names = {cls: name for name, (cls, _) in _PRECONDITIONERS.items()}
     arguments = dataclasses.asdict(denoiser.model.config)
     del arguments["in_channels"], arguments["out_channels"]
@@ -91,7 +98,7 @@ def _describe(denoiser: Preconditioner) -> dict[str, Any]:
 
 
 def _build(class_name: str, arguments: dict[str, Any]) -> Preconditioner:
-    """The denoiser that a file describes, on the meta device: no memory is spent on it yet."""
+    """Construct the denoiser described in a file on the meta device, without allocating memory."""
     if class_name not in _PRECONDITIONERS:
         raise CheckpointError(
             f"the file holds a {class_name}; known are {', '.join(_PRECONDITIONERS)}"
@@ -119,7 +126,7 @@ def _build(class_name: str, arguments: dict[str, Any]) -> Preconditioner:
 
 
 def _fill(denoiser: Preconditioner, tensors: dict[str, Tensor]) -> Preconditioner:
-    """`denoiser` with `tensors` in place of the promises on the meta device."""
+    """Replace the meta tensors of `denoiser` by `tensors`, after checking these."""
     expected = denoiser.state_dict()
     for kind, names in (
         ("lacks", expected.keys() - tensors.keys()),
@@ -128,14 +135,14 @@ def _fill(denoiser: Preconditioner, tensors: dict[str, Tensor]) -> Preconditione
         if names:
             few = ", ".join(sorted(names)[:3])
             raise CheckpointError(f"the file {kind} {len(names)} tensors, such as {few}")
-    for name, promise in expected.items():
+    for name, meta in expected.items():
         tensor = tensors[name]
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise CheckpointError(f"{name} in the file is not a floating point tensor")
-        if tensor.shape != promise.shape:
+        if tensor.shape != meta.shape:
             raise CheckpointError(
                 f"{name} in the file has shape {tuple(tensor.shape)}, its construction arguments "
-                f"ask for {tuple(promise.shape)}"
+                f"ask for {tuple(meta.shape)}"
             )
         if not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{name} in the file is not finite")
@@ -145,6 +152,7 @@ def _fill(denoiser: Preconditioner, tensors: dict[str, Tensor]) -> Preconditione
 
 
 def _read_published(path: Path) -> Preconditioner:
+    """Read a published pickle or training snapshot."""
     with path.open("rb") as file:
         if file.read(4) == b"PK\x03\x04":
             raise CheckpointError(
@@ -158,7 +166,7 @@ def _read_published(path: Path) -> Preconditioner:
         held = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"{path.name} has no network under 'ema': it holds {held}")
     args, kwargs = record.init
-    # The interface that all four classes share comes first, in this order.
+    # All four classes begin with these arguments, in this order.
     names = ("img_resolution", "img_channels", "label_dim", "use_fp16")
     if len(args) > len(names):
         raise CheckpointError(f"the file passes {len(args)} arguments by position")
@@ -169,10 +177,10 @@ def _read_published(path: Path) -> Preconditioner:
 
 
 def _compare(denoiser: Preconditioner, record: Record) -> None:
-    """Check that numbers which the file keeps beside the arguments say the same.
+    """Check that the numeric attributes in the file equal those of `denoiser`.
 
-    Defaults could have changed between the code that wrote the file and ours: a different
-    `sigma_data` or number of attention heads would load without complaint, and be wrong.
+    The defaults of the code that wrote the file may differ from ours: a different `sigma_data` or
+    number of attention heads would otherwise be loaded without an error, with wrong results.
     """
     ours = dict(denoiser.named_modules())
     for path, state in module_states(record):
@@ -186,12 +194,13 @@ def _compare(denoiser: Preconditioner, record: Record) -> None:
 
 
 def _same(name: str, a: float, b: float) -> bool:
-    # Derived noise levels were computed in float32, the lowest with few digits left.
+    # Derived noise levels were computed in float32, in which the lowest lose most of their digits.
     slack = 0.05 if name in ("sigma_min", "sigma_max") else 1e-9
     return a == b or abs(a - b) <= slack * abs(a)
 
 
 def _read_safetensors(path: Path) -> Preconditioner:
+    """Read a file written by `save_edm`."""
     library = _safetensors()
     try:
         with library.safe_open(path, framework="pt") as file:
@@ -219,12 +228,12 @@ def _safetensors() -> Any:
 
 
 def _local(path_or_url: str) -> Path:
-    """The file at a path, or the cached download of an address."""
+    """The path of a local file, or of the cached download of a URL."""
     url = urlparse(path_or_url)
     if url.scheme not in ("http", "https"):
         return Path(path_or_url)
     name = os.path.basename(url.path)
-    # Files of one name lie at different addresses: the cache must not confuse them.
+    # The digest distinguishes files of the same name at different URLs.
     digest = hashlib.sha256(path_or_url.encode()).hexdigest()[:8]
     path = Path(torch.hub.get_dir(), "checkpoints", f"{digest}-{name}")
     if not path.exists():

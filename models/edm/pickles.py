@@ -1,9 +1,9 @@
-"""Reading the pickles of NVlabs without running anything in them.
+"""Reading of NVlabs' pickles without executing code in them.
 
-Their `torch_utils.persistence` stores each module as a record: the source code of its class, the
-class name, the constructor's arguments and the attributes. Python's own `pickle.load` would execute
-that source code, and whatever else a file names. Here a record is data, source code is dropped
-unread, and only the few names below mean anything; a file that uses any other is refused.
+`torch_utils.persistence` of NVlabs stores each module as a record: the source code of its class, the
+class name, the constructor arguments and the attributes. Python's `pickle.load` would execute this
+source code and call any other function that the file names. Here records are read as data, source code
+is ignored, and only the names listed below are supported; a file with any other name is refused.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch import Tensor
 
 
 class CheckpointError(ValueError):
-    """A file that is damaged, of an unknown kind, or refused for what it asks to do."""
+    """Error for a file that is damaged, unsupported or refused as unsafe."""
 
 
 @final
 class Record:
-    """A persistent object of the file, as data.
+    """A persistent object in a file, read as data.
 
     Attributes:
-        class_name: the name of its class.
+        class_name: name of its class.
         state: its attributes.
     """
 
@@ -39,7 +39,7 @@ class Record:
 
     @property
     def init(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The positional and the keyword arguments that it was constructed with."""
+        """The positional and keyword arguments of its constructor."""
         args, kwargs = self.state.get("_init_args"), self.state.get("_init_kwargs")
         if not isinstance(args, tuple) or not isinstance(kwargs, dict):
             raise CheckpointError(
@@ -50,7 +50,7 @@ class Record:
 
 @final
 class _Function:
-    """A function that a pickle may call and cannot alter."""
+    """A function that a pickle can call but not modify."""
 
     __slots__ = ("_function",)
 
@@ -66,7 +66,7 @@ class _Function:
 
 @final
 class _ModuleDict:
-    """Stands for ``torch.nn.ModuleDict``, which the files hold as it is."""
+    """Represents ``torch.nn.ModuleDict``, which the files pickle without a record."""
 
     state: dict[str, Any]
 
@@ -76,7 +76,7 @@ class _ModuleDict:
 
 @final
 class _NumpyDtype:
-    """Stands for a numpy dtype; of the numbers alone, since others can hold Python objects."""
+    """Represents a numpy dtype of numbers; other dtypes can contain Python objects."""
 
     def __init__(self, code: str, *_: object) -> None:
         if code not in ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"):
@@ -91,12 +91,14 @@ class _NumpyDtype:
         self.order = order
 
     def number(self, data: bytes) -> bool | int | float:
+        """Decode the number stored in `data`."""
         (value,) = np.frombuffer(data, np.dtype(self.order + self.code)).tolist()
         assert isinstance(value, (bool, int, float))
         return value
 
 
 def _record(meta: dict[str, Any]) -> Record:
+    """Convert the dictionary of a persistent object to a `Record`."""
     name, state = meta.get("class_name"), meta.get("state")
     if meta.get("type") != "class" or not isinstance(name, str) or not isinstance(state, dict):
         raise CheckpointError("the file holds a persistence record of an unknown form")
@@ -104,7 +106,7 @@ def _record(meta: dict[str, Any]) -> Record:
 
 
 def _storage(data: bytes) -> Tensor:
-    """A storage as a flat tensor: bytes of `torch.save`, which are themselves a pickle."""
+    """Read a storage, in bytes of `torch.save` (themselves a pickle), as a flat tensor."""
     storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     if not isinstance(storage, torch.storage.TypedStorage):
         raise CheckpointError(f"the file holds a {type(storage).__name__} in place of a storage")
@@ -114,7 +116,7 @@ def _storage(data: bytes) -> Tensor:
 def _tensor(
     storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
 ) -> Tensor:
-    """A window on a storage; torch checks that it lies inside."""
+    """A strided view of a storage; torch checks its bounds."""
     return storage.as_strided(size, stride, offset)
 
 
@@ -147,25 +149,25 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_pickle(file: IO[bytes]) -> Any:
-    """The content of a pickle, persistent objects as `Record`; nothing in it is executed.
+    """Read a pickle without executing code in it; persistent objects become `Record`.
 
     Raises:
-        CheckpointError: if the file is damaged, is not a pickle, or uses a name that EDM checkpoints
-            do not need; names it.
+        CheckpointError: if the file is damaged or is not a pickle, or if it uses a name that EDM
+            checkpoints do not need.
     """
     try:
         return _Unpickler(file).load()
     except CheckpointError:
         raise
     except Exception as error:
-        # A damaged stream can fail in any instruction, with any of half a dozen exceptions.
+        # A damaged stream can fail in any instruction, with many types of exceptions.
         raise CheckpointError(
             f"the file is damaged or is not a pickle: {type(error).__name__}: {error}"
         ) from error
 
 
 def module_tensors(record: Any) -> dict[str, Tensor]:
-    """The parameters and buffers of a module in a pickle, by the names of its state dict.
+    """The parameters and buffers of a pickled module, with the names of its state dict.
 
     Raises:
         CheckpointError: if the record is not a tree of modules.
@@ -180,7 +182,11 @@ def module_tensors(record: Any) -> dict[str, Tensor]:
 
 
 def module_states(record: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The attributes of a module and of all modules in it, with their paths ("", "model.", ...)."""
+    """Iterate over a pickled module and its submodules: paths ("", "model.", ...) and attributes.
+
+    Raises:
+        CheckpointError: if the record is not a tree of modules.
+    """
     todo, seen = [("", record)], set()
     while todo:
         path, item = todo.pop()

@@ -1,4 +1,4 @@
-"""From the raw output of a network to a denoiser: the four preconditioners of Karras et al. 2022.
+"""The four preconditioners of Karras et al. 2022, which convert raw networks to denoisers.
 
 All have the form of equation 7 of arXiv 2206.00364,
 
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from odesolvers.grids import karras_sigmas
 
-from ..base import append_dims, can_look_at
-from .networks import UNet
+from ..base import append_dims, values_readable
+from .unet import UNet
 
 
 class Coefficients(NamedTuple):
-    """c_skip, c_out, c_in and c_noise, each of shape (B,)."""
+    """The coefficients c_skip, c_out, c_in and c_noise, each of shape (B,)."""
 
     skip: Tensor
     out: Tensor
@@ -33,11 +33,11 @@ class Coefficients(NamedTuple):
 
 
 class Preconditioner(nn.Module, ABC):
-    """A network of Karras et al. 2022 as a denoiser; see `odesolvers.Denoiser`.
+    """Converts a network of Karras et al. 2022 to a denoiser; see `odesolvers.Denoiser`.
 
     Args:
         model: the raw network.
-        use_fp16: whether its authors ran it in float16; kept with the checkpoint, not acted on.
+        use_fp16: whether its authors ran it in float16; stored in checkpoints, but without effect.
     """
 
     def __init__(self, model: UNet, *, use_fp16: bool = False) -> None:
@@ -49,34 +49,34 @@ class Preconditioner(nn.Module, ABC):
         self.label_dim = model.config.label_dim
 
     sigma_min: float
-    """The lowest noise level that the network knows."""
+    """The lowest noise level of the network."""
 
     sigma_max: float
-    """The highest noise level that the network knows."""
+    """The highest noise level of the network."""
 
     @abstractmethod
     def coefficients(self, sigma: Tensor) -> Coefficients:
-        """The coefficients at noise levels `sigma` (B,)."""
+        """Compute the coefficients at noise levels `sigma` (B,)."""
 
     def round_sigma(self, sigma: Tensor) -> Tensor:
-        """The nearest noise levels that the network tells apart, in the dtype of `sigma`."""
+        """Round to the nearest noise levels that the network distinguishes, in the dtype of `sigma`."""
         return sigma
 
     @final
     def get_sigmas(self, n: int, rho: float = 7.0) -> Tensor:
-        """The grid that Karras et al. sample on: `karras_sigmas` from 80 to 0.002, then 0.
+        """The sampling grid of Karras et al.: `karras_sigmas` from 80 to 0.002, followed by 0.
 
-        Cut to the range of the network and rounded to its levels.
+        It is restricted to the range of the network and rounded to its noise levels.
 
         Args:
-            n: noise levels above 0, the number of steps.
+            n: number of noise levels above 0, which is the number of steps.
             rho: see `karras_sigmas`.
 
         Returns:
             float64 tensor ``(n + 1,)`` on the CPU.
 
         Raises:
-            ValueError: if the network does not tell so many levels apart.
+            ValueError: if the network does not distinguish so many levels.
         """
         low, high = max(0.002, self.sigma_min), min(80.0, self.sigma_max)
         levels = self.round_sigma(karras_sigmas(n, low, high, rho, append_zero=False))
@@ -93,23 +93,23 @@ class Preconditioner(nn.Module, ABC):
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
     ) -> Tensor:
-        """``E[x0 | x]``.
+        """The posterior mean ``E[x0 | x]``.
 
-        On the CPU bad values of `sigma` and `class_labels` raise. Elsewhere looking at them would
-        wait for the device: the images they belong to come out as NaN, which every solver reports
+        On the CPU invalid values of `sigma` and `class_labels` raise an error. On a GPU they cannot be
+        checked without a synchronisation: the images concerned become NaN, which the solvers report
         with the step and the noise level.
 
         Args:
-            x: ``(B, C, R, R)``; coefficients are applied in its dtype, or in float32 where that is
-                more precise, whatever the network computes in.
-            sigma: ``(B,)``, within `sigma_min` and `sigma_max`.
+            x: noisy images ``(B, C, R, R)``. The coefficients are applied in the dtype of `x` or, if
+                that is less precise, in float32, independent of the dtype of the network.
+            sigma: their noise levels ``(B,)``, from `sigma_min` to `sigma_max`.
             class_labels: int64 ``(B,)``, each at least 0 and below `label_dim`; or floating point
-                ``(B, label_dim)``, one-hot or any mixture of classes. None stands for all zeros:
-                no label, if the network was trained to go without.
+                ``(B, label_dim)``, one-hot or a mixture of classes. None is equivalent to zeros, which
+                represent no label if the network was trained with label dropout.
             augment_labels: ``(B, augment_dim)``, for training with augmentation.
 
         Returns:
-            Tensor of the shape, dtype and device of `x`.
+            Denoised images with the shape, dtype and device of `x`.
 
         Raises:
             ValueError: if a shape, a device or (on the CPU) a value is wrong.
@@ -128,12 +128,12 @@ class Preconditioner(nn.Module, ABC):
 
     @final
     def arguments(self) -> dict[str, Any]:
-        """What it was constructed with, apart from `model`."""
+        """The constructor arguments other than `model`."""
         names = inspect.signature(type(self)).parameters
         return {name: getattr(self, name) for name in names if name != "model"}
 
     def _in_range(self, sigma: Tensor) -> Tensor:
-        slack = 1e-5  # levels are stored in float32, here and there
+        slack = 1e-5  # some levels are stored in float32
         low, high = self.sigma_min * (1 - slack), self.sigma_max * (1 + slack)
         return (sigma > 0) & (sigma >= low) & (sigma <= high)
 
@@ -157,7 +157,7 @@ class Preconditioner(nn.Module, ABC):
                 f"the network is on {device}, x on {x.device} and sigma on {sigma.device}: move "
                 "them together, e.g. denoiser.to(x.device)"
             )
-        if can_look_at(sigma) and not bool(self._in_range(sigma).all()):
+        if values_readable(sigma) and not bool(self._in_range(sigma).all()):
             raise ValueError(
                 f"sigma must lie within [{self.sigma_min:.6g}, {self.sigma_max:.6g}], above 0, for "
                 f"this network, got {sigma.min().item():.6g} to {sigma.max().item():.6g}; "
@@ -165,7 +165,7 @@ class Preconditioner(nn.Module, ABC):
             )
 
     def _labels(self, x: Tensor, labels: Tensor | None) -> Tensor | None:
-        """Labels as rows of numbers, one for each class."""
+        """Check class labels and convert them to one-hot rows ``(B, label_dim)``."""
         batch, classes = len(x), self.label_dim
         if not classes:
             if labels is not None:
@@ -181,7 +181,7 @@ class Preconditioner(nn.Module, ABC):
                     f"floating point class_labels must be one-hot, shape ({batch}, {classes}), got "
                     f"{tuple(labels.shape)}; class numbers are int64"
                 )
-            if can_look_at(labels) and not bool(labels.isfinite().all()):
+            if values_readable(labels) and not bool(labels.isfinite().all()):
                 raise ValueError("class_labels are not finite")
             return labels
         if labels.dtype not in (torch.int64, torch.int32):
@@ -192,7 +192,7 @@ class Preconditioner(nn.Module, ABC):
                 f"{tuple(labels.shape)}"
             )
         known = (labels >= 0) & (labels < classes)
-        if can_look_at(labels) and not bool(known.all()):
+        if values_readable(labels) and not bool(known.all()):
             raise ValueError(
                 f"class_labels must lie between 0 and {classes - 1}, got {labels.tolist()}"
             )
@@ -202,15 +202,17 @@ class Preconditioner(nn.Module, ABC):
 
 @final
 class VPPrecond(Preconditioner):
-    """Variance preserving (Song et al. 2021): ``σ(t)² = exp(β_d t² / 2 + β_min t) - 1``.
+    """Preconditioner of variance-preserving networks: ``σ(t)² = exp(β_d t² / 2 + β_min t) - 1``.
+
+    The schedule is that of Song et al. 2021 (arXiv 2011.13456).
 
     Args:
-        model: the raw network; predicts the noise at timestep ``(M - 1) t``.
+        model: the raw network, which predicts the noise at timestep ``(M - 1) t``.
         use_fp16: see `Preconditioner`.
         beta_d: β_d.
         beta_min: β_min.
         M: the number of timesteps.
-        epsilon_t: the lowest t of training.
+        epsilon_t: the lowest t in training.
     """
 
     def __init__(
@@ -231,9 +233,9 @@ class VPPrecond(Preconditioner):
         return math.sqrt(math.expm1(self.beta_d * t**2 / 2 + self.beta_min * t))
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
-        """1, -σ, 1 / √(σ² + 1), (M - 1) t(σ)."""
+        """Compute 1, -σ, 1 / √(σ² + 1) and (M - 1) t(σ)."""
         variance = sigma**2 + 1
-        # Not log1p: in float32 the rounding of 1 + σ² moves t, and the weights have learned it.
+        # Not log1p: the weights were trained with the t that results from rounding 1 + σ² to float32.
         root = (self.beta_min**2 + 2 * self.beta_d * variance.log()).sqrt()
         t = (root - self.beta_min) / self.beta_d
         return Coefficients(torch.ones_like(sigma), -sigma, variance.rsqrt(), (self.M - 1) * t)
@@ -241,13 +243,13 @@ class VPPrecond(Preconditioner):
 
 @final
 class VEPrecond(Preconditioner):
-    """Variance exploding (Song et al. 2021).
+    """Preconditioner of variance-exploding networks (Song et al. 2021, arXiv 2011.13456).
 
     Args:
-        model: the raw network; predicts the noise, with the sign of the score.
+        model: the raw network, which predicts the noise with the sign of the score.
         use_fp16: see `Preconditioner`.
-        sigma_min: the lowest noise level of training.
-        sigma_max: the highest.
+        sigma_min: the lowest noise level in training.
+        sigma_max: the highest noise level in training.
     """
 
     def __init__(
@@ -262,22 +264,23 @@ class VEPrecond(Preconditioner):
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
-        """1, σ, 1, log(σ / 2)."""
+        """Compute 1, σ, 1 and log(σ / 2)."""
         one = torch.ones_like(sigma)
         return Coefficients(one, sigma, one, (0.5 * sigma).log())
 
 
 @final
 class IDDPMPrecond(Preconditioner):
-    """Improved DDPM (Nichol and Dhariwal 2021), whose network knows `M` noise levels.
+    """Preconditioner of improved DDPM (Nichol and Dhariwal 2021), with `M` noise levels.
 
-    Levels u_M = 0 < u_{M-1} < ... < u_0 with ``u_{j-1}² = (u_j² + 1) / max(ᾱ_{j-1} / ᾱ_j, C_1) - 1``
-    and ``ᾱ_j = sin²(π j / (2 M (C_2 + 1)))``.
+    The levels are u_M = 0 < u_{M-1} < ... < u_0 with
+    ``u_{j-1}² = (u_j² + 1) / max(ᾱ_{j-1} / ᾱ_j, C_1) - 1`` and ``ᾱ_j = sin²(π j / (2 M (C_2 + 1)))``.
 
     Args:
-        model: the raw network; half of its output channels, the predicted variances, are unused.
+        model: the raw network; the second half of its output channels, predicted variances, is not
+            used.
         use_fp16: see `Preconditioner`.
-        C_1: bound of the ratio.
+        C_1: lower bound of the ratio.
         C_2: offset of the cosine schedule.
         M: the number of levels.
     """
@@ -301,7 +304,7 @@ class IDDPMPrecond(Preconditioner):
             levels.append(math.sqrt((levels[-1] ** 2 + 1) / max(ratio, C_1) - 1))
         self.register_buffer("u", torch.tensor(levels[::-1], dtype=torch.float32))
         self.sigma_min, self.sigma_max = levels[1], levels[-1]
-        self.register_load_state_dict_post_hook(_take_range)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_update_range)  # type: ignore[no-untyped-call]
 
     def _root_alpha(self, j: int) -> float:
         return math.sin(math.pi / 2 * j / (self.M * (self.C_2 + 1)))
@@ -310,31 +313,31 @@ class IDDPMPrecond(Preconditioner):
         return (sigma.reshape(-1, 1) - self.u.to(sigma.device)).abs().argmin(1)
 
     def round_sigma(self, sigma: Tensor) -> Tensor:
-        """The nearest of the levels u."""
+        """Round to the nearest of the levels u."""
         nearest = self.u.to(sigma.device)[self._index(sigma)]
         return nearest.to(sigma.dtype).reshape(sigma.shape)
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
-        """1, -σ, 1 / √(σ² + 1), M - 1 less the index of the nearest level."""
+        """Compute 1, -σ, 1 / √(σ² + 1), and M - 1 minus the index of the nearest level."""
         noise = (self.M - 1 - self._index(sigma)).to(sigma.dtype)
         return Coefficients(torch.ones_like(sigma), -sigma, (sigma**2 + 1).rsqrt(), noise)
 
 
-def _take_range(module: nn.Module, _: object) -> None:
-    """The range of the levels just loaded; checkpoints hold them as float32 arithmetic left them."""
+def _update_range(module: nn.Module, _: object) -> None:
+    """Set the range to that of the loaded levels, which were computed in float32."""
     assert isinstance(module, IDDPMPrecond)
     module.sigma_min, module.sigma_max = module.u[-2].item(), module.u[0].item()
 
 
 @final
 class EDMPrecond(Preconditioner):
-    """Karras et al. 2022: unit variance in and out of the network at every noise level.
+    """Preconditioner of Karras et al. 2022: network inputs and targets of unit variance at all levels.
 
     Args:
         model: the raw network.
         use_fp16: see `Preconditioner`.
         sigma_min: the lowest noise level supported.
-        sigma_max: the highest.
+        sigma_max: the highest noise level supported.
         sigma_data: standard deviation of the data.
     """
 
@@ -351,7 +354,7 @@ class EDMPrecond(Preconditioner):
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
-        """With s² = σ² + σ_d²: σ_d² / s², σ σ_d / s, 1 / s, log(σ) / 4."""
+        """Compute σ_d² / s², σ σ_d / s, 1 / s and log(σ) / 4, where s² = σ² + σ_d²."""
         variance = sigma**2 + self.sigma_data**2
         skip = self.sigma_data**2 / variance
         inverse = variance.rsqrt()

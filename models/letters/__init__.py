@@ -1,4 +1,4 @@
-"""A small trained network of letters: everything can be tried on it with no download."""
+"""A small trained network of letters, included so that no download is needed to try the solvers."""
 
 from .data import LETTERS, Style, random_letters, render_letter
 from .network import LettersDenoiser, load_letters

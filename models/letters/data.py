@@ -1,4 +1,4 @@
-"""Pictures of letters whose content and style vary independently, rendered on the spot."""
+"""Rendered images of letters whose content and style vary independently."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 """The classes: label k is the letter ``LETTERS[k]``."""
 
 SIZE = 32
-"""Height and width of the pictures."""
+"""Height and width of the images."""
 
 FONTS = (
     *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
@@ -28,27 +28,31 @@ FONTS = (
     *(f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")),
     *(f"cm{style}" for style in ("r10", "b10", "ss10", "tt10", "ti10")),
 )
-"""The fonts, all of which matplotlib ships: DejaVu, STIX and Computer Modern."""
+"""The fonts, all included in matplotlib: DejaVu, STIX and Computer Modern."""
 
-_SCALE = 4  # letters are drawn this much larger, then averaged down
-_CONTRAST = 0.4  # least difference in luminance between ink and paper
+_SCALE = 4  # letters are drawn larger by this factor, then downsampled by averaging
+_CONTRAST = 0.4  # minimum difference in luminance between ink and paper
 
 Colour = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class Style:
-    """Everything about a picture of a letter but which letter it is.
+    """The appearance of a letter in an image, independent of which letter it is.
 
     Args:
         font: index into `FONTS`.
-        height: of a capital H, in pixels.
-        slant: horizontal shift per unit of height, on top of the font's own; positive to the right.
-        weight: pixels by which strokes are thickened on every side, 0 or more.
-        x: horizontal offset of the letter's middle from the picture's, in pixels.
-        y: vertical offset, positive downwards.
+        height: height of a capital H, in pixels, from 4 to 32.
+        slant: horizontal shift per unit of height, in addition to the font's own; positive to the
+            right.
+        weight: thickness added to every side of the strokes, in pixels, 0 or more.
+        x: horizontal offset of the letter from the centre of the image, in pixels.
+        y: vertical offset in pixels, positive downwards.
         ink: red, green and blue of the letter, each in [0, 1].
-        paper: of the background.
+        paper: red, green and blue of the background, each in [0, 1].
+
+    Raises:
+        ValueError: if a setting is out of range.
     """
 
     font: int = 0
@@ -74,7 +78,7 @@ class Style:
 
     @classmethod
     def random(cls, rng: np.random.Generator) -> Style:
-        """A style from the distribution that the network was trained on."""
+        """Draw a style from the distribution that the network was trained on."""
         ink, paper = random_colours(rng, 1)
         return cls(
             font=int(rng.integers(len(FONTS))),
@@ -91,7 +95,7 @@ class Style:
 def random_colours(
     rng: np.random.Generator, n: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """`n` inks and darker papers, each ``(n, 3)`` in [0, 1], that stand apart in luminance."""
+    """Draw `n` inks and darker papers of sufficient contrast, each ``(n, 3)`` in [0, 1]."""
     pairs = rng.beta(0.7, 0.7, (n, 2, 3))
     while True:
         luminance = pairs @ np.array([0.299, 0.587, 0.114])
@@ -104,13 +108,13 @@ def random_colours(
 
 
 def render_mask(label: int, style: Style) -> NDArray[np.uint8]:
-    """Where the ink of a letter is: ``(32, 32)``, from 0 for paper to 255 for ink."""
+    """Render the mask of a letter, uint8 ``(32, 32)``, from 0 for paper to 255 for ink."""
     from PIL import Image, ImageDraw
 
     canvas = SIZE * _SCALE
     picture = Image.new("L", (canvas, canvas))
     font = _font(style.font, round(style.height * _SCALE))
-    # The middle of a capital H, not of the letter itself: Q keeps its tail below the line.
+    # Centre a capital H rather than the letter itself, so that the tail of Q is below the baseline.
     baseline = canvas / 2 + style.height * _SCALE / 2
     ImageDraw.Draw(picture).text(
         (canvas / 2, baseline),
@@ -120,7 +124,7 @@ def render_mask(label: int, style: Style) -> NDArray[np.uint8]:
         anchor="ms",
         stroke_width=style.weight * _SCALE,
     )
-    # Output (u, v) shows input (u - x + slant (v - y - middle), v - y).
+    # The output at (u, v) is the input at (u - x + slant (v - y - middle), v - y).
     x, y = style.x * _SCALE, style.y * _SCALE
     shear = (1, style.slant, -x - style.slant * (y + canvas / 2), 0, 1, -y)
     picture = picture.transform(
@@ -130,7 +134,10 @@ def render_mask(label: int, style: Style) -> NDArray[np.uint8]:
 
 
 def paint(mask: NDArray[Any], ink: NDArray[Any], paper: NDArray[Any]) -> Tensor:
-    """Masks ``(n, 32, 32)`` of uint8 in colours ``(n, 3)``: float32 ``(n, 3, 32, 32)`` in [-1, 1]."""
+    """Colour masks, uint8 ``(n, 32, 32)``, to images, float32 ``(n, 3, 32, 32)`` in [-1, 1].
+
+    `ink` and `paper` are the colours ``(n, 3)`` in [0, 1].
+    """
     cover = torch.as_tensor(mask, dtype=torch.float32).unsqueeze(1) / 255
     front = torch.as_tensor(ink, dtype=torch.float32).reshape(-1, 3, 1, 1)
     back = torch.as_tensor(paper, dtype=torch.float32).reshape(-1, 3, 1, 1)
@@ -138,15 +145,15 @@ def paint(mask: NDArray[Any], ink: NDArray[Any], paper: NDArray[Any]) -> Tensor:
 
 
 def render_letter(letter: str | int, style: Style | None = None) -> Tensor:
-    """A picture of a letter, float32 ``(3, 32, 32)`` in [-1, 1].
+    """Render an image of a letter, float32 ``(3, 32, 32)`` in [-1, 1].
 
     Args:
         letter: one of `LETTERS`, or its label.
-        style: how it looks; the defaults of `Style` if None.
+        style: the appearance; ``Style()`` by default.
 
     Raises:
-        ValueError: for anything but a capital letter from A to Z or a label from 0 to 25.
-        ImportError: where Pillow or matplotlib, whose fonts are used, is not installed.
+        ValueError: if `letter` is not a capital letter from A to Z or a label from 0 to 25.
+        ImportError: if Pillow, or matplotlib for its fonts, is not installed.
     """
     style = Style() if style is None else style
     mask = render_mask(_label(letter), style)
@@ -154,9 +161,9 @@ def render_letter(letter: str | int, style: Style | None = None) -> Tensor:
 
 
 def random_letters(n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """`n` letters in styles from the training distribution, the same for the same `seed`.
+    """Draw `n` letters in styles from the training distribution, deterministically for each `seed`.
 
-    No letter of the training set is drawn here: its styles come from another stream of numbers.
+    They do not repeat the training set, whose styles come from another random stream.
 
     Returns:
         Images, float32 ``(n, 3, 32, 32)`` in [-1, 1], and labels, int64 ``(n,)``.
@@ -180,7 +187,7 @@ def _label(letter: str | int) -> int:
 
 @lru_cache(maxsize=4096)
 def _font(index: int, height: int) -> FreeTypeFont:
-    """The font in the size in which a capital H is `height` pixels high."""
+    """Load a font in the size at which a capital H is `height` pixels high."""
     try:
         import matplotlib
         from PIL import ImageFont

@@ -1,4 +1,4 @@
-"""The trained network and its denoiser."""
+"""The trained network of letters as a denoiser."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base import can_look_at, check_device
+from ..base import check_device, check_floating_dtype, values_readable
 from ..kdiffusion import import_k_diffusion
 from .data import LETTERS, SIZE
 
@@ -17,17 +17,21 @@ WEIGHTS = Path(__file__).parent / "letters.safetensors"
 LOG = Path(__file__).parent / "letters.json"
 
 SIGMA_DATA = 0.67
-"""Root mean square of the pixels of the training set."""
+"""Root mean square of the pixel values in the training set."""
 
 UNCONDITIONAL = -1
-"""The label that stands for no label; one in ten letters was trained under it."""
+"""The label that represents no label; it replaced one in ten labels in training."""
 
 
 class LettersDenoiser(nn.Module):
-    """``D(x, σ) = c_skip x + c_out F(c_in x, σ, label)`` (Karras et al. 2022, equation 7).
+    """The denoiser ``D(x, σ) = c_skip x + c_out F(c_in x, σ, label)`` of images of letters.
 
-    Preconditioner and network are k-diffusion's (`layers.Denoiser`, `ImageDenoiserModelV1`). The
-    network computes in its own dtype, the preconditioner in that of the state.
+    This is equation 7 of Karras et al. 2022. The preconditioner and the network F are those of
+    k-diffusion (`layers.Denoiser`, `ImageDenoiserModelV1`). The network computes in the dtype of its
+    weights, the preconditioner in that of the state.
+
+    Raises:
+        ImportError: if k-diffusion is not installed.
     """
 
     def __init__(self) -> None:
@@ -43,25 +47,24 @@ class LettersDenoiser(nn.Module):
             mapping_cond_dim=len(LETTERS) + 1,
             patch_size=2,
         )
-        self.denoiser = layers.Denoiser(_InOwnDtype(network), sigma_data=SIGMA_DATA)
+        self.denoiser = layers.Denoiser(_InWeightDtype(network), sigma_data=SIGMA_DATA)
 
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """``E[x0 | x, label]``.
+        """The posterior mean ``E[x0 | x, label]``.
 
         Args:
-            x: noisy pictures, floating point ``(B, 3, 32, 32)``.
+            x: noisy images, floating point ``(B, 3, 32, 32)``.
             sigma: their noise levels, ``(B,)``, above 0.
-            class_labels: int64 ``(B,)``; k stands for the letter ``LETTERS[k]`` and -1 for any. None
-                is -1 for all.
+            class_labels: int64 ``(B,)``, k for the letter ``LETTERS[k]`` and -1 for no label. None is
+                -1 for all images.
 
         Returns:
-            Denoised pictures with the shape and dtype of `x`.
+            Denoised images with the shape and dtype of `x`. On a GPU labels cannot be checked without
+            a synchronisation: a label out of range gives NaN, which the solvers report.
 
         Raises:
             TypeError: if `x` is not floating point or `class_labels` are not integers.
-            ValueError: for another shape of `x` or `class_labels`, or a label out of range; on a GPU,
-                whose values cannot be looked at without waiting for them, the output is NaN then, which
-                the solvers report.
+            ValueError: if a shape or device is wrong, or (on the CPU) if a value is out of range.
         """
         if not x.is_floating_point():
             raise TypeError(f"x must be a floating point tensor, got {x.dtype}")
@@ -75,14 +78,14 @@ class LettersDenoiser(nn.Module):
                 f"sigma must have shape ({x.shape[0]},), one for each picture, got "
                 f"{tuple(sigma.shape)}"
             )
-        if can_look_at(sigma) and not bool((sigma > 0).all()):
+        if values_readable(sigma) and not bool((sigma > 0).all()):
             raise ValueError(f"sigma must be above 0, got {sigma.min().item()}")
         condition = self._condition(x, class_labels)
         denoised: Tensor = self.denoiser(x, sigma, mapping_cond=condition)
         return denoised.to(x.dtype)
 
     def loss(self, x: Tensor, noise: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
-        """Mean square error of F for each picture, ``(B,)``: 1 for F that knows nothing."""
+        """Mean squared error of F for each image, ``(B,)``; about 1 for F = 0."""
         condition = self._condition(x, class_labels)
         loss: Tensor = self.denoiser.loss(x, noise, sigma, mapping_cond=condition)
         return loss
@@ -97,11 +100,11 @@ class LettersDenoiser(nn.Module):
                 f"class_labels must have shape ({x.shape[0]},), one for each picture, got "
                 f"{tuple(class_labels.shape)}"
             )
-        # As a one-hot row: comparing, where looking up would read out of bounds.
+        # One-hot rows by comparison: indexing with an invalid label would read out of bounds.
         known = torch.arange(UNCONDITIONAL, len(LETTERS), device=x.device)
         rows = class_labels.unsqueeze(1) == known
         known_labels = rows.any(1, keepdim=True)
-        if can_look_at(class_labels) and not bool(known_labels.all()):
+        if values_readable(class_labels) and not bool(known_labels.all()):
             raise ValueError(
                 f"class_labels must be 0 to {len(LETTERS) - 1}, or -1 for no label, got "
                 f"{class_labels.tolist()}"
@@ -109,8 +112,8 @@ class LettersDenoiser(nn.Module):
         return torch.where(known_labels, rows.to(torch.float32), torch.nan)
 
 
-class _InOwnDtype(nn.Module):
-    """A network whose input is cast to the dtype of its weights, and its output back."""
+class _InWeightDtype(nn.Module):
+    """Converts the input of a network to the dtype of its weights, and the output back."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -127,20 +130,20 @@ def load_letters(
     dtype: torch.dtype = torch.float32,
     path: str | Path | None = None,
 ) -> LettersDenoiser:
-    """The trained network that comes with the package, ready to denoise letters.
+    """Load the trained network of letters, frozen and in evaluation mode.
 
     Args:
-        device: where to put it.
-        dtype: that the network computes in; the state of a solver may have any other.
-        path: weights written by ``python -m odesolvers.models.letters.train``; those of the package
-            if None.
+        device: the device of the network.
+        dtype: the dtype that the network computes in, independent of that of the solver's state.
+        path: a file of weights written by ``python -m odesolvers.models.letters.train``; by default
+            the weights in the package.
 
     Raises:
-        ImportError: where k-diffusion or safetensors is not installed.
-        ValueError: if the file at `path` does not hold the weights of this network.
+        ImportError: if k-diffusion or safetensors is not installed.
+        TypeError: if `dtype` is not a floating point dtype.
+        ValueError: if the file at `path` does not contain the weights of this network.
     """
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating point dtype, got {dtype}")
+    check_floating_dtype(dtype)
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -158,6 +161,6 @@ def load_letters(
 
 
 def training_log() -> dict[str, Any]:
-    """How the weights of the package were trained: settings, losses as they fell, and by σ."""
+    """The training log of the weights in the package: settings, loss history and losses by σ."""
     log: dict[str, Any] = json.loads(LOG.read_text())
     return log

@@ -1,9 +1,9 @@
-"""Trains the letters network from nothing, on one CPU core in about an hour.
+"""Trains the letters network from scratch, in about an hour on one CPU core.
 
-``python -m odesolvers.models.letters.train`` writes ``letters.safetensors`` and ``letters.json``; with
-``--resume`` it goes on from the last evaluation of an interrupted run, or, with a larger ``--images``,
-of a finished one; in a folder without any, from the weights and log of the package. The same settings
-and seed see the same pictures, noise and labels.
+``python -m odesolvers.models.letters.train`` writes ``letters.safetensors`` and ``letters.json``. With
+``--resume`` it continues from the last evaluation of an interrupted run or, given a larger
+``--images``, of a finished run; if the folder has no checkpoint, it continues from the weights and the
+log in the package. Equal settings and seeds give equal images, noise and labels.
 """
 
 from __future__ import annotations
@@ -24,23 +24,25 @@ from torch import Tensor
 from .data import LETTERS, SIZE, Style, paint, random_colours, random_letters, render_mask
 from .network import UNCONDITIONAL, LettersDenoiser, load_letters, training_log
 
-# Noise levels are log-normal, wider and higher than for photographs (Karras et al. 2022, table 1): which
-# colours a picture has is decided above σ = 5.
+# The distribution of noise levels is log-normal, wider and higher than that for photographs (Karras et
+# al. 2022, table 1), because the colours of an image are determined above σ = 5.
 LOG_SIGMA_MEAN, LOG_SIGMA_STD = -0.2, 1.5
 HELD_OUT_SEED = 1
 
 
 def parser() -> argparse.ArgumentParser:
-    """The settings, with those of the weights in the package as defaults."""
+    """The argument parser; its defaults are the settings of the weights in the package."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("out/letters"), help="folder to write")
-    parser.add_argument("--images", type=int, default=300_000, help="pictures to see in all")
+    parser.add_argument("--out", type=Path, default=Path("out/letters"), help="output folder")
+    parser.add_argument("--images", type=int, default=300_000, help="images to train on")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
+    parser.add_argument("--lr", type=float, default=1e-3, help="maximum learning rate")
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights")
-    parser.add_argument("--dropout", type=float, default=0.1, help="pictures without their label")
-    parser.add_argument("--masks", type=int, default=65_536, help="letters to render")
-    parser.add_argument("--every", type=int, default=10_000, help="pictures between evaluations")
+    parser.add_argument(
+        "--dropout", type=float, default=0.1, help="fraction of images without label"
+    )
+    parser.add_argument("--masks", type=int, default=65_536, help="masks to render")
+    parser.add_argument("--every", type=int, default=10_000, help="images between evaluations")
     parser.add_argument("--held-out", type=int, default=128, help="letters to evaluate on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
@@ -48,14 +50,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Runs the training that the settings in `args` describe."""
+    """Train with the settings in `args`, evaluate at intervals and write the results."""
     from tqdm import tqdm
 
     args.out.mkdir(parents=True, exist_ok=True)
     labels, masks = _masks(args)
     torch.manual_seed(args.seed)
     model = LettersDenoiser()
-    # Labels start as loud as noise levels; by default they start six times as quiet, and unheard.
+    # Label embeddings start as large as those of the noise level. With the default initialisation,
+    # six times smaller, the network learns to ignore them.
     torch.nn.init.normal_(model.denoiser.inner_model.network.mapping_cond.weight)
     averaged = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.95, 0.999))
@@ -89,7 +92,7 @@ def train(args: argparse.Namespace) -> None:
             rate = args.lr * min(1, (step + 1) / 400) * (1 + math.cos(math.pi * step / steps)) / 2
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            with torch.autocast("cpu", torch.bfloat16):  # half as fast again as float32
+            with torch.autocast("cpu", torch.bfloat16):  # 1.5 times as fast as float32
                 loss = model.loss(*_batch(args, labels, masks, step)).mean()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -132,9 +135,12 @@ def train(args: argparse.Namespace) -> None:
 def held_out_loss(
     model: LettersDenoiser, images: Tensor, labels: Tensor | None, levels: int = 8
 ) -> tuple[list[float], list[float]]:
-    """Noise levels at even quantiles of those of the training, and the mean loss at each.
+    """Evaluate the mean loss at evenly spaced quantiles of the training noise levels.
 
-    The noise is the same in every call, so that losses can be compared.
+    The noise is the same in every call, so that losses are comparable.
+
+    Returns:
+        The noise levels, and the mean loss at each.
     """
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(HELD_OUT_SEED))
     sigmas = _sigmas((torch.arange(levels) + 0.5) / levels)
@@ -147,7 +153,7 @@ def held_out_loss(
 
 
 def write(model: LettersDenoiser, log: dict[str, Any], out: Path) -> None:
-    """Weights, as float16, and the log."""
+    """Write the weights, in float16, and the log."""
     from safetensors.torch import save_file
 
     weights = model.denoiser.inner_model.network.state_dict()
@@ -158,12 +164,12 @@ def write(model: LettersDenoiser, log: dict[str, Any], out: Path) -> None:
 def _batch(
     args: argparse.Namespace, labels: NDArray[np.int64], masks: NDArray[np.uint8], step: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pictures, noise, noise levels and labels of a step: functions of the seed and the step."""
+    """The images, noise, noise levels and labels of a step, determined by the seed and the step."""
     rng = np.random.default_rng((args.seed, step))
     chosen = rng.integers(len(masks), size=args.batch)
     images = paint(masks[chosen], *random_colours(rng, args.batch))
     noise = torch.as_tensor(rng.standard_normal(images.shape, dtype=np.float32))
-    # Stratified: one level from each of `batch` equal parts of the distribution.
+    # Stratified sampling: one noise level from each of `batch` equal parts of the distribution.
     quantiles = (np.arange(args.batch) + rng.random(args.batch)) / args.batch
     dropped = rng.random(args.batch) < args.dropout
     given = np.where(dropped, UNCONDITIONAL, labels[chosen])
@@ -171,12 +177,13 @@ def _batch(
 
 
 def _sigmas(quantiles: Tensor) -> Tensor:
+    """The noise levels at `quantiles` of the training distribution."""
     normal = math.sqrt(2) * torch.erfinv(2 * quantiles - 1)
     return torch.exp(LOG_SIGMA_MEAN + LOG_SIGMA_STD * normal).float()
 
 
 def _masks(args: argparse.Namespace) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """Labels and masks of the training set, rendered once and kept in the folder."""
+    """The labels and masks of the training set, rendered once and cached in the output folder."""
     from tqdm import tqdm
 
     rng = np.random.default_rng((args.seed, args.masks))

@@ -10,6 +10,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -26,8 +27,9 @@ from odesolvers.models.edm import (
     SongUNet,
     VEPrecond,
     VPPrecond,
+    load_edm,
 )
-from odesolvers.models.edm.networks import (
+from odesolvers.models.edm.layers import (
     Block,
     ConvDown,
     FourierEmbedding,
@@ -211,3 +213,30 @@ def dump(content: Any, protocol: int = 4) -> bytes:
     with _persistence():
         pickle.dump(content, file, protocol=protocol)
     return file.getvalue()
+
+
+def load(data: bytes, folder: Path, **options: Any) -> Preconditioner:
+    path = folder / "network.pkl"
+    path.write_bytes(data)
+    return load_edm(path, **options)
+
+
+def same(a: Preconditioner, b: Preconditioner) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return (
+        type(a) is type(b)
+        and a.arguments() == b.arguments()
+        and a.model.config == b.model.config
+        and ours.keys() == theirs.keys()
+        and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    )
+
+
+def short(text: str) -> bytes:
+    """The instruction that pushes a short string."""
+    return b"\x8c" + bytes([len(text)]) + text.encode()
+
+
+def name(module: str, attribute: str) -> bytes:
+    """The instructions that push a global."""
+    return short(module) + short(attribute) + b"\x93"

@@ -155,7 +155,7 @@ def test_bad_class_labels(labels: torch.Tensor, message: str) -> None:
 
 
 def test_where_labels_cannot_be_read_wrong_ones_give_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(closed_form, "can_look_at", lambda x: False)
+    monkeypatch.setattr(closed_form, "values_readable", lambda x: False)
     out = IdealDenoiser(*load_digits())(noise(2, 1, 8, 8), levels(1.0, 2), torch.tensor([3, 12]))
     assert bool(out[0].isfinite().all())
     assert bool(out[1].isnan().all())

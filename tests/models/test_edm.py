@@ -288,7 +288,7 @@ def test_labels_for_an_unconditional_network() -> None:
 def test_where_values_cannot_be_read_a_run_still_fails(
     monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    monkeypatch.setattr(preconditioning, "can_look_at", lambda x: False)
+    monkeypatch.setattr(preconditioning, "values_readable", lambda x: False)
     x, sigma, labels = (t.to(device) for t in golden_input())
     denoiser = tiny(precond="VEPrecond", classes=3).to(device)
     out = denoiser(x, torch.where(sigma > 1, 200.0, sigma), labels)

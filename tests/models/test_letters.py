@@ -185,7 +185,7 @@ class TestNetwork:
             letters(torch.zeros(2, 3, 32, 32), torch.ones(2), class_labels=labels)
 
     def test_where_labels_cannot_be_read_wrong_ones_give_nan(self, letters, monkeypatch):
-        monkeypatch.setattr(letters_network, "can_look_at", lambda x: False)
+        monkeypatch.setattr(letters_network, "values_readable", lambda x: False)
         x, sigma = torch.randn(2, 3, 32, 32), torch.ones(2)
         out = letters(x, sigma, torch.tensor([0, 26]))
         assert bool(out[1].isnan().all())

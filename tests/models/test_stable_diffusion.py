@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -10,21 +9,10 @@ import torch
 import odesolvers as ods
 from odesolvers.models import (
     ClassifierFreeGuidance,
-    StableDiffusion,
     load_stable_diffusion,
-    save_tiny_stable_diffusion,
 )
 
-FAMILIES = ["1.x", "2.x", "2.x-v", "xl"]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory, diffusers):
-    """Where the pipeline of each family is saved."""
-    root = tmp_path_factory.mktemp("stable-diffusion")
-    for family in FAMILIES:
-        save_tiny_stable_diffusion(root / family, family)
-    return {family: root / family for family in FAMILIES}
+from .conftest import FAMILIES
 
 
 def noise(n=2, dtype=torch.float32, device="cpu"):
@@ -241,177 +229,7 @@ def test_zero_terminal_snr(folders, diffusers, tmp_path):
     assert relative(ours, theirs) < 1e-4
 
 
-# The original layout of single-file checkpoints, as the converters of diffusers read it.
-
-
-def original_layout(pipeline):
-    """The weights of a pipeline under the names of the original repositories."""
-    xl = hasattr(pipeline, "text_encoder_2")
-    out = {}
-    for key, value in pipeline.unet.state_dict().items():
-        out["model.diffusion_model." + _original_unet(key)] = value
-    for key, value in pipeline.vae.state_dict().items():
-        name = _original_vae(key)
-        conv = "attentions" in key and "weight" in key and "norm" not in key
-        out["first_stage_model." + name] = value[:, :, None, None] if conv else value
-    prefix = "conditioner.embedders.0." if xl else "cond_stage_model."
-    for key, value in pipeline.text_encoder.state_dict().items():
-        out[prefix + "transformer.text_model." + key.removeprefix("text_model.")] = value
-    if xl:
-        out |= _original_open_clip(pipeline.text_encoder_2.state_dict())
-    # Tensors of their own: safetensors refuses shared storage.
-    return {key: value.clone().contiguous() for key, value in out.items()}
-
-
-def _replace(key, *pairs):
-    for old, new in pairs:
-        key = key.replace(old, new)
-    return key
-
-
-def _original_unet(key):
-    parts = key.split(".")
-    ends = {
-        "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2",
-        "add_embedding.linear_1": "label_emb.0.0",
-        "add_embedding.linear_2": "label_emb.0.2",
-        "conv_in": "input_blocks.0.0",
-        "conv_norm_out": "out.0",
-        "conv_out": "out.2",
-    }
-    stem = key.rpartition(".")[0]
-    if stem in ends:
-        return f"{ends[stem]}.{parts[-1]}"
-    resnet = (
-        ("norm1", "in_layers.0"),
-        ("conv1", "in_layers.2"),
-        ("norm2", "out_layers.0"),
-        ("conv2", "out_layers.3"),
-        ("time_emb_proj", "emb_layers.1"),
-        ("conv_shortcut", "skip_connection"),
-    )
-    if parts[0] == "mid_block":
-        index = {"resnets": 2 * int(parts[2]), "attentions": 1}[parts[1]]
-        rest = ".".join(parts[3:])
-        return f"middle_block.{index}." + (_replace(rest, *resnet) if index != 1 else rest)
-    side, block, kind, layer, *rest = parts
-    rest = ".".join(rest)
-    block, layer = int(block), int(layer)
-    if side == "down_blocks":  # one residual block and one downsampling to a block
-        if kind == "downsamplers":
-            return f"input_blocks.{2 * block + 2}.0.op.{rest.removeprefix('conv.')}"
-        place = f"input_blocks.{2 * block + 1 + layer}"
-    else:  # two residual blocks, the upsampling beside the last
-        if kind == "upsamplers":
-            with_attention = any(k == block for k in _UP_ATTENTION)
-            return f"output_blocks.{2 * block + 1}.{2 if with_attention else 1}.{rest}"
-        place = f"output_blocks.{2 * block + layer}"
-    if kind == "resnets":
-        return f"{place}.0.{_replace(rest, *resnet)}"
-    return f"{place}.1.{rest}"
-
-
-_UP_ATTENTION = set()
-
-
-def _original_vae(key):
-    parts = key.split(".")
-    names = (("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out"))
-    attention = (
-        ("group_norm", "norm"),
-        ("to_q", "q"),
-        ("to_k", "k"),
-        ("to_v", "v"),
-        ("to_out.0", "proj_out"),
-    )
-    if "mid_block" in parts:
-        kind, k, rest = parts[2], int(parts[3]), ".".join(parts[4:])
-        if kind == "attentions":
-            return f"{parts[0]}.mid.attn_1.{_replace(rest, *attention)}"
-        return f"{parts[0]}.mid.block_{k + 1}.{_replace(rest, *names)}"
-    if "down_blocks" in parts or "up_blocks" in parts:
-        side, kind, rest = parts[1], parts[3], ".".join(parts[5:])
-        down = side == "down_blocks"
-        block = int(parts[2]) if down else 1 - int(parts[2])
-        way = "down" if down else "up"
-        if kind == "resnets":
-            return f"{parts[0]}.{way}.{block}.block.{parts[4]}.{_replace(rest, *names)}"
-        return f"{parts[0]}.{way}.{block}.{way}sample.{rest}"
-    return _replace(key, *names)
-
-
-def _original_open_clip(state):
-    out, prefix = {}, "conditioner.embedders.1.model."
-    for key, value in state.items():
-        key = key.removeprefix("text_model.")
-        if key.startswith("encoder.layers."):
-            name = _replace(
-                key,
-                ("encoder.layers", "transformer.resblocks"),
-                ("layer_norm1", "ln_1"),
-                ("layer_norm2", "ln_2"),
-                ("mlp.fc1", "mlp.c_fc"),
-                ("mlp.fc2", "mlp.c_proj"),
-                ("self_attn.out_proj", "attn.out_proj"),
-            )
-            if "q_proj" in key:  # queries, keys and values are one matrix there
-                whole = [state[_full(state, key.replace("q_proj", p))] for p in _QKV]
-                stem = prefix + name.partition("self_attn")[0]
-                out[f"{stem}attn.in_proj_{key.rpartition('.')[2]}"] = torch.cat(whole)
-            elif "k_proj" not in key and "v_proj" not in key:
-                out[prefix + name] = value
-        elif key == "text_projection.weight":
-            out[prefix + "text_projection"] = value.T
-        else:
-            out[prefix + _replace(key, *_OPEN_CLIP)] = value
-    return out
-
-
-_QKV = ("q_proj", "k_proj", "v_proj")
-_OPEN_CLIP = (
-    ("embeddings.position_embedding.weight", "positional_embedding"),
-    ("embeddings.token_embedding", "token_embedding"),
-    ("final_layer_norm", "ln_final"),
-)
-
-
-def _full(state, key):
-    return key if key in state else "text_model." + key
-
-
-@pytest.mark.parametrize(
-    ("family", "suffix"), [("1.x", ".safetensors"), ("1.x", ".ckpt"), ("xl", ".safetensors")]
-)
-def test_single_file(folders, tmp_path, family, suffix):
-    from safetensors.torch import save_file
-
-    reference = load_stable_diffusion(folders[family])
-    _UP_ATTENTION.clear()
-    _UP_ATTENTION.update({0} if family == "xl" else {1})
-    weights = original_layout(reference.pipeline)
-    path = tmp_path / f"model{suffix}"
-    if suffix == ".ckpt":
-        torch.save({"state_dict": weights}, path)
-    else:
-        save_file(weights, path)
-    model = load_stable_diffusion(path, config=folders[family])
-    x, sigma = noise(), torch.tensor([1.0, 3.0])
-    found, expected = (
-        m(x, sigma, **m.encode_prompt("a cat")["positive"]) for m in (model, reference)
-    )
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    image = torch.rand(1, 3, 16, 16) * 2 - 1
-    torch.testing.assert_close(model.encode(image), reference.encode(image))
-    torch.testing.assert_close(model.decode(x), reference.decode(x))
-
-
 # Bad input
-
-
-@pytest.fixture(scope="module")
-def model(folders):
-    return load_stable_diffusion(folders["1.x"])
 
 
 @pytest.fixture(scope="module")
@@ -490,85 +308,3 @@ def test_converted_levels_are_refused(folders):
     extra = model.encode_prompt("a cat")["positive"]
     with pytest.raises(TypeError, match="noise levels were converted"):
         model.half()(noise(), torch.ones(2), **extra)
-
-
-def test_no_checkpoint(tmp_path, diffusers, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"holds no model_index\.json"):
-        load_stable_diffusion(tmp_path)
-    with pytest.raises(FileNotFoundError, match="there is no file"):
-        load_stable_diffusion(tmp_path / "model.safetensors")
-    with pytest.raises(FileNotFoundError, match="no local path, and the Hugging Face hub"):
-        load_stable_diffusion("nobody/nothing")
-
-
-@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument")  # of diffusers
-def test_hub_id(folders, tmp_path, monkeypatch):
-    """From the cache of the hub, in its layout, as after a download."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    repository, commit = tmp_path / "models--someone--tiny-xl", "0" * 40
-    shutil.copytree(folders["xl"], repository / "snapshots" / commit)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit, encoding="utf-8")
-    model, reference = (load_stable_diffusion(f) for f in ("someone/tiny-xl", folders["xl"]))
-    weights = reference.state_dict()
-    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
-
-
-def test_other_pipelines(folders, tmp_path, model):
-    shutil.copytree(folders["1.x"], tmp_path / "m")
-    path = tmp_path / "m" / "model_index.json"
-    index = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**index, "_class_name": "FluxPipeline"}), encoding="utf-8")
-    with pytest.raises(
-        ValueError, match="it is a FluxPipeline; supported are StableDiffusionPipeline"
-    ):
-        load_stable_diffusion(tmp_path / "m")
-    path.write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match="could not be read as a Stable Diffusion checkpoint"):
-        load_stable_diffusion(tmp_path / "m")
-    with pytest.raises(TypeError, match="pipeline must be a StableDiffusionPipeline or"):
-        StableDiffusion(object())
-    with pytest.raises(ValueError, match="prediction_type must be"):
-        StableDiffusion(model.pipeline, prediction_type="flow")
-    with pytest.raises(ValueError, match="family must be"):
-        save_tiny_stable_diffusion(tmp_path, "3.x")
-
-
-@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])
-@pytest.mark.parametrize("damage", ["missing weight", "truncated", "no file"])
-def test_damaged_directory(folders, tmp_path, part, damage):
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(folders["xl"], tmp_path / "m")
-    (path,) = (tmp_path / "m" / part).glob("*.safetensors")
-    if damage == "missing weight":  # which diffusers and transformers would make up at random
-        weights = load_file(path)
-        weights.pop(next(k for k in weights if "attn" in k or "attentions" in k))
-        save_file(weights, path, metadata={"format": "pt"})
-    elif damage == "truncated":
-        path.write_bytes(path.read_bytes()[:1000])
-    else:
-        path.unlink()
-    message = f"weights of the {part} are missing" if damage == "missing weight" else "could not be"
-    with pytest.raises(ValueError, match=message):
-        load_stable_diffusion(tmp_path / "m")
-
-
-def test_damaged_single_file(folders, tmp_path):
-    from safetensors.torch import save_file
-
-    (tmp_path / "a.safetensors").write_bytes(b"not a checkpoint")
-    (tmp_path / "b.ckpt").write_bytes(b"not a checkpoint")
-    save_file({"weight": torch.zeros(2)}, tmp_path / "c.safetensors")
-    for name in ("a.safetensors", "b.ckpt", "c.safetensors"):
-        with pytest.raises(ValueError, match="could not be read as a Stable Diffusion checkpoint"):
-            load_stable_diffusion(tmp_path / name, config=folders["1.x"])
-
-
-@pytest.mark.parametrize("package", ["diffusers", "transformers"])
-def test_missing_package(monkeypatch, package):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=r"pip install 'odesolvers\[stable-diffusion\]'"):
-        load_stable_diffusion("anything/at-all")

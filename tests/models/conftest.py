@@ -1,0 +1,22 @@
+"""Fixtures shared by the tests of Stable Diffusion."""
+
+import pytest
+
+from odesolvers.models import load_stable_diffusion, save_tiny_stable_diffusion
+
+FAMILIES = ["1.x", "2.x", "2.x-v", "xl"]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory, diffusers):
+    """The folder of the saved pipeline of each family."""
+    root = tmp_path_factory.mktemp("stable-diffusion")
+    for family in FAMILIES:
+        save_tiny_stable_diffusion(root / family, family)
+    return {family: root / family for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def model(folders):
+    """The miniature Stable Diffusion 1.x."""
+    return load_stable_diffusion(folders["1.x"])

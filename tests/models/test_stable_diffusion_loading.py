@@ -1,0 +1,123 @@
+"""Loading of Stable Diffusion: single files, the hub and damaged checkpoints."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+
+from odesolvers.models import (
+    StableDiffusion,
+    load_stable_diffusion,
+    save_tiny_stable_diffusion,
+)
+
+from .original_layout import original_layout
+
+
+@pytest.mark.parametrize(
+    ("family", "suffix"), [("1.x", ".safetensors"), ("1.x", ".ckpt"), ("xl", ".safetensors")]
+)
+def test_single_file(folders, tmp_path, family, suffix):
+    from safetensors.torch import save_file
+
+    reference = load_stable_diffusion(folders[family])
+    weights = original_layout(reference.pipeline)
+    path = tmp_path / f"model{suffix}"
+    if suffix == ".ckpt":
+        torch.save({"state_dict": weights}, path)
+    else:
+        save_file(weights, path)
+    model = load_stable_diffusion(path, config=folders[family])
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    sigma = torch.tensor([1.0, 3.0])
+    found, expected = (
+        m(x, sigma, **m.encode_prompt("a cat")["positive"]) for m in (model, reference)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    image = torch.rand(1, 3, 16, 16) * 2 - 1
+    torch.testing.assert_close(model.encode(image), reference.encode(image))
+    torch.testing.assert_close(model.decode(x), reference.decode(x))
+
+
+def test_no_checkpoint(tmp_path, diffusers, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"holds no model_index\.json"):
+        load_stable_diffusion(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        load_stable_diffusion(tmp_path / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match="no local path, and the Hugging Face hub"):
+        load_stable_diffusion("nobody/nothing")
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument")  # of diffusers
+def test_hub_id(folders, tmp_path, monkeypatch):
+    """From the cache of the hub, in its layout, as after a download."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository, commit = tmp_path / "models--someone--tiny-xl", "0" * 40
+    shutil.copytree(folders["xl"], repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit, encoding="utf-8")
+    model, reference = (load_stable_diffusion(f) for f in ("someone/tiny-xl", folders["xl"]))
+    weights = reference.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+def test_other_pipelines(folders, tmp_path, model):
+    shutil.copytree(folders["1.x"], tmp_path / "m")
+    path = tmp_path / "m" / "model_index.json"
+    index = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**index, "_class_name": "FluxPipeline"}), encoding="utf-8")
+    with pytest.raises(
+        ValueError, match="it is a FluxPipeline; supported are StableDiffusionPipeline"
+    ):
+        load_stable_diffusion(tmp_path / "m")
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match="could not be read as a Stable Diffusion checkpoint"):
+        load_stable_diffusion(tmp_path / "m")
+    with pytest.raises(TypeError, match="pipeline must be a StableDiffusionPipeline or"):
+        StableDiffusion(object())
+    with pytest.raises(ValueError, match="prediction_type must be"):
+        StableDiffusion(model.pipeline, prediction_type="flow")
+    with pytest.raises(ValueError, match="family must be"):
+        save_tiny_stable_diffusion(tmp_path, "3.x")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])
+@pytest.mark.parametrize("damage", ["missing weight", "truncated", "no file"])
+def test_damaged_directory(folders, tmp_path, part, damage):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folders["xl"], tmp_path / "m")
+    (path,) = (tmp_path / "m" / part).glob("*.safetensors")
+    if damage == "missing weight":  # which diffusers and transformers would make up at random
+        weights = load_file(path)
+        weights.pop(next(k for k in weights if "attn" in k or "attentions" in k))
+        save_file(weights, path, metadata={"format": "pt"})
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:1000])
+    else:
+        path.unlink()
+    message = f"weights of the {part} are missing" if damage == "missing weight" else "could not be"
+    with pytest.raises(ValueError, match=message):
+        load_stable_diffusion(tmp_path / "m")
+
+
+def test_damaged_single_file(folders, tmp_path):
+    from safetensors.torch import save_file
+
+    (tmp_path / "a.safetensors").write_bytes(b"not a checkpoint")
+    (tmp_path / "b.ckpt").write_bytes(b"not a checkpoint")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "c.safetensors")
+    for name in ("a.safetensors", "b.ckpt", "c.safetensors"):
+        with pytest.raises(ValueError, match="could not be read as a Stable Diffusion checkpoint"):
+            load_stable_diffusion(tmp_path / name, config=folders["1.x"])
+
+
+@pytest.mark.parametrize("package", ["diffusers", "transformers"])
+def test_missing_package(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r"pip install 'odesolvers\[stable-diffusion\]'"):
+        load_stable_diffusion("anything/at-all")
