@@ -11,6 +11,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Tests run side by side, one for each core: more threads in each only get into each other's way.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
 settings.register_profile("quick", max_examples=60, deadline=None)
 settings.register_profile("full", max_examples=2000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
