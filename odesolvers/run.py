@@ -18,7 +18,7 @@ from .checks import (
     refuse_output,
     refuse_start,
 )
-from .formula import Shear
+from .formula import Call, Shear
 from .grids import Grid, Sigmas
 from .progress import progress_bar
 from .propagation import Plan
@@ -99,7 +99,7 @@ class Run:
         level = torch.float64 if self.dtype == torch.float64 else torch.float32
         self._levels = self.state.current.new_empty(0, dtype=level)
         self._twice = self.arithmetic.check_determinism
-        self._last: tuple[Tensor, float, Tensor] | None = None
+        self._last: tuple[Tensor, Call, Tensor] | None = None
         self._reported = -1
         self.memory: Any = None
         self.nfe, self.convergence = 0, list[Convergence]()
@@ -207,12 +207,7 @@ class Run:
             self.memory.sigma, x = self.grid.levels[k], self.arithmetic.load(stored, self.dtype)
         values, last, self._last = [x], self._last, None
         pointers: list[int] = []
-        if (
-            last is not None
-            and shear.calls
-            and last[0] is stored
-            and last[1] == shear.calls[0].sigma
-        ):
+        if last is not None and shear.calls and last[0] is stored and last[1] == shear.calls[0]:
             values.append(last[2])
             pointers.append(last[2].data_ptr())
         del last  # an output less while the next is made
@@ -246,10 +241,12 @@ class Run:
             pointers.append(pointer)
         if len(values) > 1:
             self._twice = False
-            if self.solver.coupled:  # the next shear may call at the same state and level
-                self._last = stored, shear.calls[0].sigma, values[1]
+            if self.solver.coupled:  # the next shear may call at the same point and level
+                self._last = stored, shear.calls[0], values[1]
             if self.callback is not None and k != self._reported:
-                self._reported, level = k, self._levels.new_full((), shear.calls[0].sigma)
-                shown = {"x": x.clone(), "denoised": values[1].clone()}  # it may write to them
+                point, sigma = shear.calls[0]
+                self._reported, level = k, self._levels.new_full((), sigma)
+                y = x.clone() if point.terms == {0: 1.0} else point.of(values).to(x.dtype)
+                shown = {"x": y, "denoised": values[1].clone()}  # it may write to them
                 self.callback({**shown, "i": k, "sigma": level, "sigma_hat": level.clone()})
         return shear.rest.of(values)
