@@ -48,7 +48,10 @@ class Combination:
 
     def __add__(self, other: Combination) -> Combination:
         if not isinstance(other, Combination):
-            return NotImplemented
+            raise TypeError(
+                f"a combination is added to a combination of x and outputs, got {other!r}: does a "
+                "formula add a number, or return nothing?"
+            )
         return Combination({k: self[k] + other[k] for k in self.terms.keys() | other.terms.keys()})
 
     def __mul__(self, factor: float) -> Combination:

@@ -124,8 +124,9 @@ def test_what_is_no_denoiser() -> None:
     [
         (lambda x, d: x * d, "finite numbers as coefficients"),
         (lambda x, d: x * float("nan"), "finite numbers as coefficients"),
-        (lambda x, d: x + 1.0, "unsupported operand"),
-        (lambda x, d: 0.0, "must return a combination of x and outputs, got 0.0"),
+        (lambda x, d: x + 1.0, "added to a combination of x and outputs, got 1.0"),
+        (lambda x, d: 0.0, "added to a combination of x and outputs, got 0.0"),
+        (lambda x, d: None, "added to a combination of x and outputs, got None: .* return nothing"),
     ],
 )
 def test_formulas_that_are_no_combination(formula: Callable[..., Any], message: str) -> None:

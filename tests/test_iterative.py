@@ -266,8 +266,8 @@ def test_a_partner_in_the_state_is_no_use() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: FixedPointInversion(DDIM), TypeError, r"an inversion is of .*DDIM\(\)"),
-        (lambda: DDIMInversion(0.5), TypeError, r"an inversion is of .*DDIM\(\)"),
+        (lambda: FixedPointInversion(DDIM), TypeError, r"FixedPointInversion wraps .* got <class"),
+        (lambda: DDIMInversion(0.5), TypeError, r"DDIMInversion wraps .*HeunEDM\(\), got 0\.5"),
         (lambda: FixedPointInversion(DDIM(), 0.0), ValueError, "tolerance must be between 0 and 1"),
         (lambda: FixedPointInversion(DDIM(), float("nan")), ValueError, "got nan"),
         (lambda: FixedPointInversion(DDIM(), 1e-6, 0), ValueError, "max_iterations .*1 or more"),
