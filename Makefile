@@ -10,7 +10,7 @@ demo: $(VENV)/.cli  ## the main job: sample digits, invert them, sample again; t
 	$(BIN)/odesolvers roundtrip --out out/roundtrip.png
 
 test: lint types docs  ## everything CI runs
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -24,7 +24,7 @@ docs: $(VENV)/.dev
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
 slow: $(VENV)/.dev  ## the long tests
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto -m slow
 
 bench: $(VENV)/.dev  ## samplers and inverters side by side: tables and plots in docs; hours, resumable
 	$(BIN)/python -m benchmarks.suite

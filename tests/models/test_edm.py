@@ -209,7 +209,7 @@ def test_round_trip(
     denoiser.model.compute_in(network)
     sigmas = karras_sigmas(8, 0.5, 80.0)
     x = (80 * wave("start", (2, 3, 8, 8))).to(device, dtype)
-    solver = BDIA(HeunEDM(), gamma)
+    solver = BDIA(HeunEDM("both"), gamma)
     labels = {"class_labels": torch.tensor([0, 2], device=device)}
     there = solver.sample(denoiser, x, sigmas, extra_args=labels)
     assert there.x.std() < 4
