@@ -262,7 +262,7 @@ def test_what_alternates_does_not_reach_other_grids() -> None:
 def test_it_gains_the_order_of_its_base_on_finer_grids() -> None:
     grid = karras_sigmas(9, BOTTOM, TOP, rho=5.0, append_zero=False)
     rule = calibrate(mixture(), noise(8, 3, sigma=TOP, seed=3), grid, **SMALL)
-    assert fitted_order(BDIA(Euler(), rule), (100, 200, 400, 800)) == pytest.approx(2, abs=0.2)
+    assert fitted_order(BDIA(Euler(), rule), (100, 200, 400)) == pytest.approx(2, abs=0.2)
 
 
 def test_grids_of_another_range_are_refused(learnt: Calibrated) -> None:
@@ -355,9 +355,12 @@ def test_grids_that_end_in_zero(shape: tuple[int, ...], dtype: torch.dtype) -> N
 
 
 def test_long_grids_are_fitted_too() -> None:
+    """By default there are runs enough to move every weight, where 80 would not do."""
     sigmas = karras_sigmas(71, 0.05, 20.0, append_zero=False)
-    report = calibrate(mixture(), noise(2, 3, sigma=20.0), sigmas, reference_steps=70).report
+    x, objective = noise(1, 3, sigma=20.0), Objective(sampling=0.0)
+    report = calibrate(mixture(), x, sigmas, objective=objective, reference_steps=1).report
     assert report is not None
+    assert report.runs > 80
     assert report.moves > 0
     few = calibrate(mixture(), noise(2, 3, sigma=20.0), GRID, reference_steps=8, max_runs=20)
     assert few.report is not None

@@ -1,92 +1,198 @@
-"""The core stands alone: what it imports, proved in a clean interpreter."""
+"""What imports what: the floors of the package, and a core that runs without any model library."""
 
 from __future__ import annotations
 
+import ast
+import json
 import subprocess
 import sys
+from collections.abc import Mapping
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
 
 import pytest
 
 import odesolvers
+import odesolvers.extend
+import odesolvers.models
 
-HEAVY = (
-    "k_diffusion",
-    "diffusers",
-    "transformers",
-    "sklearn",
-    "matplotlib",
-    "typer",
-    "tqdm",
-    "PIL",
+ROOT = Path(odesolvers.__file__).parent
+MODELS = ROOT.parent / "models"  # installs as `odesolvers.models`
+
+# From the top. A file imports files of its own floor or of lower ones, and never in a circle.
+FLOORS = (
+    ("cli",),
+    ("__init__", "extend"),
+    ("parsing", "named"),
+    ("calibration", "stability"),
+    ("bdia", "coupled", "iterative"),
+    ("gamma", "approximators"),
+    ("solver",),
+    ("run",),
+    ("trust", "propagation"),
+    ("state", "files"),
+    ("arithmetic",),
+    ("formula", "checks", "grids", "settings", "progress"),
 )
+MODELS_MAY_IMPORT = ("models", "grids")  # a denoiser needs no solver
+
+HEAVY = ("k_diffusion", "diffusers", "transformers", "sklearn", "matplotlib", "tqdm", "PIL", "rich")
+
+Files = Mapping[str, str]  # the text of each file, by the dotted name of its module
 
 
-def run(code: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
+@cache
+def files() -> Files:
+    found = {}
+    for top, prefix in ((ROOT, "odesolvers"), (MODELS, "odesolvers.models")):
+        for path in top.rglob("*.py"):
+            parts = path.relative_to(top).with_suffix("").parts
+            found[".".join((prefix, *parts))] = path.read_text()
+    return found
 
 
-@pytest.mark.parametrize("module", ["odesolvers", "odesolvers.models"])
-def test_imports_nothing_beyond_torch_numpy_and_scipy(module: str) -> None:
-    block = f"""
-import sys
-import torch, numpy
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in {HEAVY}:
-            raise ImportError(f'{{name}} must not be imported')
-before = {{name.split('.')[0] for name in sys.modules}}
-sys.meta_path.insert(0, Refuse())
-import {module}
-after = {{name.split('.')[0] for name in sys.modules}}
-print(sorted(after - before - set(sys.stdlib_module_names)))
-"""
-    loaded = set(eval(run(block)))
-    assert loaded <= {"odesolvers", "scipy"}
+@cache
+def nodes(text: str) -> list[ast.Import | ast.ImportFrom]:
+    return [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import | ast.ImportFrom)]
 
 
-def test_the_core_works_without_any_model_library() -> None:
-    names = ", ".join(repr(name) for name in HEAVY)
+def imports(module: str, sources: Files) -> set[str]:
+    """The modules of the package that a file imports anywhere: for a type, or inside a function, too."""
+    known = {name.removesuffix(".__init__"): name for name in sources}
+    package = module.split(".")[:-1]
+    found: set[str] = set()
+    for node in nodes(sources[module]):
+        if isinstance(node, ast.Import):
+            found |= {known[alias.name] for alias in node.names if alias.name in known}
+        else:
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            origin = ".".join([*base, *filter(None, [node.module])])
+            for alias in node.names:
+                name = f"{origin}.{alias.name}" if f"{origin}.{alias.name}" in known else origin
+                found |= {known[name]} if name in known else set()
+    return found - {module}
+
+
+def floor(module: str) -> int:
+    """The number of a module's floor, 0 for the top one."""
+    room = module.split(".")[1]
+    (found,) = [k for k, rooms in enumerate(FLOORS) if room in rooms]
+    return found
+
+
+def circle(sources: Files) -> list[str]:
+    """The modules of a circle, in order, or none."""
+    try:
+        TopologicalSorter({name: imports(name, sources) for name in sources}).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def upward(sources: Files) -> list[str]:
+    """Imports of a higher floor."""
+    return [
+        f"{name} imports {other}"
+        for name in sources
+        if not name.startswith("odesolvers.models.")
+        for other in sorted(imports(name, sources))
+        if not other.startswith("odesolvers.models.") and floor(other) < floor(name)
+    ]
+
+
+def test_no_file_imports_in_a_circle() -> None:
+    assert circle(files()) == []
+
+
+def test_no_file_imports_a_higher_floor() -> None:
+    assert upward(files()) == []
+
+
+def test_every_file_has_a_floor() -> None:
+    rooms = {name.split(".")[1] for name in files()} - {"models"}
+    assert rooms == {room for rooms in FLOORS for room in rooms}
+
+
+def test_solvers_know_no_model_and_models_no_solver() -> None:
+    for name in files():
+        for other in imports(name, files()):
+            if name.startswith("odesolvers.models."):
+                assert other.split(".")[1] in MODELS_MAY_IMPORT, f"{name} imports {other}"
+            elif other.startswith("odesolvers.models."):
+                assert name.startswith("odesolvers.cli."), f"{name} imports {other}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from .bdia import BDIA",
+        "from . import bdia",
+        "import odesolvers.bdia",
+        "from odesolvers.bdia import BDIA",
+        "if TYPE_CHECKING:\n    from .bdia import BDIA",
+        "def late():\n    from .bdia import BDIA",
+    ],
+)
+def test_an_import_upward_is_found_in_every_form(line: str) -> None:
+    name = "odesolvers.run"
+    sources = {**files(), name: f"{files()[name]}\n{line}\n"}
+    assert "odesolvers.run imports odesolvers.bdia" in upward(sources)
+    assert {"odesolvers.run", "odesolvers.bdia"} <= set(circle(sources))
+
+
+def test_a_circle_within_a_floor_is_found() -> None:
+    sources = {**files(), "odesolvers.grids": "from .checks import place"}
+    assert set(circle(sources)) == {"odesolvers.grids", "odesolvers.checks"}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, object]:
+    """What a fresh interpreter tells where no library of models or of pictures can be imported."""
     code = f"""
-import sys
-for name in ({names}):
-    sys.modules[name] = None
-import torch
-from odesolvers import BDIA, HeunEDM, karras_sigmas
-x = torch.randn(2, 3) * 80
-there = BDIA(HeunEDM()).sample(lambda x, s: x / (1 + s[:, None] ** 2), x, karras_sigmas(5))
-back = BDIA(HeunEDM()).invert(lambda x, s: x / (1 + s[:, None] ** 2), there.state, karras_sigmas(5))
-print(bool((back.x - x).abs().max() < 1e-3))
-"""
-    assert run(code) == "True"
-
-
-def test_adds_little_to_torchs_own_import_time() -> None:
-    code = """
-import time, torch
-start = time.perf_counter()
+import json, sys, time
+import torch, numpy
+for name in {HEAVY}:
+    sys.modules[name] = None  # importing it is an error
+known = {{name.split('.')[0] for name in sys.modules}} | set(sys.stdlib_module_names)
+start = time.process_time()
 import odesolvers
-print(time.perf_counter() - start)
-"""
-    assert min(float(run(code)) for _ in range(3)) < 0.5
-
-
-def test_progress_without_tqdm_says_what_to_install() -> None:
-    code = """
-import sys
-sys.modules['tqdm'] = sys.modules['tqdm.auto'] = None
-import torch
-from odesolvers import Euler
+seconds = time.process_time() - start
+from odesolvers import BDIA, Euler, HeunEDM, karras_sigmas
+x, sigmas, solver = 80 * torch.ones(2, 3).double(), karras_sigmas(5), BDIA(HeunEDM())
+denoiser = lambda x, sigma: x / (1 + sigma[:, None] ** 2)
+there = solver.sample(denoiser, x, sigmas)
+back = solver.invert(denoiser, there.state, sigmas)
 try:
-    Euler().sample(lambda x, s: x, torch.ones(1, 2), [2.0, 1.0], progress=True)
+    Euler().sample(denoiser, x, sigmas, progress=True)
 except ImportError as error:
-    print(error)
+    refusal = str(error)
+import odesolvers.models
+loaded = sorted({{name.split('.')[0] for name in sys.modules}} - known)
+miss = float((back.x - x).abs().max())
+print(json.dumps(dict(loaded=loaded, seconds=seconds, miss=miss, refusal=refusal)))
 """
-    assert "pip install tqdm" in run(code)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found: dict[str, object] = json.loads(result.stdout)
+    return found
+
+
+def test_the_core_and_models_import_and_run_with_torch_and_numpy_only(
+    alone: dict[str, object],
+) -> None:
+    assert alone["loaded"] == ["odesolvers"]
+    assert alone["miss"] < 1e-9  # type: ignore[operator]
+
+
+def test_the_core_adds_little_to_torchs_own_import_time(alone: dict[str, object]) -> None:
+    assert alone["seconds"] < 0.5  # type: ignore[operator]
+
+
+def test_progress_without_tqdm_says_what_to_install(alone: dict[str, object]) -> None:
+    assert "pip install tqdm" in str(alone["refusal"])
 
 
 def test_everything_public_is_there() -> None:
-    assert all(hasattr(odesolvers, name) for name in odesolvers.__all__)
+    for module in (odesolvers, odesolvers.extend, odesolvers.models):
+        assert all(hasattr(module, name) for name in module.__all__)
