@@ -126,51 +126,105 @@ def run(
 X, Y = noise(4, 3, sigma=3.0), noise(4, 3, sigma=3.0, seed=1)
 
 
-def network(z: torch.Tensor, level: int) -> torch.Tensor:
-    """A predicted noise that is known by the variance-preserving state and the number of the level."""
-    return torch.tanh(z * (0.5 + 0.1 * level)) + 0.1 * z.roll(1, -1)
+# --- EDICT, from the paper alone: Wallace, Gokul, Naik 2022, section 4 and algorithms 1 and 2 ---------
 
 
-def edict(
-    alphas_cumprod: list[float], x: torch.Tensor, y: torch.Tensor, p: float
+def predicted_noise(x: torch.Tensor, t: int) -> torch.Tensor:
+    """ε(x, t), which the network knows by the variance-preserving state and the timestep."""
+    return torch.tanh(x * (0.5 + 0.1 * t)) + 0.1 * x.roll(1, -1)
+
+
+def coefficients(alphas: list[float], t: int) -> tuple[float, float]:
+    """``a_t`` and ``b_t`` of the DDIM step from t to t - 1, equations 6 and 7, with ᾱ as α."""
+    here, ahead = alphas[t], alphas[t - 1]
+    return math.sqrt(ahead / here), math.sqrt(1 - ahead) - math.sqrt(ahead * (1 - here) / here)
+
+
+def generate(
+    alphas: list[float], x: torch.Tensor, y: torch.Tensor, p: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Equations 14 and 15 of the paper, line by line: ᾱ falls with t, and t goes down to 0."""
-    for t in range(len(alphas_cumprod) - 1, 0, -1):
-        here, ahead = alphas_cumprod[t], alphas_cumprod[t - 1]
-        a = math.sqrt(ahead / here)
-        b = math.sqrt(1 - ahead) - math.sqrt(ahead * (1 - here) / here)
-        x_inter = a * x + b * network(y, t)
-        y_inter = a * y + b * network(x_inter, t)
+    """Equation 14, from t = T to 0."""
+    for t in range(len(alphas) - 1, 0, -1):
+        a, b = coefficients(alphas, t)
+        x_inter = a * x + b * predicted_noise(y, t)
+        y_inter = a * y + b * predicted_noise(x_inter, t)
         x = p * x_inter + (1 - p) * y_inter
         y = p * y_inter + (1 - p) * x
     return x, y
 
 
-@pytest.mark.parametrize("last", [0.98, 1.0])
-@pytest.mark.parametrize("p", [0.93, 0.6])
-def test_edict_equals_equations_14_and_15(p: float, last: float) -> None:
-    """In the paper's variables: both calls at the old timestep, of the state that stands there."""
-    alphas_cumprod = [last, 0.8, 0.5, 0.2, 0.1]
-    z_x, z_y = noise(4, 3), noise(4, 3, seed=1)
-    levels = [math.sqrt((1 - a) / a) for a in reversed(alphas_cumprod)]
+def invert(
+    alphas: list[float], x: torch.Tensor, y: torch.Tensor, p: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Equation 15, from t = 0 to T."""
+    for t in range(len(alphas) - 1):
+        a, b = coefficients(alphas, t + 1)
+        y_inter = (y - (1 - p) * x) / p
+        x_inter = (x - (1 - p) * y_inter) / p
+        y = (y_inter - b * predicted_noise(x_inter, t + 1)) / a
+        x = (x_inter - b * predicted_noise(y, t + 1)) / a
+    return x, y
+
+
+ALPHAS = [0.98, 0.8, 0.5, 0.2, 0.1]
+
+
+def in_the_papers_variables(alphas: list[float]) -> tuple[list[float], Callable[..., Any]]:
+    """Noise levels and a denoiser for t = T to 0: ``x = z / sqrt(ᾱ)``, ``D = x - σ ε(z, t)``."""
+    sigmas = [math.sqrt((1 - alpha) / alpha) for alpha in reversed(alphas)]
 
     def denoiser(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        k = levels.index(float(sigma[0]))
-        scale = math.sqrt(alphas_cumprod[-1 - k])  # z = sqrt(ᾱ) x
-        return x - levels[k] * network(scale * x, len(levels) - 1 - k)
+        t = len(alphas) - 1 - sigmas.index(float(sigma[0]))
+        return x - sigma.unsqueeze(1) * predicted_noise(math.sqrt(alphas[t]) * x, t)
 
-    start = [z / math.sqrt(alphas_cumprod[-1]) for z in (z_x, z_y)]
-    solver = EDICT(p)
-    state = State(*start, 0, tuple(levels), repr(solver), coupled=True)
-    end = solver.sample(denoiser, state, levels).state
-    expected = edict(alphas_cumprod, z_x, z_y, p)
-    assert end.partner is not None
-    for ours, theirs in zip((end.current, end.partner), expected, strict=True):
-        assert relative_error(ours * math.sqrt(last), theirs) < 1e-13
-    back = solver.invert(denoiser, end, levels).state
-    assert back.partner is not None
-    assert relative_error(back.current, start[0]) < 1e-12
-    assert relative_error(back.partner, start[1]) < 1e-12
+    return sigmas, denoiser
+
+
+@pytest.mark.parametrize("last", [0.98, 1.0])
+@pytest.mark.parametrize("p", [0.93, 0.6])
+def test_edict_generates_by_equation_14_and_inverts_by_equation_15(p: float, last: float) -> None:
+    """From two states that differ, so that formulas that exchange the two are told apart."""
+    alphas = [last, *ALPHAS[1:]]
+    sigmas, denoiser = in_the_papers_variables(alphas)
+    solver, top, bottom = EDICT(p), math.sqrt(alphas[-1]), math.sqrt(last)
+
+    noises = noise(4, 3), noise(4, 3, seed=1)
+    start = State(noises[0] / top, noises[1] / top, 0, tuple(sigmas), repr(solver), coupled=True)
+    there = solver.sample(denoiser, start, sigmas).state
+    for ours, theirs in zip(
+        (there.current, there.partner), generate(alphas, *noises, p), strict=True
+    ):
+        assert ours is not None
+        assert relative_error(ours * bottom, theirs) < 1e-13
+
+    images = noise(4, 3, seed=2), noise(4, 3, seed=3)
+    last_level = len(sigmas) - 1
+    end = State(
+        images[0] / bottom,
+        images[1] / bottom,
+        last_level,
+        tuple(sigmas),
+        repr(solver),
+        coupled=True,
+    )
+    code = solver.invert(denoiser, end, sigmas).state
+    for ours, theirs in zip((code.current, code.partner), invert(alphas, *images, p), strict=True):
+        assert ours is not None
+        assert relative_error(ours * top, theirs) < 1e-12
+
+
+def test_edict_begins_with_the_same_state_twice() -> None:
+    """As algorithms 1 and 2 do, ``y = x``, at either end."""
+    sigmas, denoiser = in_the_papers_variables(ALPHAS)
+    top, bottom = math.sqrt(ALPHAS[-1]), math.sqrt(ALPHAS[0])
+    z, image = noise(4, 3), noise(4, 3, seed=1)
+    sample = EDICT(0.8).sample(denoiser, z / top, sigmas).x
+    assert relative_error(sample * bottom, generate(ALPHAS, z, z, 0.8)[0]) < 1e-13
+    code = EDICT(0.8).invert(denoiser, image / bottom, sigmas).x
+    assert relative_error(code * top, invert(ALPHAS, image, image, 0.8)[0]) < 1e-12
+
+
+# --- McCallum-Foster, Rex and reversible Heun --------------------------------------------------------
 
 
 @pytest.mark.parametrize("zeta", [0.999, 0.7])
