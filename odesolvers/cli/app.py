@@ -1,374 +1,154 @@
-"""The commands of `odesolvers`: options in, a table and a picture out."""
+"""The commands of `odesolvers`, and their options."""
 
 from __future__ import annotations
 
+import argparse
+import sys
+import warnings
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, Final, NoReturn
 
-import typer
+import torch
 from rich.console import Console
-from rich.markup import escape
-from typer.core import TyperGroup
+from tqdm import tqdm
 
-from .. import State
+from .. import InversionWarning, Solution, State
+from .. import calibrate as learn
+from ..extend import IntegrationApproximator
+from ..models import ClassifierFreeGuidance
 from . import choices, pictures, report, work
-from .choices import Options, Settings
+from .choices import DEFAULT, DTYPES, GRIDS, MODELS
 from .work import Setup
 
-
-class _Commands(TyperGroup):
-    """Turns the errors that say what to do into one line and the exit code 2."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (ValueError, OSError, ImportError, FloatingPointError) as error:
-            message = escape(str(error))
-            Console(stderr=True).print(f"[bold red]Error:[/bold red] {message}", highlight=False)
-            raise typer.Exit(2) from None
+SUFFIX: Final = ".safetensors"
 
 
-app = typer.Typer(
-    cls=_Commands,
-    help="Diffusion ODE solvers that go from noise to data and exactly back.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-SUFFIX = ".safetensors"
-
-
-def _state_path(path: Path | None) -> Path | None:
-    if path is not None and path.suffix != SUFFIX:
-        raise typer.BadParameter(f"{path} must end in {SUFFIX}")
-    return path
-
-
-ModelName = Annotated[
-    str | None,
-    typer.Option(
-        "--model", help="See `odesolvers list`.", show_default="letters where installed, or digits"
-    ),
-]
-Approximator = Annotated[
-    str | None, typer.Option(help="The one-step method under BDIA.", show_default="heun-edm")
-]
-Gamma = Annotated[
-    str | None,
-    typer.Option(
-        help="A number in (0, 1], step-ratio-P, damped-C-P, FILE.json or smoothed-RULE.",
-        show_default="step-ratio-2",
-    ),
-]
-Labels = Annotated[
-    str | None,
-    typer.Option(
-        help="Classes, taken in turn: 3 or 1,4,7 or 0-9, A or A-E.", show_default="no classes"
-    ),
-]
-GridName = Annotated[
-    str | None, typer.Option("--grid", help="Spacing of the levels.", show_default="karras")
-]
-Steps = Annotated[int | None, typer.Option(help="Steps of the grid.", show_default="18")]
-SigmaMin = Annotated[float | None, typer.Option(help="Lowest level above 0.", show_default="0.002")]
-SigmaMax = Annotated[float | None, typer.Option(help="Highest level.", show_default="80")]
-Rho = Annotated[float | None, typer.Option(help="Curvature of the grid.", show_default="7")]
-Count = Annotated[int, typer.Option(help="How many images.")]
-Seed = Annotated[int, typer.Option(help="Of the noise.")]
-Dtype = Annotated[
-    str | None, typer.Option(help=f"{', '.join(choices.DTYPES)}.", show_default="float32")
-]
-Guidance = Annotated[
-    float | None,
-    typer.Option(
-        help="Classifier-free, from no label to the labels.",
-        show_default="1, or 3 to sample letters",
-    ),
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
-Save = Annotated[
-    Path | None,
-    typer.Option(help=f"Write the state too, to go on or back ({SUFFIX}).", callback=_state_path),
-]
+def roundtrip(args: Namespace) -> None:
+    """Compare solvers on a round trip from noise, and draw one."""
+    setup = Setup.of(args)
+    noun, solvers = setup.model.noun, work.compared(setup.solver)
+    compared = work.compare(setup, solvers, args.count, args.seed)
+    rows = list(tqdm(compared, desc="solvers", total=len(solvers)))
+    console = Console(highlight=False)
+    console.print(report.comparison(rows, setup))
+    console.print(f"\n{report.legend(args.count, noun)}", style="dim")
+    for sentence in report.findings(rows, setup):
+        console.print(f"\n{sentence}", markup=False)
+    chosen = next(row for row in rows if row.solver == setup.solver)
+    title = f"From noise to {noun}s and back: {work.short(setup.solver)}"
+    pictures.draw_round_trip(chosen, setup.sigmas[0].item(), args.out, title, noun)
+    _wrote(args.out, "picture")
 
 
-@app.command()
-def roundtrip(
-    model: ModelName = None,
-    approximator: Approximator = None,
-    gamma: Gamma = None,
-    labels: Labels = None,
-    grid: GridName = None,
-    steps: Steps = None,
-    sigma_min: SigmaMin = None,
-    sigma_max: SigmaMax = None,
-    rho: Rho = None,
-    count: Count = 36,
-    seed: Seed = 0,
-    dtype: Dtype = None,
-    device: Device = "cpu",
-    out: Annotated[Path, typer.Option(help="The picture.")] = Path("out/roundtrip.png"),
-) -> None:
-    """Sample, invert to the noise, sample again: every solver in a table, one in a picture."""
-    options = Options(
-        model or "digits",
-        approximator,
-        gamma,
-        labels,
-        grid,
-        steps,
-        sigma_min,
-        sigma_max,
-        rho,
-        dtype,
-        device,
-    )
-    setup, settings = Setup.of(options)
-    noun = setup.model.noun
-    contestants = work.every_solver(settings)
-    rows = []
-    with _progress(len(contestants)) as bar:
-        for row in work.compare(setup, contestants, count, seed):
-            rows.append(row)
-            bar.update()
-    console = Console()
-    console.print(report.comparison(rows, settings, noun))
-    console.print(report.legend(count, noun), style="dim", highlight=False)
-    for sentence in report.findings(rows, settings, noun, finite=setup.model.finite):
-        console.print(f"\n{sentence}", highlight=False)
-    chosen = next(row for row in rows if row.settings.solver() == settings.solver())
-    title = (
-        f"From noise to {noun}s and back: BDIA over {settings.approximator}, γ = {settings.gamma}"
-    )
-    pictures.draw_round_trip(chosen.trip, setup.sigmas[0].item(), out, title=title, noun=noun)
-    _wrote(out, "picture")
-
-
-@app.command()
-def sample(
-    model: ModelName = None,
-    approximator: Approximator = None,
-    gamma: Gamma = None,
-    labels: Labels = None,
-    grid: GridName = None,
-    steps: Steps = None,
-    sigma_min: SigmaMin = None,
-    sigma_max: SigmaMax = None,
-    rho: Rho = None,
-    count: Count = 36,
-    seed: Seed = 0,
-    dtype: Dtype = None,
-    device: Device = "cpu",
-    guidance: Guidance = None,
-    start: Annotated[
-        Path | None,
-        typer.Option("--from", help="Go on from the state that `invert --save` wrote, not noise."),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="The contact sheet.")] = Path("out/samples.png"),
-    save: Save = None,
-) -> None:
-    """Sample images; with --save, keep the state that leads back to their noise."""
-    if start is None:
-        model = model or choices.default_model()
-    options = Options(
-        model,
-        approximator,
-        gamma,
-        labels,
-        grid,
-        steps,
-        sigma_min,
-        sigma_max,
-        rho,
-        dtype,
-        device,
-        guidance,
-    )
-    if start is None:
-        setup, settings = Setup.of(options.for_sampling())
-        solution = work.go(setup, settings, setup.noise(count, seed), down=True)
+def sample(args: Namespace) -> None:
+    """Sample images; --save keeps the state that leads back to noise."""
+    start: State | torch.Tensor
+    if file := getattr(args, "from"):
+        setup, start, _ = Setup.restore(args, file, relabel=True)
     else:
-        setup, settings, state = Setup.restore(start, options, relabel=True)
-        solution = work.go(setup, settings, state, down=True)
-    pictures.save(pictures.contact_sheet(solution.x), out)
+        setup = Setup.of(args, sampled=True)
+        start = setup.noise(args.count, args.seed)
+    solution = setup.run(start, down=True)
+    pictures.save(args.out, pictures.contact_sheet(solution.x))
     noun = setup.model.noun
     print(f"{solution.nfe} evaluations of the denoiser for {len(solution.x)} {noun}s")
     if setup.model.finite:
-        distance = setup.distances(solution.x).median().item()
+        distance = setup.distance(solution.x)
         print(f"distance to the nearest real {noun}, per pixel, median: {distance:.1e}")
-    _wrote(out, "contact sheet")
-    _save(solution.state, save, settings)
+    _wrote(args.out, "contact sheet")
+    _save(solution, setup, args.save)
 
 
-@app.command()
-def invert(
-    file: Annotated[
-        Path, typer.Argument(help="A state (.safetensors), an image, or an array (.npy).")
-    ],
-    model: ModelName = None,
-    approximator: Approximator = None,
-    gamma: Gamma = None,
-    labels: Labels = None,
-    grid: GridName = None,
-    steps: Steps = None,
-    sigma_min: SigmaMin = None,
-    sigma_max: SigmaMax = None,
-    rho: Rho = None,
-    dtype: Dtype = None,
-    device: Device = "cpu",
-    guidance: Guidance = None,
-    out: Annotated[Path, typer.Option(help="Images and noise.")] = Path("out/inverted.png"),
-    save: Save = None,
-) -> None:
-    """Go back to the noise: exactly from a saved state, as well as can be from a lone image.
+def invert(args: Namespace) -> None:
+    """Invert a saved state exactly, or a lone image approximately.
 
-    A state brings its solver, grid and labels along; options that say otherwise are refused.
+    A state brings its solver, grid, model and labels; options that say otherwise are refused.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no file {file}")
-    if file.suffix != SUFFIX:
-        model = model or choices.default_model()
-    options = Options(
-        model,
-        approximator,
-        gamma,
-        labels,
-        grid,
-        steps,
-        sigma_min,
-        sigma_max,
-        rho,
-        dtype,
-        device,
-        guidance,
-    )
-    if file.suffix == SUFFIX:
-        setup, settings, state = Setup.restore(file, options)
-        images = state.current
-        solution = work.go(setup, settings, state, down=False)
+    start: State | torch.Tensor
+    if args.file.suffix == SUFFIX:
+        setup, start, images = Setup.restore(args, args.file)
     else:
-        setup, settings = Setup.of(options)
-        images = pictures.read_images(file, setup.model.images.shape[1:])
-        images = setup.at_last_level(images)
-        solution = work.go(setup, settings, images, down=False)
-    mean, std = work.latent(solution.x, setup.sigmas)
-    print(f"{solution.nfe} evaluations of the denoiser")
-    print(f"latent mean {mean:.4f}, standard deviation {std:.4f} (of noise: 0 and 1)")
+        setup = Setup.of(args)
+        images = pictures.read_images(args.file, setup.images.shape[1:])
+        start = images = setup.at_last_level(images)
+    solution = setup.run(start, down=False)
+    _print_code(setup, solution.x, solution.nfe)
     noise = pictures.noise_in_view(solution.x, setup.sigmas[0].item())
-    sheets = pictures.contact_sheet(images), pictures.contact_sheet(noise)
-    pictures.save(pictures.side_by_side(*sheets), out)
-    _wrote(out, "images and their noise")
-    _save(solution.state, save, settings)
+    pictures.save(args.out, pictures.contact_sheet(images), pictures.contact_sheet(noise))
+    _wrote(args.out, "images and their noise")
+    _save(solution, setup, args.save)
 
 
-@app.command()
-def edit(
-    file: Annotated[
-        Path | None,
-        typer.Argument(help="An image or an array (.npy), with its --labels; or held-out ones."),
-    ] = None,
-    to: Annotated[str, typer.Option(help="Labels to sample under.")] = "",
-    guidance: Annotated[float, typer.Option(help="Away from the image's own label.")] = 3.0,
-    model: ModelName = None,
-    approximator: Approximator = None,
-    gamma: Gamma = None,
-    labels: Labels = None,
-    grid: GridName = None,
-    steps: Steps = None,
-    sigma_min: SigmaMin = None,
-    sigma_max: SigmaMax = None,
-    rho: Rho = None,
-    count: Count = 6,
-    seed: Seed = 0,
-    dtype: Dtype = None,
-    device: Device = "cpu",
-    out: Annotated[Path, typer.Option(help="The picture.")] = Path("out/edit.png"),
-) -> None:
-    """Invert images under their own label, and sample from their code under another."""
-    model = model or choices.default_model()
-    options = Options(
-        model, approximator, gamma, labels, grid, steps, sigma_min, sigma_max, rho, dtype, device
-    )
-    setup, settings = Setup.of(options)
-    names = choices.MODELS[model].names
-    targets = choices.labels(to or ",".join(names[:: max(1, len(names) // 8)]), names)
-    if file is None:
-        images, settings = setup.held_out(settings, count, seed)
-    elif settings.labels is None:
-        raise ValueError(f"an edit starts from the label of the image: give --labels for {file}")
+def edit(args: Namespace) -> None:
+    """Invert images under their label, and sample under others.
+
+    Without FILE the images are real ones, which the letters' network was not trained on.
+    """
+    setup = Setup.of(args)
+    setup.guidance = 1.0  # --guidance is that of the edits
+    names = setup.model.names
+    spread = ",".join(names[:: len(names) // 8 or 1])
+    targets = setup.model.labels(spread if args.to is None else args.to)
+    if args.image is None:
+        images, setup.labels = setup.real_images(args.count, args.seed)
+    elif setup.labels is None:
+        raise ValueError(f"an edit starts from the image's label: give --labels for {args.image}")
     else:
-        images = pictures.read_images(file, setup.model.images.shape[1:])
-    images = setup.at_last_level(images)
-    done = work.edit(setup, settings, images, targets, guidance)
-    mean, std = work.latent(done.code, setup.sigmas)
-    print(f"{done.nfe} evaluations of the denoiser")
-    print(f"latent mean {mean:.4f}, standard deviation {std:.4f} (of noise: 0 and 1)")
-    print(f"back under its own label to {work.relative(done.back, images):.1e}")
-    assert settings.labels is not None
-    pictures.draw_edit(
-        done,
-        setup.sigmas[0].item(),
-        out,
-        own=[names[settings.labels[k % len(settings.labels)]] for k in range(len(images))],
-        targets=[names[target] for target in targets],
-        title=f"The same code under another label, guidance {guidance:g}",
-    )
-    _wrote(out, "edits")
+        images = pictures.read_images(args.image, setup.images.shape[1:])
+    images, count = setup.at_last_level(images), len(images)
+    code = setup.run(images, down=False)
+    runs = [code, setup.run(code.state, down=True)]
+    guided = ClassifierFreeGuidance(setup.denoiser, args.guidance)
+    own = setup.extra_args(setup.labels, count)
+    for target in targets:
+        branches = {"positive": setup.extra_args((target,), count), "negative": own}
+        options: Any = {"extra_args": branches, "progress": True}
+        runs.append(setup.solver.sample(guided, code.state.fork(), setup.sigmas, **options))
+    _print_code(setup, code.x, sum(run.nfe for run in runs))
+    print(f"back under its own label to {work.relative(runs[1].x, images):.1e}")
+    noise = pictures.noise_in_view(code.x, setup.sigmas[0].item())
+    columns = {"image": images, "code": noise, "back": runs[1].x}
+    columns |= {f"as {names[k]}": run.x for k, run in zip(targets, runs[2:], strict=True)}
+    rows = [names[k] for k in own["class_labels"]]
+    title = f"The same code under another label, guidance {args.guidance:g}"
+    pictures.draw_edit(columns, rows, args.out, title)
+    _wrote(args.out, "edits")
 
 
-@app.command()
-def calibrate(
-    model: ModelName = None,
-    approximator: Approximator = None,
-    labels: Labels = None,
-    grid: GridName = None,
-    steps: Steps = None,
-    sigma_min: SigmaMin = None,
-    sigma_max: SigmaMax = None,
-    rho: Rho = None,
-    count: Annotated[int, typer.Option(min=1, help="How many states to learn from.")] = 16,
-    seed: Seed = 1000,
-    dtype: Dtype = None,
-    device: Device = "cpu",
-    guidance: Guidance = None,
-    runs: Annotated[int, typer.Option(min=1, help="When to stop at the latest.")] = 80,
-    out: Annotated[Path, typer.Option(help="The weights.")] = Path("out/gamma.json"),
-) -> None:
-    """Learn the weights of BDIA for a model: then give the file as --gamma."""
-    options = Options(
-        model or choices.default_model(),
-        approximator or "euler",
-        None,
-        labels,
-        grid,
-        steps,
-        sigma_min,
-        sigma_max,
-        rho,
-        dtype,
-        device,
-        guidance,
-    )
-    setup, settings = Setup.of(options.for_sampling())
-    rule = work.calibrated(setup, settings, count, seed, runs)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    rule.save(out)
+def calibrate(args: Namespace) -> None:
+    """Learn weights of BDIA for a model and a grid, for --weights."""
+    base = choices.read("--base", args.base, IntegrationApproximator, "a method such as Euler()")
+    setup = Setup.of(args, base, sampled=True)
+    denoiser, extra = setup.condition(args.count)
+    noise, options = setup.noise(args.count, args.seed), {"max_runs": args.runs, "progress": True}
+    rule = learn(denoiser, noise, setup.sigmas, base=base, extra_args=extra, **options)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    rule.save(args.out)
     print(rule.report)
-    _wrote(out, "weights")
+    _wrote(args.out, "weights")
 
 
-@app.command("list")
-def list_() -> None:
-    """Solvers, gamma rules, grids and models, and what each needs."""
+def list_(args: Namespace) -> None:
+    """List solvers, gamma rules, grids, models and what they need."""
+    del args
+    console = Console(highlight=False)
     for table in report.catalogue():
-        Console().print(table)
+        console.print(table, "")
+    print(report.HINTS)
 
 
-def _save(state: State, path: Path | None, settings: Settings) -> None:
+def _print_code(setup: Setup, code: torch.Tensor, evaluations: int) -> None:
+    mean, std = setup.latent(code)
+    print(f"{evaluations} evaluations of the denoiser")
+    print(f"latent mean {mean:.4f}, standard deviation {std:.4f} (of noise: 0 and 1)")
+
+
+def _save(solution: Solution, setup: Setup, path: Path | None) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        state.save(path, settings.notes())
+        solution.state.save(path, setup.notes())
         _wrote(path, "state")
 
 
@@ -376,9 +156,133 @@ def _wrote(path: Path, what: str) -> None:
     print(f"wrote {path} ({what})")
 
 
-def _progress(total: int) -> Any:
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"must be a whole number, 1 or more, got {text!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise ArgumentTypeError(f"must be a whole number from 0 to 2^63 - 1, got {text!r}")
+    return int(text)
+
+
+def _device(text: str) -> torch.device:
     try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError("progress bars need tqdm: pip install 'odesolvers[cli]'") from error
-    return tqdm(total=total, desc="solvers")
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ArgumentTypeError(f"the device {text!r} cannot be used here: {reason}") from error
+
+
+def _input(text: str) -> Path:
+    if not Path(text).is_file():
+        raise ArgumentTypeError(f"there is no file {text}")
+    return Path(text)
+
+
+def _state_file(text: str) -> Path:
+    if not text.endswith(SUFFIX):
+        raise ArgumentTypeError(f"{text} must end in {SUFFIX}")
+    return Path(text)
+
+
+def _option(kind: Callable[[str], Any], metavar: str, text: str) -> Mapping[str, Any]:
+    return {"type": kind, "metavar": metavar, "help": text}
+
+
+def _choice(names: Iterable[str], default: str) -> Mapping[str, Any]:
+    names = tuple(names)
+    return {"choices": names, "metavar": "NAME", "help": f"{', '.join(names)} ({default})"}
+
+
+OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "file": _option(_input, "FILE", f"a saved state ({SUFFIX}), an image, or an array (.npy)"),
+    "image": {**_option(_input, "FILE", "an image or an array, with its --labels"), "nargs": "?"},
+    "--from": _option(_input, "FILE", "start from a state of `invert --save`, not from noise"),
+    "--to": _option(str, "LABELS", "labels to sample under (eight or more, evenly spread)"),
+    "--base": _option(str, "METHOD", "one-step method under BDIA (%(default)s)"),
+    "--runs": _option(_count, "N", "sample and encode the batch at most N times (%(default)s)"),
+    "--solver": _option(str, "EXPR", f"such as 'EDICT()', see `odesolvers list` ({DEFAULT})"),
+    "--weights": _option(_input, "FILE", "BDIA with weights that `odesolvers calibrate` wrote"),
+    "--model": _choice(MODELS, "letters if installed; roundtrip: digits"),
+    "--labels": _option(str, "LABELS", "3 or 1,4,7 or 0-9 or A-E (none; sampled letters: A-Z)"),
+    "--guidance": _option(float, "X", "classifier-free guidance (1; edit, sampled letters: 3)"),
+    "--count": _option(_count, "N", "how many images (%(default)s)"),
+    "--seed": _option(_seed, "N", "seed of the noise and of the choice of images (%(default)s)"),
+    "--grid": _choice(GRIDS, "karras"),
+    "--steps": _option(_count, "N", "steps of the grid (18; letters: 24)"),
+    "--sigma-min": _option(float, "X", "lowest noise level above 0 (0.002; letters: 0.02)"),
+    "--sigma-max": _option(float, "X", "highest noise level (80)"),
+    "--rho": _option(float, "X", "how much the levels crowd at the lower end (karras: 7)"),
+    "--dtype": _choice(DTYPES, "float32"),
+    "--device": _option(_device, "NAME", "cpu, cuda, cuda:1, mps (%(default)s)"),
+    "--out": _option(Path, "FILE", "the file to write (%(default)s)"),
+    "--save": _option(_state_file, "FILE", f"write the state too, to go on or back ({SUFFIX})"),
+}
+SOLVER: Final = "--solver --weights"
+MODEL: Final = "--model --labels --guidance"
+NOISE: Final = "--count --seed"
+RUN: Final = "--grid --steps --sigma-min --sigma-max --rho --dtype --device --out"
+ALL: Final = f"{SOLVER} {MODEL} {NOISE} {RUN}"
+
+DEFAULTS: Final = {"base": "Euler()", "runs": 80, "count": 36, "seed": 0, "device": "cpu"}
+LEARNING: Final = {"count": 16, "seed": 1000}  # so that learning and sampling see other noise
+COMMANDS: Final[tuple[tuple[Callable[[Namespace], None], str, str, Mapping[str, Any]], ...]] = (
+    (roundtrip, "", ALL, {"out": "out/roundtrip.png", "model": "digits"}),
+    (sample, "", f"--from {ALL} --save", {"out": "out/samples.png"}),
+    (invert, "FILE", f"file {SOLVER} {MODEL} {RUN} --save", {"out": "out/inverted.png"}),
+    (edit, "[FILE]", f"image --to {ALL}", {"out": "out/edit.png", "count": 6, "guidance": 3.0}),
+    (calibrate, "", f"--base --runs {MODEL} {NOISE} {RUN}", {"out": "out/gamma.json", **LEARNING}),
+    (list_, "", "", {}),
+)
+"""The commands: function, operand, names of the options, and defaults other than `DEFAULTS`."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that takes options in full only, and raises its errors."""
+
+    def __init__(self, **settings: Any) -> None:
+        def formatter(prog: str) -> argparse.HelpFormatter:
+            return argparse.HelpFormatter(prog, max_help_position=21)
+
+        super().__init__(allow_abbrev=False, formatter_class=formatter, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see `{self.prog} --help`")
+
+
+def parser() -> Parser:
+    """The parser of all commands."""
+    top = Parser(
+        prog="odesolvers",
+        usage="%(prog)s COMMAND [options]",
+        description="ODE solvers for diffusion models that go from noise to data and exactly back.",
+        epilog="The options of a command, with their defaults: odesolvers COMMAND --help",
+    )
+    # A metavar as wide as the names, for the layout of the help.
+    parsers = top.add_subparsers(
+        title="commands", metavar="COMMAND ...", required=True, prog="odesolvers"
+    )
+    for function, operand, names, defaults in COMMANDS:
+        name, doc = function.__name__.rstrip("_"), function.__doc__ or ""
+        command = parsers.add_parser(name, description=doc, help=doc.split("\n")[0])
+        if names:
+            command.usage = " ".join(["%(prog)s", *operand.split(), "[options]"])
+            command.epilog = "Defaults are in parentheses."
+        command.set_defaults(function=function, prog=command.prog, **DEFAULTS | dict(defaults))
+        for name in names.split():
+            command.add_argument(name, **OPTIONS[name])
+    return top
+
+
+def run(argv: Sequence[str]) -> None:
+    """Runs the command that `argv` names."""
+    args, unknown = parser().parse_known_args(argv or ["--help"])
+    if unknown:
+        raise ValueError(f"{args.prog} takes no {unknown[0]!r}; see `{args.prog} --help`")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", InversionWarning)
+        warnings.showwarning = lambda message, *_: print(f"Warning: {message}", file=sys.stderr)
+        args.function(args)

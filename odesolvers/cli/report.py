@@ -1,158 +1,124 @@
-"""Tables, and the sentences that say what their numbers mean."""
+"""Tables, and the conclusions from their numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from inspect import signature
+from typing import Final
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
-from .. import BDIA
-from .choices import APPROXIMATORS, GAMMAS, GRIDS, LOADERS, MODELS, Settings
-from .work import Row
+import odesolvers as ode
+
+from .choices import GRIDS, LEVELS, LISTED, LOADERS, METHODS, MODELS, installed
+from .work import Row, Setup, short
+
+GOOD: Final = 0.05
+"""A sample nearer than this to a real image, per pixel, counts as that image."""
+
+HINTS: Final = """\
+--solver takes an expression of these names, such as
+  "BDIA(HeunEDM(), gamma=StepRatio(1), arithmetic=FixedPoint())"; in it,
+  load('FILE.json') is the rule that `odesolvers calibrate` wrote.
+An extra is installed by: pip install 'odesolvers[extra]'"""
 
 
-def comparison(rows: Sequence[Row], chosen: Settings, noun: str) -> Table:
-    """One line for each solver, those of one γ together; the chosen one in bold."""
-    table = _table("BDIA over")
-    for name in (
-        "calls",
-        "sec",
-        "round\ntrip",
-        f"nearest\n{noun}",
-        "latent\nmean",
-        "latent\nstd",
-        "sampled\nagain",
-    ):
-        table.add_column(name, justify="right", no_wrap=True)
-    gamma = None
+def comparison(rows: Sequence[Row], setup: Setup) -> Table:
+    """The table of a comparison: a line for each solver, in sections; the chosen one in bold."""
+    nearest, section = f"nearest\n{setup.model.noun}", ""
+    latent = "latent\nmean", "latent\nstd"
+    table = _table(("BDIA over", "calls", "sec", "round\ntrip", nearest, *latent, "sampled\nagain"))
     for row in rows:
-        if row.settings.gamma != gamma:
-            gamma = row.settings.gamma
+        if row.section != section:
+            section = row.section
             table.add_section()
-            table.add_row(f"[cyan]γ = {gamma}[/cyan]")
-        there, back = row.trip.evaluations
-        table.add_row(
-            row.settings.approximator,
-            f"{there}+{back}",
-            f"{row.trip.seconds:.2f}",
-            f"{row.trip.error:.0e}",
-            f"{row.distances.median().item():.0e}",
-            f"{row.code.mean:.3f}",
-            f"{row.code.std:.3f}",
-            f"{row.code.error:.0e}",
-            style="bold" if row.settings.solver() == chosen.solver() else "",
-        )
+            table.add_row(f"[cyan]{escape(section)}[/cyan]")
+        calls, seconds = "{}+{}".format(*row.evaluations), f"{row.seconds:.2f}"
+        errors = f"{row.error:.0e}", f"{row.distance:.0e}"
+        last = *(f"{value:.3f}" for value in row.latent), f"{row.again:.0e}"
+        style = "bold" if row.solver == setup.solver else ""
+        table.add_row(escape(row.name), calls, seconds, *errors, *last, style=style)
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
     return table
 
 
 def legend(count: int, noun: str) -> str:
-    """What the columns of `comparison` hold."""
+    """The columns of `comparison` in words."""
     return (
         f"calls: denoiser evaluations there + back, for all {count} {noun}s at once. round trip: "
-        "error of the recovered noise, relative. "
-        f"nearest {noun}: distance of a sample to the nearest real {noun}, root mean square per "
-        f"pixel, median (pixels span 2). latent: real {noun}s encoded on their own; 0 and 1 would be "
-        f"right. sampled again: error of those {noun}s sampled from their encoding's state, relative."
+        f"relative error of the recovered noise. nearest {noun}: distance of a sample to the nearest "
+        f"real {noun}, root mean square per pixel, median (pixels span 2). latent: real {noun}s "
+        "encoded on their own; 0 and 1 would be right. sampled again: relative error of those "
+        f"{noun}s, sampled from the state of their encoding."
     )
 
 
-def findings(rows: Sequence[Row], chosen: Settings, noun: str, *, finite: bool = True) -> list[str]:
-    """What the numbers of `rows` say, good or bad, in plain sentences.
-
-    `finite` says that a good sample is one of the real images.
-    """
-    mine = next(row for row in rows if row.settings.solver() == chosen.solver())
-    if not finite:
-        dtype = str(mine.trip.noise.dtype).removeprefix("torch.")
-        return [
-            f"BDIA over {chosen.approximator} with γ = {chosen.gamma} brings the noise back to "
-            f"{mine.trip.error:.0e} in {dtype}. A real {noun} on its own is encoded to noise of "
-            f"standard deviation {mine.code.std:.3g}; 1 would be right."
-        ]
-    near = mine.distances.median().item()
-    dtype = str(mine.trip.noise.dtype).removeprefix("torch.")
-    found = [
-        f"BDIA over {chosen.approximator} with γ = {chosen.gamma} brings the noise back to "
-        f"{mine.trip.error:.0e} in {dtype}, and its samples are "
-        + (f"{noun}s" if near < GOOD else f"not {noun}s")
-        + f": {near:.0e} from the nearest real one."
-    ]
-    poor = [row for row in rows if row.distances.median().item() > GOOD and row.trip.error < 1e-2]
+def findings(rows: Sequence[Row], setup: Setup) -> list[str]:
+    """Conclusions from the numbers of `rows`, good or bad."""
+    noun, finite = setup.model.noun, setup.model.finite  # if finite, samples must be real images
+    mine = next(row for row in rows if row.solver == setup.solver)
+    std, dtype = mine.latent[1], str(setup.dtype).removeprefix("torch.")
+    found = [f"{short(mine.solver)} recovers the noise to {mine.error:.0e} in {dtype}."]
+    if finite:
+        verdict = "are" if mine.distance < GOOD else "are not"
+        found[0] += (
+            f" Its samples {verdict} {noun}s: {mine.distance:.0e} from the nearest real one."
+        )
+    poor = [row for row in rows if finite and row.distance > GOOD and row.error < 1e-2]
     if poor:
-        worst = max(poor, key=lambda row: row.distances.median().item())
-        gammas = sorted({row.settings.gamma for row in poor})
+        error, distance = max(row.error for row in poor), max(row.distance for row in poor)
         found.append(
             f"A small round-trip error alone says nothing about the samples: {len(poor)} of the "
-            f"{len(rows)} solvers (γ = {', '.join(gammas)}) go there and back to "
-            f"{max(row.trip.error for row in poor):.0e} or better, yet end up to "
-            f"{worst.distances.median().item():.1f} from any {noun}. Their error alternates in sign "
-            "from step to step, and a large γ does not damp it."
+            f"{len(rows)} solvers recover the noise to {error:.0e} or better, yet end up to "
+            f"{distance:.0f} from any {noun}. With gamma=1, BDIA does not damp an error that "
+            "alternates in sign from step to step."
         )
-    if mine.code.std < 0.9:
-        found.append(
-            f"A lone {noun} is encoded to noise of standard deviation {mine.code.std:.2f}, not 1: "
-            f"many noises flow to the same {noun}, so the image alone does not hold the noise it "
-            "came from. The pair of states that sampling ends with does."
-        )
-    elif mine.code.std > 1.1:
-        found.append(
-            f"A lone {noun} is encoded to noise of standard deviation {mine.code.std:.3g}, not 1: "
-            "this γ amplifies errors when inverting."
-        )
+    if not 0.9 <= std <= 1.1:
+        reason = "this solver amplifies errors when it inverts on this grid."
+        if finite and std < 0.9:
+            reason = (
+                f"many noises flow to the same {noun}, so the image alone does not hold the noise it "
+                "came from. The pair of states at the end of sampling does."
+            )
+        code = f"A lone {noun} is encoded to noise of standard deviation {std:.3g}, not 1"
+        found.append(f"{code}: {reason}")
     return found
 
 
-GOOD = 0.05
-"""Samples nearer to a real image than this, per pixel, are taken for one."""
-
-
 def catalogue() -> list[Table]:
-    """Solvers, gamma rules, grids and models, and what each needs."""
-    solvers = _table("approximator", caption="BDIA over any of these, or alone with --gamma 0")
-    for name in ("order", "calls/step", "under BDIA", "state scale"):
-        solvers.add_column(name, justify="right")
-    for name, method in APPROXIMATORS.items():
-        step = BDIA(method).step(behind=3.0, sigma=2.0, ahead=1.0, g=1.0)
-        scale = "x" if method.scale(1.0) == 1.0 else "x / sqrt(1 + σ²)"
-        numbers = method.order, method.evaluations, len(step.calls), scale
-        solvers.add_row(name, *map(str, numbers))
-
-    gammas = _table("gamma", "what it does")
-    for form, meaning in GAMMAS.items():
-        gammas.add_row(form, meaning)
-
-    grids = _table("grid", "levels", "options")
-    for name, choice in GRIDS.items():
-        options = " ".join(f"--{option.replace('_', '-')}" for option in choice.takes)
-        grids.add_row(name, choice.summary, f"--steps {options}")
-
-    models = _table("model", "what it is", "needs", "installed")
-    for name, model in MODELS.items():
-        installed = "yes" if model.installed else "no"
-        models.add_row(name, model.summary, f"odesolvers\\[{model.extra}]", installed)
-
-    loaders = _table(
-        "from Python",
-        "what it is",
-        "extra",
-        "installed",
-        caption="pip install 'odesolvers\\[extra]'",
-    )
-    for loader in LOADERS:
-        installed = "yes" if loader.installed else "no"
-        loaders.add_row(loader.name, loader.summary, loader.extra or "none", installed)
-    return [solvers, gammas, grids, models, loaders]
+    """Tables of what `--solver`, `--grid` and `--model` accept, and of what models need."""
+    parts = []
+    for kind, names in LISTED.items():
+        docs = [(name, getattr(ode, name).__doc__ or "") for name in names.split()]
+        rows = [(name, doc.split("\n")[0].replace("`", "")) for name, doc in docs]
+        parts.append(_table((kind, "what it is"), rows))
+    methods = []
+    for method in map(ode.parse, [*METHODS.split(), "Exponential(Euler())"]):
+        calls = len(ode.BDIA(method).step(behind=3.0, sigma=2.0, ahead=1.0, g=1.0).calls)
+        scale = {1.0: "x", 0.5: "x / (1 + σ)"}.get(method.scale(1.0), "x / sqrt(1 + σ²)")
+        methods.append((method, method.order, method.evaluations, calls, scale))
+    grids = []
+    for name, (make, summary) in GRIDS.items():
+        takes = ["steps", *(k for k in LEVELS if k in signature(make).parameters)]
+        grids.append((name, summary, " ".join(f"--{k.replace('_', '-')}" for k in takes)))
+    yes = {True: "yes", False: "no"}
+    models = [(name, m.summary, name, yes[installed(m.modules)]) for name, m in MODELS.items()]
+    loaders = [(*loader, yes[installed(modules)]) for *loader, modules in LOADERS]
+    needs = "what it is", "extra", "installed"
+    return [
+        *parts,
+        _table(("approximator", "order", "calls/step", "under BDIA", "state scale"), methods),
+        _table(("--grid", "levels", "options"), grids),
+        _table(("--model", *needs), models),
+        _table(("from Python", *needs), loaders),
+    ]
 
 
-def _table(*columns: str, caption: str | None = None) -> Table:
-    table = Table(
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-        caption=caption,
-        caption_justify="left",
-    )
-    for name in columns:
-        table.add_column(name, no_wrap=name == columns[0])
+def _table(columns: Sequence[str], rows: Iterable[Iterable[object]] = ()) -> Table:
+    table = Table(*columns, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for row in rows:
+        table.add_row(*(escape(str(cell)) for cell in row))
     return table

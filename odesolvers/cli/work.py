@@ -1,294 +1,234 @@
-"""What the commands do: functions from settings to values, without a word on the screen."""
+"""The setup of a run and the comparison of solvers, with nothing printed."""
 
 from __future__ import annotations
 
 import math
+import textwrap
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import BDIA, Calibrated, InversionWarning, Solution, State, calibrate
+from .. import InversionWarning, Solution, State, parse
+from ..extend import Solver
 from ..models import ClassifierFreeGuidance
 from . import choices
-from .choices import Model, Options, Settings
+
+Labels = tuple[int, ...] | None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Setup:
-    """A model on its device, and the noise levels to run it on."""
+    """Everything that a run needs beside its start: a model and its condition, a solver, a grid."""
 
-    model: Model
+    name: str  # of the model
+    solver: Solver
     sigmas: Tensor
+    labels: Labels  # of the images, in turn
+    guidance: float  # from no label to `labels`
     device: torch.device
     dtype: torch.dtype
 
+    def __post_init__(self) -> None:
+        self.model = choices.MODELS[self.name]
+        denoiser, self.images, self.classes = self.model.load()
+        self.denoiser = denoiser.to(self.device)
+
     @classmethod
-    def of(cls, options: Options) -> tuple[Setup, Settings]:
-        """The model, the grid and the solver that `options` ask for."""
-        settings, sigmas = options.settings(), options.sigmas()
-        settings.solver()  # a bad name should be heard of before a model is loaded
-        return cls._load(settings, sigmas, options, options.torch_dtype()), settings
+    def of(cls, args: Namespace, solver: Solver | None = None, *, sampled: bool = False) -> Setup:
+        """The setup that the options ask for; `sampled` takes the model's defaults for sampling."""
+        name = args.model or choices.default_model()
+        model = choices.MODELS[name]
+        suited = model.sampled if sampled else {}
+        guidance = suited.get("guidance", 1.0) if args.guidance is None else args.guidance
+        names = suited.get("labels") if args.labels is None else args.labels
+        labels = None if names is None else model.labels(names)
+        solver = solver or choices.solver(args) or parse(choices.DEFAULT)
+        sigmas, dtype = choices.grid(args, model), getattr(torch, args.dtype or "float32")
+        return cls(name, solver, sigmas, labels, guidance, args.device, dtype)
 
     @classmethod
     def restore(
-        cls, file: Path, options: Options, *, relabel: bool = False
-    ) -> tuple[Setup, Settings, State]:
-        """The state in `file`, and the model, the grid and the solver that made it."""
-        state, notes = State.load_with_notes(file, options.torch_device())
-        settings = options.settings_of(notes, relabel=relabel)
-        settings.solver()
-        dtype = options.torch_dtype(state.current)
-        setup = cls._load(settings, options.sigmas_of(state), options, dtype)
-        return setup, settings, state
+        cls, args: Namespace, file: Path, *, relabel: bool = False
+    ) -> tuple[Setup, State, Tensor]:
+        """The setup of the run that saved `file`, its state, and the images in that.
 
-    @classmethod
-    def _load(
-        cls, settings: Settings, sigmas: Tensor, options: Options, dtype: torch.dtype
-    ) -> Setup:
-        device = options.torch_device()
-        model = choices.pick("model", settings.model, choices.MODELS).load()
-        model.denoiser.to(device)
-        return cls(model, sigmas, device, dtype)
+        Options may repeat what the file says, and change the labels and the guidance if `relabel`.
+        The run itself refuses a solver and a grid that are not those of the state.
+        """
+        state, notes = State.load_with_notes(file, args.device)
+        name = notes.get("model", args.model)
+        if name not in choices.MODELS:
+            found, known = f"the model {name}" if name else "no model", " or ".join(choices.MODELS)
+            raise ValueError(f"{file} names {found}; the commands need --model {known}")
+        model = choices.MODELS[name]
+        stored: dict[str, Any] = {"model": name, "labels": None, "guidance": 1.0} | notes
+        stored["labels"] = stored["labels"] and tuple(stored["labels"])
+        given = {"model": args.model, "guidance": args.guidance}
+        given["labels"] = None if args.labels is None else model.labels(args.labels)
+        changed = {k: v for k, v in given.items() if v is not None and v != stored[k]}
+        for option, value in changed.items():
+            if option in notes and not (relabel and option != "model"):
+                raise ValueError(
+                    f"{file} was made with {option} = {stored[option]}, not {value}: it leads back "
+                    f"under the same only; leave out --{option}"
+                )
+        dtype = state.current.dtype if state.side is None else state.side.dtype
+        if args.dtype is not None and getattr(torch, args.dtype) is not dtype:
+            raise ValueError(f"{file} holds {dtype}, not {args.dtype}: leave out --dtype")
+        solver, images = choices.solver(args) or parse(state.solver), state.current
+        if state.side is not None:
+            images = solver.arithmetic.load(images, dtype)
+        typed = any(getattr(args, k) is not None for k in ("grid", "steps", *choices.LEVELS))
+        levels = choices.grid(args, model) if typed else state.sigmas
+        sigmas, now = torch.as_tensor(levels, dtype=torch.float64), stored | changed
+        setup = cls(name, solver, sigmas, now["labels"], now["guidance"], args.device, dtype)
+        if images.shape[1:] != setup.images.shape[1:]:
+            shapes = f"{tuple(images.shape[1:])}, {name} are {tuple(setup.images.shape[1:])}"
+            raise ValueError(f"{file} holds states of shape {shapes}: give the model that made it")
+        return setup, state.fork() if changed else state, images
+
+    def notes(self) -> dict[str, Any]:
+        """What `restore` needs and a state does not hold."""
+        return {"model": self.name, "labels": self.labels, "guidance": self.guidance}
 
     def noise(self, count: int, seed: int) -> Tensor:
-        """`count` draws at the first noise level: the same ones on every device, in every dtype."""
-        if count < 1:
-            raise ValueError(f"--count must be 1 or more, got {count}")
+        """`count` draws at the first level: the same ones on every device, in every dtype."""
         generator = torch.Generator().manual_seed(seed)
-        shape = (count, *self.model.images.shape[1:])
+        shape = (count, *self.images.shape[1:])
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
         return (noise * self.sigmas[0]).to(self.device, self.dtype)
 
-    def extra_args(self, labels: tuple[int, ...] | None, count: int) -> dict[str, Any]:
-        """The denoiser's arguments for `count` images, through the labels in turn."""
+    def real_images(self, count: int, seed: int) -> tuple[Tensor, tuple[int, ...]]:
+        """`count` real images at random, of `labels` in turn if there are any, and their labels."""
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.images), generator=generator)
+        if self.labels is not None:
+            members = [order[self.classes[order] == label] for label in self.labels]
+            turns = [(members[k % len(members)], k // len(members)) for k in range(count)]
+            order = torch.stack([of_label[k % len(of_label)] for of_label, k in turns])
+        chosen = order[torch.arange(count) % len(order)]
+        return self.images[chosen], tuple(self.classes[chosen].tolist())
+
+    def at_last_level(self, images: Tensor) -> Tensor:
+        """Clean images as states at the last level, with its noise if that is not 0.
+
+        A network was trained on images with that noise: without it, codes look less like noise.
+        """
+        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+        states = images.double() + noise.double() * self.sigmas[-1]
+        return states.to(self.device, self.dtype)
+
+    def extra_args(self, labels: Labels, count: int) -> dict[str, Any]:
+        """The denoiser's arguments for `count` images, with `labels` in turn."""
         if labels is None:
             return {}
-        if self.model.labels is None:
-            raise ValueError("this model has no classes: leave out --labels")
-        known = sorted(set(self.model.labels.tolist()))
-        for label in labels:
-            if label not in known:
-                raise ValueError(f"the model's labels are {known[0]} to {known[-1]}, got {label}")
-        turns = torch.tensor([labels[k % len(labels)] for k in range(count)])
-        return {"class_labels": turns.to(self.device)}
+        turns = [labels[k % len(labels)] for k in range(count)]
+        return {"class_labels": torch.tensor(turns, device=self.device)}
 
-    def real_images(self, labels: tuple[int, ...] | None, count: int, seed: int) -> Tensor:
-        """`count` real images at random, of the labels in turn where there are any."""
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self.model.images), generator=generator)
-        if labels is not None and self.model.labels is not None:
-            shuffled = self.model.labels[order]
-            of_label = {label: order[shuffled == label] for label in labels}
-            turns = ((labels[k % len(labels)], k // len(labels)) for k in range(count))
-            order = torch.stack([of_label[label][k % len(of_label[label])] for label, k in turns])
-        chosen = self.model.images[order[torch.arange(count) % len(order)]]
-        return chosen.to(self.device, self.dtype)
-
-    def conditioned(self, settings: Settings, count: int) -> tuple[nn.Module, dict[str, Any]]:
-        """The denoiser under the labels and the guidance of `settings`, and its arguments."""
-        extra = self.extra_args(settings.labels, count)
-        if settings.guidance == 1.0:
-            return self.model.denoiser, extra
+    def condition(self, count: int) -> tuple[nn.Module, dict[str, Any]]:
+        """The denoiser under the guidance, and its arguments for `count` images."""
+        extra = self.extra_args(self.labels, count)
+        if self.guidance == 1.0:
+            return self.denoiser, extra
         if self.model.unconditional is None or not extra:
             raise ValueError(
                 "--guidance leads from no label to --labels: it needs labels, and a model that was "
-                "trained without them as well"
+                f"trained without them as well; got labels = {self.labels} and {self.name}"
             )
         none = torch.full_like(extra["class_labels"], self.model.unconditional)
-        guided = ClassifierFreeGuidance(self.model.denoiser, settings.guidance)
+        guided = ClassifierFreeGuidance(self.denoiser, self.guidance)
         return guided, {"positive": extra, "negative": {"class_labels": none}}
 
-    def at_last_level(self, images: Tensor) -> Tensor:
-        """Clean images as states at the last noise level: with its noise, where that is not 0.
+    def run(self, start: Tensor | State, *, down: bool) -> Solution:
+        """Samples from `start`, or inverts it, with a progress bar."""
+        count = len(start.current if isinstance(start, State) else start)
+        denoiser, extra_args = self.condition(count)
+        go = self.solver.sample if down else self.solver.invert
+        return go(denoiser, start, self.sigmas, extra_args=extra_args, progress=True)
 
-        A network knows pictures with the noise of that level, not without, and encodes those to
-        what looks less like noise.
-        """
-        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-        return images.to(self.device, self.dtype) + (noise * self.sigmas[-1]).to(
-            self.device, self.dtype
-        )
+    def distance(self, samples: Tensor) -> float:
+        """The median distance of samples to their nearest real image, root mean square per pixel."""
+        points, images = (x.flatten(1).double().cpu() for x in (samples, self.images))
+        median: float = torch.cdist(points, images).amin(1).median().item()
+        return median / math.sqrt(points.shape[1])
 
-    def held_out(self, settings: Settings, count: int, seed: int) -> tuple[Tensor, Settings]:
-        """`count` real images, of the labels of `settings` where there are any, and their labels."""
-        if self.model.labels is None:
-            raise ValueError("this model has no classes: there is nothing to edit")
-        if count < 1:
-            raise ValueError(f"--count must be 1 or more, got {count}")
-        images = self.real_images(settings.labels, count, seed)
-        if settings.labels is None:
-            generator = torch.Generator().manual_seed(seed)
-            order = torch.randperm(len(self.model.images), generator=generator)[:count]
-            settings = replace(settings, labels=tuple(self.model.labels[order].tolist()))
-        return images, settings
-
-    def distances(self, samples: Tensor) -> Tensor:
-        """From each sample to the nearest of the real images: root mean square over its pixels."""
-        points, images = (x.flatten(1).double().cpu() for x in (samples, self.model.images))
-        nearest: Tensor = torch.cdist(points, images).amin(1)
-        return nearest / math.sqrt(points.shape[1])
+    def latent(self, code: Tensor) -> tuple[float, float]:
+        """Mean and standard deviation of a code over the first level: those of noise are 0 and 1."""
+        z = code.double() / self.sigmas[0]
+        return z.mean().item(), z.std().item() if z.numel() > 1 else 0.0
 
 
 @dataclass(frozen=True)
-class RoundTrip:
-    """Noise, its samples, the noise that comes back from their state, and its samples."""
+class Row:
+    """The measurements of one solver; errors are relative."""
 
+    section: str
+    name: str  # in the section
+    solver: Solver
     noise: Tensor
     samples: Tensor
     recovered: Tensor
     resampled: Tensor
     evaluations: tuple[int, int]
     seconds: float
-
-    @property
-    def error(self) -> float:
-        """``|recovered - noise| / |noise|``."""
-        return relative(self.recovered, self.noise)
-
-
-@dataclass(frozen=True)
-class Code:
-    """Real images encoded on their own, without the pair of states that a run ends with."""
-
-    mean: float
-    std: float
-    error: float
-    """How far sampling from the code's state ends from the images, relative."""
+    error: float  # of the recovered noise
+    distance: float  # see `Setup.distance`
+    latent: tuple[float, float]  # of real images encoded on their own
+    again: float  # error of those images, sampled from the state of their encoding
 
 
-@dataclass(frozen=True)
-class Row:
-    """What `compare` finds out about one solver."""
-
-    settings: Settings
-    trip: RoundTrip
-    distances: Tensor
-    code: Code
-
-
-def round_trip(setup: Setup, solver: BDIA, noise: Tensor, extra: dict[str, Any]) -> RoundTrip:
-    """Sample from `noise`, invert the state, and sample from the recovered noise alone."""
-    denoiser, sigmas = setup.model.denoiser, setup.sigmas
-    start = _now(setup.device)
-    there = solver.sample(denoiser, noise, sigmas, extra_args=extra)
-    back = solver.invert(denoiser, there.state, sigmas, extra_args=extra)
-    seconds = _now(setup.device) - start
-    again = solver.sample(denoiser, back.x, sigmas, extra_args=extra)
-    return RoundTrip(noise, there.x, back.x, again.x, (there.nfe, back.nfe), seconds)
-
-
-def encode(setup: Setup, solver: BDIA, images: Tensor, extra: dict[str, Any]) -> Code:
-    """Invert lone images, and sample again from where they end."""
-    denoiser, sigmas = setup.model.denoiser, setup.sigmas
-    code = solver.invert(denoiser, images, sigmas, extra_args=extra)
-    again = solver.sample(denoiser, code.state, sigmas, extra_args=extra)
-    mean, std = latent(code.x, sigmas)
-    return Code(mean, std, relative(again.x, images))
-
-
-def compare(setup: Setup, settings: Iterable[Settings], count: int, seed: int) -> Iterator[Row]:
-    """One row for each of `settings`: the same noise, the same real images."""
-    noise = setup.noise(count, seed)
-    for chosen in settings:
-        extra = setup.extra_args(chosen.labels, count)
-        images = setup.real_images(chosen.labels, count, seed)
-        solver = chosen.solver()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", InversionWarning)  # the rows say how far off it is
-            trip = round_trip(setup, solver, noise, extra)
-            code = encode(setup, solver, images, extra)
-        yield Row(chosen, trip, setup.distances(trip.samples), code)
-
-
-def every_solver(chosen: Settings) -> list[Settings]:
-    """BDIA over every approximator with γ = 1 and with the step ratio; `chosen` among them."""
-    settings = [
-        replace(chosen, approximator=name, gamma=gamma)
-        for gamma in ("1", "step-ratio-2")
-        for name in choices.APPROXIMATORS
+def compared(chosen: Solver) -> list[tuple[str, str, Solver]]:
+    """The solvers to compare, `chosen` among them: section, name, solver."""
+    methods, others = choices.METHODS.split(), choices.OTHERS.split()
+    found = [
+        (f"gamma={rule}", method, parse(f"BDIA({method}, {rule})"))
+        for rule in choices.RULES.split()
+        for method in methods
     ]
-    solvers = [other.solver() for other in settings]
-    return settings if chosen.solver() in solvers else [*settings, chosen]
+    found += [("other solvers", text, parse(text)) for text in others]
+    known = chosen in [solver for _, _, solver in found]
+    return found if known else [*found, ("--solver", short(chosen), chosen)]
 
 
-def latent(x: Tensor, sigmas: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation of a state at the first noise level, in its units: 0 and 1."""
-    z = x.double() / sigmas[0]
-    return z.mean().item(), z.std().item() if z.numel() > 1 else 0.0
+def compare(
+    setup: Setup, solvers: list[tuple[str, str, Solver]], count: int, seed: int
+) -> Iterator[Row]:
+    """A row for each of `solvers`, from the same noise and the same real images."""
+    noise, sigmas = setup.noise(count, seed), setup.sigmas
+    images = setup.at_last_level(setup.real_images(count, seed)[0])
+    denoiser, extra = setup.condition(count)
+    for section, name, solver in solvers:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", InversionWarning)  # the row says how far off it is
+            start = _now(setup.device)
+            there = solver.sample(denoiser, noise, sigmas, extra_args=extra)
+            back = solver.invert(denoiser, there.state, sigmas, extra_args=extra)
+            seconds = _now(setup.device) - start
+            resampled = solver.sample(denoiser, back.x, sigmas, extra_args=extra).x
+            code = solver.invert(denoiser, images, sigmas, extra_args=extra)
+            again = solver.sample(denoiser, code.state, sigmas, extra_args=extra).x
+        tensors, calls = (noise, there.x, back.x, resampled), (there.nfe, back.nfe)
+        error, distance = relative(back.x, noise), setup.distance(there.x)
+        latent, miss = setup.latent(code.x), relative(again, images)
+        yield Row(section, name, solver, *tensors, calls, seconds, error, distance, latent, miss)
 
 
 def relative(x: Tensor, reference: Tensor) -> float:
-    """``|x - reference| / |reference|``."""
+    """``|x - reference| / |reference|``"""
     error: float = ((x.double() - reference.double()).norm() / reference.double().norm()).item()
     return error
 
 
-def go(setup: Setup, settings: Settings, start: Tensor | State, *, down: bool) -> Solution:
-    """Sample from `start`, or invert it, with a progress bar."""
-    tensor = start.current if isinstance(start, State) else start
-    denoiser, extra = setup.conditioned(settings, tensor.shape[0])
-    solver = settings.solver()
-    run = solver.sample if down else solver.invert
-    return run(denoiser, start, setup.sigmas, extra_args=extra, progress=True)
-
-
-@dataclass(frozen=True)
-class Edit:
-    """Images encoded under one label, and sampled from their code under others."""
-
-    images: Tensor
-    code: Tensor
-    back: Tensor
-    edits: list[Tensor]
-    """One for each target label, of the shape of `images`."""
-
-    nfe: int
-
-
-def calibrated(
-    setup: Setup, settings: Settings, count: int, seed: int, max_runs: int
-) -> Calibrated:
-    """Weights for the approximator of `settings`, learnt on `count` draws of noise."""
-    noise = setup.noise(count, seed)
-    denoiser, extra_args = setup.conditioned(settings, count)
-    base = settings.solver().approximator
-    return calibrate(
-        denoiser,
-        noise,
-        setup.sigmas,
-        base=base,
-        extra_args=extra_args,
-        max_runs=max_runs,
-        progress=True,
-    )
-
-
-def edit(
-    setup: Setup, settings: Settings, images: Tensor, targets: Sequence[int], guidance: float
-) -> Edit:
-    """Invert `images` under ``settings.labels``, and sample under each of `targets`.
-
-    Guidance above 1 leads away from the prediction under the own label of an image.
-    """
-    solver, sigmas, count = settings.solver(), setup.sigmas, len(images)
-    denoiser = setup.model.denoiser
-    own = setup.extra_args(settings.labels, count)
-    code = solver.invert(denoiser, images, sigmas, extra_args=own, progress=True)
-    back = solver.sample(denoiser, code.state, sigmas, extra_args=own, progress=True)
-    nfe, edits = code.nfe + back.nfe, []
-    guided = ClassifierFreeGuidance(denoiser, guidance)
-    for target in targets:
-        branches = {"positive": setup.extra_args((target,), count), "negative": own}
-        edited = solver.sample(guided, code.state, sigmas, extra_args=branches, progress=True)
-        edits.append(edited.x)
-        nfe += edited.nfe
-    return Edit(images, code.x, back.x, edits, nfe)
+def short(solver: Solver) -> str:
+    """The expression of a solver in 60 characters at most."""
+    return textwrap.shorten(repr(solver), 60, placeholder=" ...")
 
 
 def _now(device: torch.device) -> float:
