@@ -1,4 +1,8 @@
-"""ODE solvers for diffusion models that go from noise to data and exactly back."""
+"""ODE solvers for diffusion models that go from noise to data and exactly back.
+
+`Denoiser`, `Grid`, `Objective`, `ConstantGamma`, `polyexponential_sigmas`, `vp_sigmas` and
+`side_information_bound` can be imported too; few users type them.
+"""
 
 from .approximators import (
     DDIM,
@@ -14,10 +18,10 @@ from .approximators import (
 )
 from .arithmetic import FixedPoint, FloatingPoint
 from .bdia import BDIA
-from .calibration import Calibrated, Objective, calibrate
+from .calibration import Calibrated, Objective as Objective, calibrate
 from .coupled import EDICT, McCallumFoster, ReversibleHeun
 from .gamma import (
-    ConstantGamma,
+    ConstantGamma as ConstantGamma,
     DampedStepRatio,
     GammaRule,
     HeunStepRatio,
@@ -27,19 +31,19 @@ from .gamma import (
     order_gaining,
 )
 from .grids import (
-    Grid,
+    Grid as Grid,
     ddim_timesteps,
     exponential_sigmas,
     karras_sigmas,
-    polyexponential_sigmas,
+    polyexponential_sigmas as polyexponential_sigmas,
     sigmas_from_alphas_cumprod,
-    vp_sigmas,
+    vp_sigmas as vp_sigmas,
 )
 from .iterative import DDIMInversion, FixedPointInversion
 from .named import BELM, Rex
 from .parsing import parse
-from .run import Denoiser
-from .stability import side_information_bound, stability_report
+from .run import Denoiser as Denoiser
+from .stability import side_information_bound as side_information_bound, stability_report
 from .state import Solution, State
 from .trust import InversionWarning
 
@@ -53,11 +57,9 @@ __all__ = [
     "RK3",
     "RK4",
     "Calibrated",
-    "ConstantGamma",
     "DDIMInversion",
     "DPMSolverPP2S",
     "DampedStepRatio",
-    "Denoiser",
     "Euler",
     "Exponential",
     "FixedPoint",
@@ -65,14 +67,12 @@ __all__ = [
     "FloatingPoint",
     "FlowEuler",
     "GammaRule",
-    "Grid",
     "HeunEDM",
     "HeunStepRatio",
     "IntegrationApproximator",
     "InversionWarning",
     "McCallumFoster",
     "Midpoint",
-    "Objective",
     "PerStep",
     "ReversibleHeun",
     "Rex",
@@ -86,9 +86,6 @@ __all__ = [
     "karras_sigmas",
     "order_gaining",
     "parse",
-    "polyexponential_sigmas",
-    "side_information_bound",
     "sigmas_from_alphas_cumprod",
     "stability_report",
-    "vp_sigmas",
 ]
