@@ -9,12 +9,10 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, reject, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, assume, given, reject, settings, strategies as st
 from torch import Tensor
 
-from benchmarks.common import EXACT_PROBLEMS as PROBLEMS
-from benchmarks.common import Problem
+from benchmarks.common import EXACT_PROBLEMS as PROBLEMS, Problem
 from odesolvers import (
     BDIA,
     DDIM,

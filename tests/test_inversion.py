@@ -12,8 +12,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import assume, event, given
-from hypothesis import strategies as st
+from hypothesis import assume, event, given, strategies as st
 
 from odesolvers import (
     BDIA,

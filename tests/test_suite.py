@@ -17,9 +17,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from benchmarks.common import Problem, Reference, Upwards, reference, relative_errors
-from benchmarks.suite import __main__ as suite
-from benchmarks.suite import measures, report, solvers
-from benchmarks.suite import run as suite_run
+from benchmarks.suite import __main__ as suite, measures, report, run as suite_run, solvers
 from benchmarks.suite.data import fine_distance
 from benchmarks.suite.peers import Diffusers, KDiffusion, Sample, Sampler
 from benchmarks.suite.results import Results

@@ -14,8 +14,7 @@ import torch
 from rich.console import Console
 from tqdm import tqdm
 
-from .. import InversionWarning, Solution, State
-from .. import calibrate as learn
+from .. import InversionWarning, Solution, State, calibrate as learn
 from ..extend import IntegrationApproximator
 from ..models import ClassifierFreeGuidance
 from . import choices, pictures, report, work

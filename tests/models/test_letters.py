@@ -9,8 +9,7 @@ import torch
 
 from odesolvers import BDIA, Euler, HeunEDM, StepRatio, karras_sigmas
 from odesolvers.models import InDtype, load_letters, random_letters, render_letter
-from odesolvers.models.letters import LETTERS, Style
-from odesolvers.models.letters import network as letters_network
+from odesolvers.models.letters import LETTERS, Style, network as letters_network
 from odesolvers.models.letters.data import FONTS, random_colours, render_mask
 from odesolvers.models.letters.network import WEIGHTS, training_log
 
