@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import difflib
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, NoReturn
 
 from .approximators import (
     DDIM,
@@ -94,11 +95,14 @@ def parse(text: str, known: Mapping[str, Callable[..., Any]] | None = None) -> A
         raise ValueError(f"a solver is named by at most {LONGEST} characters, got {len(text)}")
     constructors = {**CONSTRUCTORS, **(known or {})}
     try:
-        return _read(ast.parse(text.strip(), mode="eval").body, constructors)
-    except (SyntaxError, RecursionError, MemoryError) as error:
+        found = _read(ast.parse(text.strip(), mode="eval").body, constructors)
+    except (SyntaxError, UnicodeError, RecursionError, MemoryError) as error:
         raise ValueError(
-            f"{_short(text)} is not an expression such as 'BDIA(HeunEDM(), gamma=StepRatio(2))'"
+            f"{_short(text)!r} is not an expression such as 'BDIA(HeunEDM(), gamma=StepRatio(2))'"
         ) from error
+    if found is None or isinstance(found, int | float | str | tuple):
+        raise ValueError(f"{_short(text)!r} is a value and names no solver, rule or arithmetic")
+    return found
 
 
 def _read(node: ast.expr, known: Mapping[str, Callable[..., Any]]) -> Any:
@@ -113,25 +117,45 @@ def _read(node: ast.expr, known: Mapping[str, Callable[..., Any]]) -> Any:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         name = node.func.id
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(
-                f"there is no {name!r} to name a solver by"
-                + (f"; did you mean {near[0]!r}?" if near else ".")
-                + f" Known: {', '.join(sorted(known))}"
-            )
+            _refuse("there is no", name, "to name a solver by", known)
         args = [_read(arg, known) for arg in node.args]
         options = {k.arg: _read(k.value, known) for k in node.keywords if k.arg is not None}
         if len(options) == len(node.keywords):
+            _check_settings(name, known[name], options)
             try:
                 return known[name](*args, **options)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{_short(ast.unparse(node))} is refused: {error}") from error
+            except (TypeError, ValueError, OverflowError) as error:
+                call, reason = _short(ast.unparse(node)), _short(str(error), 400)
+                raise ValueError(f"{call!r} is refused: {reason}") from error
+    if isinstance(node, ast.Name) and node.id not in known:
+        _refuse("there is no", node.id, "to name a solver by", known)
     found = _short(ast.unparse(node))
-    hint = f": write {found}()" if isinstance(node, ast.Name) and node.id in known else ""
+    hint = f": write {found}()" if isinstance(node, ast.Name) else ""
     raise ValueError(
-        f"{found} is neither a number, a string, a tuple nor a call of a constructor{hint}"
+        f"{found!r} is neither a number, a string, a tuple nor a call of a constructor{hint}"
     )
 
 
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 80 else text[:77] + "...")
+def _check_settings(name: str, constructor: Callable[..., Any], options: Iterable[str]) -> None:
+    """A ValueError for the name of a setting that a constructor does not have."""
+    try:
+        parameters = inspect.signature(constructor).parameters
+    except (TypeError, ValueError):  # one without a signature refuses for itself
+        return
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for option in options:
+        if option not in parameters:
+            _refuse(f"{name} has no setting", option, "", parameters)
+
+
+def _refuse(before: str, word: str, after: str, known: Iterable[str]) -> NoReturn:
+    """A ValueError that names an unknown word, the one most like it, and the known ones."""
+    near = difflib.get_close_matches(word[:80], list(known), n=1)
+    guess = f"; did you mean {near[0]!r}?" if near else "."
+    words = " ".join(filter(None, (before, repr(_short(word)), after)))
+    raise ValueError(f"{words}{guess} Known: {', '.join(sorted(known)) or 'none'}")
+
+
+def _short(text: str, most: int = 80) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
