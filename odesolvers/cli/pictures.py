@@ -165,16 +165,17 @@ def draw_edit(columns: Mapping[str, Tensor], rows: Sequence[str], path: Path, ti
     images = torch.stack([column.cpu() for column in columns.values()], 1).flatten(0, 1)
     sheet = contact_sheet(images, len(columns))
     height, width, _ = sheet.shape
-    inches = 1.1 + height / 110
-    figure = Figure(figsize=(1 + width / 110, inches), dpi=110, facecolor="white")
+    across, down = 1 + width / 110, 1.1 + height / 110  # inches
+    figure = Figure(figsize=(across, down), dpi=110, facecolor="white")
     ax = figure.subplots()
-    figure.subplots_adjust(left=0.06, right=0.98, top=1 - 0.9 / inches, bottom=0.02)
+    figure.subplots_adjust(left=0.06, right=0.98, top=1 - 0.9 / down, bottom=0.02)
     ax.imshow(sheet, interpolation="nearest")
     ax.set_xticks([(k + 0.5) * width / len(columns) for k in range(len(columns))], list(columns))
     ax.set_yticks([(k + 0.5) * height / len(rows) for k in range(len(rows))], rows)
     ax.tick_params(length=0, labelsize=12, labelcolor=INK, labeltop=True, labelbottom=False)
     ax.set_frame_on(False)
-    figure.suptitle(title, x=0.02, ha="left", fontsize=15, weight="bold", color=INK)
+    style = {"fontsize": min(15, 2.2 * across), "weight": "bold", "color": INK}
+    figure.suptitle(title, x=0.02, ha="left", **style)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
