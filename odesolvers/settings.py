@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Set
+from functools import partial
 from numbers import Integral, Real
+from pathlib import PurePath
 from types import NoneType
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -51,7 +54,7 @@ def expression(value: Any, classes: list[Any]) -> str:
     cls = type(value)
     fields = getattr(cls, "__dataclass_fields__", None)
     if fields is None and not isinstance(value, Settings):
-        if cls in (int, bool, str, NoneType, torch.dtype, torch.device):
+        if cls in _LITERALS or isinstance(value, PurePath):
             return repr(value)
         if cls is float:
             whole = abs(value) < 2**53 and value.is_integer()
@@ -68,16 +71,17 @@ def expression(value: Any, classes: list[Any]) -> str:
                 f"{expression(k, classes)}: {expression(v, classes)}" for k, v in value.items()
             ]
             return f"{{{', '.join(sorted(items))}}}"
-        if callable(value):
+        if isinstance(value, Set):
+            items = [f"{expression(item, classes)}," for item in value]
+            return f"{cls.__name__}(({' '.join(sorted(items))}))"
+        if inspect.isroutine(value) or isinstance(value, type | partial | torch.nn.Module):
             return _unique(value)
+        if not hasattr(value, "__dict__") and not _slots(cls):  # written in C
+            shown = any("__repr__" in vars(base) for base in cls.__mro__[:-1])
+            return repr(value) if shown else _unique(value)
     classes.append(cls)
     arguments = []
-    if fields is None:  # a plain class: its attributes by name
-        slots = [name for base in cls.__mro__ for name in getattr(base, "__slots__", ())]
-        for name in sorted({*getattr(value, "__dict__", {}), *slots} - {"__dict__", "__weakref__"}):
-            if hasattr(value, name):
-                arguments.append(f"{name}={expression(getattr(value, name), classes)}")  # noqa: PERF401
-    else:  # the first setting by place, those that have their defaults not at all
+    if fields is not None:  # the first setting by place, those that have their defaults not at all
         for name, field in fields.items():
             setting, default = getattr(value, name), field.default
             if not field.compare or setting is default:
@@ -91,7 +95,24 @@ def expression(value: Any, classes: list[Any]) -> str:
             ):
                 arguments.append(text if name == next(iter(fields)) else f"{name}={text}")
                 classes += inner
+    if "__dataclass_fields__" not in vars(cls):  # a plain class, maybe of a dataclass: by name
+        names = {*getattr(value, "__dict__", {}), *_slots(cls)} - (fields or {}).keys()
+        for name in sorted(names):
+            if hasattr(value, name):
+                arguments.append(f"{name}={expression(getattr(value, name), classes)}")  # noqa: PERF401
     return f"{cls.__name__}({', '.join(arguments)})"
+
+
+_LITERALS = (int, bool, str, bytes, complex, NoneType, torch.dtype, torch.device)
+
+
+def _slots(cls: type) -> set[str]:
+    """The attributes that a class and its bases declare as slots."""
+    found: set[str] = set()
+    for base in cls.__mro__:
+        slots = vars(base).get("__slots__", ())
+        found |= {slots} if isinstance(slots, str) else set(slots)
+    return found - {"__dict__", "__weakref__"}
 
 
 _names: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
