@@ -344,6 +344,28 @@ def test_figures_beyond_all_numbers_are_infinite() -> None:
     assert "inf" in str(report)
 
 
+@pytest.mark.parametrize(
+    "solver",
+    [
+        Euler(),
+        HeunEDM(),
+        FixedPointInversion(DDIM()),
+        BDIA(Euler(), 0.0),
+        BDIA(DDIM(), PerStep([1, 0, 1])),
+    ],
+    ids=repr,
+)
+def test_a_step_that_forgets_everything_destroys_infinitely_many_bits(solver: Solver) -> None:
+    assert side_information_bound(solver, karras_sigmas(4)) == math.inf
+
+
+def test_the_first_step_of_a_pair_forgets_nothing() -> None:
+    assert side_information_bound(BDIA(Euler(), 0.5), karras_sigmas(1)) == 0
+    assert side_information_bound(BDIA(Euler(), 0.5), karras_sigmas(4)) == pytest.approx(3)
+    bits = -4 * 2 * math.log2(0.93)  # each step mixes twice
+    assert side_information_bound(EDICT(), karras_sigmas(4)) == pytest.approx(bits)
+
+
 def test_what_is_no_use_is_refused() -> None:
     with pytest.raises(ValueError, match=r"data_std must be a positive number, got 0"):
         stability_report(BDIA(Euler()), karras_sigmas(5), data_std=0)
