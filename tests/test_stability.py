@@ -360,7 +360,7 @@ def test_a_step_that_forgets_everything_destroys_infinitely_many_bits(solver: So
 
 
 def test_the_first_step_of_a_pair_forgets_nothing() -> None:
-    assert side_information_bound(BDIA(Euler(), 0.5), karras_sigmas(1)) == 0
+    assert side_information_bound(BDIA(Euler(), 0.5), [2.0, 1.0]) == 0
     assert side_information_bound(BDIA(Euler(), 0.5), karras_sigmas(4)) == pytest.approx(3)
     bits = -4 * 2 * math.log2(0.93)  # each step mixes twice
     assert side_information_bound(EDICT(), karras_sigmas(4)) == pytest.approx(bits)
