@@ -36,7 +36,6 @@ from odesolvers import (
 )
 from odesolvers.extend import Solver
 from odesolvers.models import Gaussian, GaussianMixture
-from odesolvers.propagation import largest_product
 from odesolvers.stability import StabilityReport
 
 from .problems import noise, relative_error
@@ -203,10 +202,13 @@ def test_given_weights_and_smoothing() -> None:
     assert smooth.amplification_inverting >= plain.amplification_inverting
 
 
-def test_largest_product_of_consecutive_factors() -> None:
-    assert largest_product([]) == 1.0
-    assert largest_product([0.5, 4.0, 0.5, 3.0, 0.1]) == 6.0
-    assert largest_product([0.0, 2.0]) == 2.0
+def test_the_amplification_of_a_part_of_the_grid_counts_if_it_is_the_largest() -> None:
+    """Weights above 1 undo what others amplify; the worst stretch is what the report tells."""
+    solver = BDIA(Euler(), PerStep([2.0, 1 / 4, 2.0, 1 / 3, 10.0]))
+    report = stability_report(solver, torch.linspace(6, 0.5, 7))
+    assert report.amplification_inverting == pytest.approx(4 / 2 * 3)
+    assert report.amplification_sampling == pytest.approx(10.0)
+    assert stability_report(BDIA(Euler()), [2.0, 1.0]).amplification_inverting == 1.0
 
 
 COUPLED = [
