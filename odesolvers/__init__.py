@@ -1,6 +1,6 @@
 """ODE solvers for diffusion models that go from noise to data and exactly back.
 
-`Denoiser`, `Grid`, `Objective`, `ConstantGamma`, `polyexponential_sigmas`, `vp_sigmas` and
+`Denoiser`, `Grid`, `ConstantGamma`, `polyexponential_sigmas`, `vp_sigmas` and
 `side_information_bound` can be imported too; few users type them.
 """
 
@@ -18,7 +18,7 @@ from .approximators import (
 )
 from .arithmetic import FixedPoint, FloatingPoint
 from .bdia import BDIA
-from .calibration import Calibrated, Objective as Objective, calibrate
+from .calibration import Calibrated, Objective, calibrate
 from .coupled import EDICT, McCallumFoster, ReversibleHeun
 from .gamma import (
     ConstantGamma as ConstantGamma,
@@ -73,6 +73,7 @@ __all__ = [
     "InversionWarning",
     "McCallumFoster",
     "Midpoint",
+    "Objective",
     "PerStep",
     "ReversibleHeun",
     "Rex",

@@ -258,9 +258,9 @@ class _Fit:
     def admissible(self, log_g: Vector) -> Vector:
         """`log_g` within its range, drawn towards `StepRatio(1)` as far as the bound asks for."""
         log_g = np.clip(log_g, *np.log([LOWEST, HIGHEST]))
-        low, high = 0.0, 1.0
         if self.log_amplification(log_g) <= self.bound:
             return log_g
+        low, high = 0.0, 1.0
         for _ in range(30):  # bisection: the amplification is convex along the way
             middle = (low + high) / 2
             inside = self.log_amplification(self._between(log_g, middle)) <= self.bound
@@ -268,8 +268,7 @@ class _Fit:
         return self._between(log_g, low)
 
     def _between(self, log_g: Vector, share: float) -> Vector:
-        between: Vector = self.neutral + share * (log_g - self.neutral)
-        return between
+        return np.asarray(self.neutral + share * (log_g - self.neutral))
 
     def sampled(self, solver: Solver) -> Tensor:
         """Errors of the batch, sampled from its noise; see `_rows`."""
@@ -387,10 +386,10 @@ def _lengths(rows: Tensor) -> Tensor:
 
 
 def _sketch(rows: Tensor) -> Tensor:
-    """Rows of at most `_SKETCH` columns that keep lengths and angles nearly: a count sketch.
+    """Rows of at most `_SKETCH` columns with nearly the same lengths and angles.
 
-    Charikar, Chen, Farach-Colton 2002: every column is added, with a random sign, to a random one of
-    the columns of the sketch.
+    The count sketch of Charikar, Chen and Farach-Colton (2002): each column is added, with a random
+    sign, to a random column of the sketch.
     """
     n = rows.shape[1]
     if n <= _SKETCH:
