@@ -45,7 +45,7 @@ from .parsing import parse
 from .run import Denoiser as Denoiser
 from .stability import side_information_bound as side_information_bound, stability_report
 from .state import Solution, State
-from .trust import InversionWarning
+from .trust import InversionWarning, StabilityWarning as StabilityWarning
 
 __version__ = "0.1.0"
 

@@ -8,7 +8,7 @@ steps are taken to be independent; the covariance of those of a pair costs a few
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -53,14 +53,13 @@ class LinearRun:
         steps: the stages of each step down the grid.
         grid: the noise levels.
         data_std: the standard deviation of the data.
-        lone: of a two-step solver, the shear that gives a lone state its neighbour one level up; None
-            where the pair of a lone state is that state twice.
+        solver: the solver.
     """
 
     steps: list[list[Stage]]
     grid: Grid
     data_std: float
-    lone: Shear | None
+    solver: Any
 
     @classmethod
     def of(cls, solver: Any, plan: Plan, grid: Grid, last: int, data_std: float = 0.5) -> LinearRun:
@@ -73,18 +72,21 @@ class LinearRun:
                 stages.append(Stage(shear.gain, slope, spread, older, here, newer, data_std))
                 older, here = here, newer
             linear.append(stages)
-        pairs = solver.states == 2 and not solver.coupled
-        lone = solver.start(grid.levels[last], grid.levels[last - 1]) if pairs else None
-        return cls(linear, grid, data_std, lone)
+        return cls(linear, grid, data_std, solver)
+
+    @property
+    def neighbours(self) -> bool:
+        """Whether the states of a pair are neighbours on the grid, as in every two-step solver."""
+        return self.solver.states == 2 and not self.solver.coupled
 
     @property
     def undoable(self) -> list[list[Stage]]:
         """All steps but, of a two-step solver, the first, which starts from a single state."""
-        return self.steps[1:] if self.lone else self.steps
+        return self.steps[1:] if self.neighbours else self.steps
 
     def path(self, last: int, stop: int) -> list[Stage]:
         """The stages that lead from level `last` up to `stop`, in the order of their undoing."""
-        first = stop + 1 if self.lone else stop
+        first = stop + 1 if self.neighbours else stop
         return [stage for step in reversed(self.steps[first:last]) for stage in reversed(step)]
 
     def size(self, k: int) -> float:
@@ -93,13 +95,34 @@ class LinearRun:
 
     def neighbour(self, last: int) -> float:
         """The state that a lone image at level `last` is paired with."""
-        if self.lone is None:
+        if not self.neighbours:
             return self.size(last)
-        return _slope(self.lone, self.data_std)[0] * self.size(last)
+        up = self.solver.start(self.grid.levels[last], self.grid.levels[last - 1])
+        return _slope(up, self.data_std)[0] * self.size(last)
+
+    def sizes(self) -> Iterator[tuple[float, float, float]]:
+        """Root mean squares of the three states of each stage, truncation errors included."""
+        path = [stage for step in self.steps for stage in step]
+        if self.neighbours:
+            for stage, errors in zip(path, _do(path), strict=True):
+                older, here, newer = map(math.hypot, stage.sizes, map(_root, errors))
+                yield older, here, newer
+        else:
+            first = second = self.size(0)
+            for stage in path:
+                newer = stage.gain * first + stage.slope * second
+                yield abs(first), abs(second), abs(newer)
+                first, second = second, newer
 
     def round_trip_error(self, last: int, stop: int) -> float:
         """The relative error of the state at `stop`, undone from the pair at `last`, in roundoffs."""
-        return _undo(self.path(last, stop), _rounded) / self.size(stop)
+        stages = (id(stage) for step in self.steps for stage in step)
+        sizes = dict(zip(stages, self.sizes(), strict=True))
+
+        def rounded(stage: Stage, variance: float) -> float:
+            return _rounded(stage, sizes[id(stage)], variance)
+
+        return _undo(self.path(last, stop), rounded) / self.size(stop)
 
     def encoding_error(self, last: int, stop: int) -> float:
         """The relative error of a lone image at level `last`, encoded up to level `stop`.
@@ -108,7 +131,7 @@ class LinearRun:
         stages are no sum of independent ones; that of the whole run is taken instead.
         """
         path, size = self.path(last, stop), self.size(stop)
-        if self.lone:
+        if self.neighbours:
             start = self.neighbour(last) - self.size(last - 1)
             return _undo(path, _truncated, start) / size
         return abs(self.code_size(last, stop) - size) / size
@@ -122,9 +145,9 @@ class LinearRun:
 
     def sampling_error(self) -> float:
         """The relative error of a sample."""
-        path, size = [stage for step in self.steps for stage in step], self.size(self.grid.steps)
-        if self.lone:
-            return _do(path) / size
+        path, size = [stage for step in self.steps for stage in step], self.size(len(self.steps))
+        if self.neighbours:
+            return _root([newer for *_, newer in _do(path)][-1]) / size
         first = second = self.size(0)
         for stage in path:
             first, second = second, stage.gain * first + stage.slope * second
@@ -156,20 +179,22 @@ def _slope(shear: Shear, data_std: float) -> tuple[float, float]:
     return sum(terms), sum(term * term for term in terms)
 
 
-def _rounded(stage: Stage, variance: float) -> float:
+def _rounded(stage: Stage, sizes: tuple[float, float, float], variance: float) -> float:
     """Variance of the rounding errors of a stage and its undoing, in `older`, in squared roundoffs.
+
+    `sizes` are the root mean squares of its states, `variance` is that of the error of `here`.
 
     Both ways one product and one sum are rounded. Where the weight is 1 or near it, the roundings back
     undo most of those on the way, and this is too high by a factor of 3 or more. `rest` is the same to
     the bit both ways where `here` is: its rounding counts in the share of elements that differ.
     """
-    older, here, newer = stage.sizes
+    older, here, newer = (size * size for size in sizes)  # unlike a power, this may overflow
     g = stage.gain
-    share = min(1.0, variance / (ROUNDING * here) ** 2)
-    rest = 2.0 * share * stage.spread * here**2
+    share = min(1.0, variance / (ROUNDING * ROUNDING * here)) if here else 1.0
+    rest = 2.0 * share * stage.spread * here
     inexact = 0.0 if abs(math.frexp(g)[0]) == 0.5 else 1.0  # a power of two multiplies exactly
-    there, again = newer**2 + (1.0 + inexact) * (g * older) ** 2, inexact * older**2
-    return ROUNDING**2 * ((there + rest) / (g * g) + again)
+    there = newer + (1.0 + inexact) * g * g * older
+    return ROUNDING * ROUNDING * ((there + rest) / (g * g) + inexact * older)
 
 
 def _truncated(stage: Stage, variance: float) -> float:
@@ -195,19 +220,26 @@ def _undo(
         oo = (nn - 2.0 * r * hn + r * r * hh) / (g * g)
         oh = (hn - r * hh) / g
         hh, hn, nn = max(oo, 0.0) + local(stage, hh), oh, hh
-    return math.sqrt(hh) if hh < math.inf else math.inf
+    return _root(hh)
 
 
-def _do(path: Iterable[Stage]) -> float:
-    """`_undo` for truncation errors down the grid, ``newer = gain · older + slope · here``."""
+def _do(path: Iterable[Stage]) -> Iterator[tuple[float, float, float]]:
+    """Variances of the truncation errors of older, here and newer, stage by stage down the grid:
+
+    newer = gain · older + slope · here
+    """
     oo, oh, hh = 0.0, 0.0, 0.0
     for stage in path:
         older, here, newer = stage.sizes
         r, g = stage.slope, stage.gain
         local = g * older + r * here - newer
-        nn = g * g * oo + 2.0 * g * r * oh + r * r * hh
-        oo, oh, hh = hh, g * oh + r * hh, max(nn, 0.0) + local * local
-    return math.sqrt(hh) if hh < math.inf else math.inf
+        nn = max(g * g * oo + 2.0 * g * r * oh + r * r * hh, 0.0) + local * local
+        yield oo, hh, nn
+        oo, oh, hh = hh, g * oh + r * hh, nn
+
+
+def _root(variance: float) -> float:
+    return math.sqrt(variance) if variance < math.inf else math.inf  # also of what is no number
 
 
 def _scale(sigma: float, target: float, unit: float) -> float:

@@ -24,6 +24,7 @@ from .progress import progress_bar
 from .propagation import Plan
 from .settings import expression, once
 from .state import Convergence, Solution, State
+from .trust import expected_sampling_error
 
 Pair: TypeAlias = "tuple[Tensor | None, Tensor | None]"
 """Two stored states, the a and b of ``(a, b) -> (b, gain · a + rest(b))``."""
@@ -59,6 +60,7 @@ class Run:
         grid: the noise levels.
         state: `x` as a checked and stored state.
         plan: the steps of the solver down the grid, numbered.
+        sampling_error: the expected relative error of samples, see `stability_report`.
         dtype: that of the states that the denoiser sees.
         nfe: denoiser calls so far.
         convergence: the outcomes of iterations so far.
@@ -94,7 +96,12 @@ class Run:
             x, len(self.grid.levels) - 1 if index is None else index
         )
         key = self.name, *classes, self.grid.levels
-        self.plan: Plan = once(key, lambda: solver.plan(self.grid))
+
+        def planned() -> tuple[Plan, float]:
+            plan = solver.plan(self.grid)
+            return plan, expected_sampling_error(solver, plan, self.grid)
+
+        self.plan, self.sampling_error = once(key, planned)
         # Half precision does not resolve noise levels.
         level = torch.float64 if self.dtype == torch.float64 else torch.float32
         self._levels = self.state.current.new_empty(0, dtype=level)

@@ -17,7 +17,7 @@ from .propagation import Plan
 from .run import Callback, Denoiser, Pair, Run, Steps
 from .settings import Settings
 from .state import Solution, State
-from .trust import warn_before_inverting
+from .trust import SAMPLING_LIMIT, warn_before_inverting, warn_of_samples
 
 
 class Solver(Settings, ABC):
@@ -88,6 +88,10 @@ class Solver(Settings, ABC):
         Returns:
             The state at level `stop`, what is needed to continue or go back, and the evaluations spent.
 
+        Warns:
+            StabilityWarning: if samples are expected to be off by more than the size of the data,
+                because the solver amplifies its truncation errors on this grid. See `stability_report`.
+
         Raises:
             TypeError: if `x` or an output of the denoiser is not a floating point tensor.
             ValueError: if the grid, the state or an output of the denoiser has the wrong form, or the
@@ -101,6 +105,8 @@ class Solver(Settings, ABC):
             stop = end if stop is None else stop
             if type(stop) is not int or not first < stop <= end:
                 refuse_stop(stop, first, end)
+            if stop == end and not run.sampling_error <= SAMPLING_LIMIT:
+                warn_of_samples(self, run.sampling_error, end)
             lone = self.states == 2 and run.state.partner is None
             steps = run.plan[first:stop]
             if lone and first > 0:

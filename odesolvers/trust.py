@@ -14,12 +14,18 @@ from .state import State
 
 ROUND_TRIP_LIMIT: Final = 1e-2
 """Relative error of the noise above which a round trip is called lost."""
+SAMPLING_LIMIT: Final = 1.0
+"""Relative error of a sample above which a run is said to leave the flow."""
 ENCODING_LIMIT: Final = 0.3
 """Relative error of a code above which it is no longer called noise."""
 
 
-class InversionWarning(UserWarning):
-    """The result of an inversion is not expected to be what is hoped for."""
+class StabilityWarning(UserWarning):
+    """The result of a run is not expected to be what is hoped for."""
+
+
+class InversionWarning(StabilityWarning):
+    """The same of an inversion."""
 
 
 def roundoff(dtype: torch.dtype) -> float:
@@ -29,6 +35,26 @@ def roundoff(dtype: torch.dtype) -> float:
             f"dtype must be a floating point dtype such as torch.float32, got {dtype!r}"
         )
     return torch.finfo(dtype).eps / 2
+
+
+def expected_sampling_error(solver: Any, plan: Plan, grid: Grid) -> float:
+    """The relative error of samples, if the data are Gaussian of standard deviation 0.5.
+
+    0 of a solver of one state: nothing carries the errors of its steps further than its flow does.
+    """
+    if solver.states == 1:
+        return 0.0
+    return LinearRun.of(solver, plan, grid, grid.steps).sampling_error()
+
+
+def warn_of_samples(solver: Any, error: float, steps: int) -> None:
+    """Warns that samples are expected to be off by `error`, above `SAMPLING_LIMIT`."""
+    _warn(
+        f"samples are expected to be off by {error:.2g} times the size of the data, by truncation "
+        f"errors that {solver} amplifies over the {steps} steps down this grid. Use more and shorter "
+        + ("steps, or BDIA" if solver.coupled else "steps, or a rule such as StepRatio(1)"),
+        StabilityWarning,
+    )
 
 
 def warn_before_inverting(
@@ -75,6 +101,6 @@ def warn_before_inverting(
         )
 
 
-def _warn(text: str) -> None:
-    # Past this function, its caller and `invert`.
-    warnings.warn(text + "; see odesolvers.stability_report", InversionWarning, stacklevel=4)
+def _warn(text: str, kind: type[Warning] = InversionWarning) -> None:
+    # Past this function, its caller, and `sample` or `invert`.
+    warnings.warn(text + "; see odesolvers.stability_report", kind, stacklevel=4)

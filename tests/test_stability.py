@@ -21,6 +21,7 @@ from odesolvers import (
     GammaRule,
     Grid,
     HeunEDM,
+    HeunStepRatio,
     IntegrationApproximator,
     InversionWarning,
     McCallumFoster,
@@ -28,6 +29,7 @@ from odesolvers import (
     ReversibleHeun,
     Rex,
     SmoothedOutput,
+    StabilityWarning,
     StepRatio,
     karras_sigmas,
     side_information_bound,
@@ -35,7 +37,7 @@ from odesolvers import (
     vp_sigmas,
 )
 from odesolvers.extend import Solver
-from odesolvers.models import Gaussian, GaussianMixture
+from odesolvers.models import Gaussian, GaussianMixture, flow_sigmas, flow_times
 from odesolvers.stability import StabilityReport
 
 from .problems import noise, relative_error
@@ -88,7 +90,7 @@ def test_round_trips_are_as_expected(
 
 def test_half_precision_has_a_bound() -> None:
     """Its sums are formed in float32 and rounded once, which the figure does not count on."""
-    solver, sigmas = BDIA(HeunEDM(), 0.9), karras_sigmas(10)
+    solver, sigmas = BDIA(Euler(), 0.9), karras_sigmas(10)
     expected = stability_report(solver, sigmas).round_trip_error(torch.bfloat16)
     measured = measured_round_trip(solver, Gaussian(std=STD), sigmas, torch.bfloat16)
     assert 0.02 < measured / expected < 2
@@ -426,3 +428,53 @@ def test_a_code_that_is_no_noise_is_announced(solver: BDIA) -> None:
 def test_a_code_that_is_noise_is_not_announced(solver: BDIA, n: int) -> None:
     encode(solver, karras_sigmas(n))
     encode(solver, vp_sigmas(n))
+
+
+# Warnings before sampling.
+
+OFF_THE_FLOW = [
+    (BDIA(HeunEDM()), karras_sigmas(8)),
+    (BDIA(HeunEDM(), arithmetic=FixedPoint()), karras_sigmas(8)),
+    (EDICT(), karras_sigmas(8, append_zero=False)),
+    (McCallumFoster(HeunEDM()), karras_sigmas(8)),
+    (BDIA(HeunEDM()), flow_sigmas(flow_times(28, shift=3.0))),
+]
+
+
+@pytest.mark.parametrize(("solver", "sigmas"), OFF_THE_FLOW, ids=str)
+def test_samples_off_by_more_than_the_data_are_warned_of_at_every_run(
+    solver: Solver, sigmas: torch.Tensor
+) -> None:
+    denoiser = Gaussian(0.0, 0.5)
+    x = noise(64, 4, sigma=sigmas[0].item())
+    assert stability_report(solver, sigmas).sampling_error > 1
+    for _ in range(2):
+        with pytest.warns(StabilityWarning, match="samples are expected to be off by"):
+            sampled = solver.sample(denoiser, x, sigmas).x
+    right = x * ((0.25 + sigmas[-1] ** 2) / (0.25 + sigmas[0] ** 2)).sqrt()
+    assert relative_error(sampled, right) > 0.5
+
+
+@pytest.mark.parametrize(
+    "solver", [BDIA(Euler()), BDIA(HeunEDM(), HeunStepRatio()), HeunEDM()], ids=str
+)
+def test_samples_near_the_flow_are_not_warned_of(solver: Solver) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solver.sample(Gaussian(0.0, 0.5), noise(2, 4, sigma=80.0), karras_sigmas(10))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", [0, 2, 3, 4])
+def test_round_trips_off_the_flow_are_expected_to_lose_what_they_lose(
+    case: int, dtype: torch.dtype
+) -> None:
+    solver, sigmas = OFF_THE_FLOW[case]
+    x = noise(64, 64, sigma=math.hypot(0.5, sigmas[0].item()), dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        there = solver.sample(Gaussian(0.0, 0.5), x, sigmas)
+        back = solver.invert(Gaussian(0.0, 0.5), there.state, sigmas).x
+    measured = float((back - x).double().norm() / x.double().norm())
+    expected = stability_report(solver, sigmas).round_trip_error(dtype)
+    assert measured / 30 < expected < 1e4 * measured  # at g = 1 roundings cancel
