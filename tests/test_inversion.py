@@ -84,6 +84,21 @@ def largest_weight_product(solver: BDIA, grid: Grid) -> float:
     return worst
 
 
+def largest_growth(solver: BDIA, grid: Grid) -> float:
+    """The most that an error of 1 in one state can become in a later one, on the way up or down."""
+    steps = [(step.gain, slope_of_rest(step)[0]) for (step,) in solver.steps(grid)[1:]]
+    worst = 1.0
+    for start in range(len(steps)):
+        up = down = (0.0, 1.0)
+        for g, r in reversed(steps[: start + 1]):
+            up = up[1], (up[0] - r * up[1]) / g
+            worst = max(worst, abs(up[1]))
+        for g, r in steps[start:]:
+            down = down[1], g * down[0] + r * down[1]
+            worst = max(worst, abs(down[1]))
+    return worst
+
+
 def round_trip(
     solver: BDIA, sigmas: torch.Tensor, x: torch.Tensor, denoiser: object = DENOISER
 ) -> tuple[torch.Tensor, float]:
@@ -127,6 +142,7 @@ grids = st.one_of(
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
 
 
+@pytest.mark.filterwarnings("ignore::odesolvers.InversionWarning")  # any rule, good or bad
 @given(approximators, rules, grids, st.sampled_from([torch.float32, torch.float64]), shapes)
 def test_inversion_is_exact_up_to_the_derived_rounding(
     approximator: IntegrationApproximator,
@@ -146,6 +162,7 @@ def test_inversion_is_exact_up_to_the_derived_rounding(
     assert float(error.norm()) <= bound
 
 
+@pytest.mark.filterwarnings("ignore::odesolvers.InversionWarning")  # any rule, good or bad
 @given(approximators, rules, grids, shapes, st.data())
 def test_any_stretch_of_the_grid_is_undone(
     approximator: IntegrationApproximator,
@@ -156,8 +173,8 @@ def test_any_stretch_of_the_grid_is_undone(
 ) -> None:
     solver = BDIA(approximator, gamma)
     grid = Grid.of(sigmas)
-    amplification = largest_weight_product(solver, grid)
-    assume(amplification < 1e6)
+    growth = largest_growth(solver, grid)
+    assume(growth < 1e6)
     low = data.draw(st.integers(1, grid.steps), label="turn at")
     high = data.draw(st.integers(0, low - 1), label="and at")
     x = noise(*shape, sigma=grid.levels[0])
@@ -166,8 +183,8 @@ def test_any_stretch_of_the_grid_is_undone(
     assert up.state.index == high + 1
     direct = solver.sample(DENOISER, x, sigmas, stop=high) if high > 0 else None
     expected = x if direct is None else direct.x
-    # Roundings of the whole run, each amplified by at most the product of the weights.
-    tolerance = 100 * grid.steps * torch.finfo(torch.float64).eps * amplification
+    # Roundings of the whole run, each grown by no more than that.
+    tolerance = 100 * grid.steps * torch.finfo(torch.float64).eps * growth
     torch.testing.assert_close(up.x, expected, rtol=0, atol=tolerance * grid.levels[0])
     if low > high + 1:
         down = solver.sample(DENOISER, up.state, sigmas, stop=low)
