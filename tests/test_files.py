@@ -18,7 +18,7 @@ SIGMAS = karras_sigmas(6)
 SOLVER = BDIA(HeunEDM(), 1.0)
 
 
-def a_state(dtype: torch.dtype = torch.float32) -> State:
+def a_state(dtype: torch.dtype = torch.float64) -> State:
     x = torch.randn(3, 1, 4, 5, dtype=torch.float64).mul(80).to(dtype)
     return SOLVER.sample(Gaussian(0.3, 0.5), x, SIGMAS).state
 
