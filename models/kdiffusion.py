@@ -93,7 +93,7 @@ def wrapper_sigmas(
     if isinstance(wrapper, K.layers.Denoiser):
         return karras_sigmas(n, bottom, top)
     karras_sigmas(n, bottom, top)  # checks the arguments
-    times = torch.linspace(math.atan(top), math.atan(bottom), n, dtype=torch.float64)
+    times = torch.linspace(math.atan(top), math.atan(bottom), n, dtype=torch.float64, device="cpu")
     return _append_zero(torch.tan(times))
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from .grids import Grid
+from .values import number
+
+
+class NotFinite(FloatingPointError, ValueError):
+    """A state to start from that is not finite: bad input, and a floating point error."""
+
 
 OVERFLOW = (
     "look for an overflow in the denoiser, a sigma outside its range, or an inversion whose weights "
@@ -67,7 +72,7 @@ def refuse_start(x: object) -> NoReturn:
         raise TypeError(f"x must be a floating point tensor, got {x.dtype}: convert with x.float()")
     if x.ndim == 0 or x.numel() == 0:
         raise ValueError(f"x must have shape (B, ...) with B >= 1, got {tuple(x.shape)}")
-    raise FloatingPointError(f"the state to start from is not finite: {describe(x)}")
+    raise NotFinite(f"the state to start from is not finite: {describe(x)}")
 
 
 def check_origin(state: Any, grid: Grid, solver: Any, name: str) -> None:
@@ -99,8 +104,6 @@ def check_origin(state: Any, grid: Grid, solver: Any, name: str) -> None:
 def refuse_stop(stop: object, start: int, end: int) -> NoReturn:
     """An error for a level that a run from the index `start` towards `end` does not reach."""
     down = end > 0
-    if type(stop) is not int:
-        raise TypeError(f"stop must be an integer, an index into sigmas, got {stop!r}")
     if start == end:
         edge, verb = ("last", "sample") if down else ("first", "invert")
         raise ValueError(
@@ -161,14 +164,13 @@ def check_same(a: Tensor, b: Tensor, sigma: float, k: int) -> None:
 
 def checked_share(name: str, value: object) -> float:
     """A number in (0, 1] as a float, or a TypeError or ValueError."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number in (0, 1], got {value!r}")
-    if not 0 < float(value) <= 1:
+    share = number(name, value)
+    if not 0 < share <= 1:
         raise ValueError(
             f"{name} must be in (0, 1], got {value}: at 0 a step keeps nothing of the state before and "
             "has no inverse"
         )
-    return float(value)
+    return share
 
 
 def check_is(value: object, kind: type, what: str) -> None:

@@ -17,11 +17,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from numbers import Real
 
 from .approximators import IntegrationApproximator
 from .grids import Grid
 from .settings import Settings
+from .values import number
 
 
 class GammaRule(Settings, ABC):
@@ -84,6 +84,7 @@ class ConstantGamma(GammaRule):
     gamma: float
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "gamma", number("gamma", self.gamma))
         if not 0 <= self.gamma <= 1:
             raise ValueError(
                 f"gamma must be in (0, 1], or 0 for the base solver without inverse, got "
@@ -120,9 +121,9 @@ class StepRatio(GammaRule):
     power: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "power", number("power", self.power))
         if not math.isfinite(self.power):
             raise ValueError(f"power must be a finite number, got {self.power}")
-        object.__setattr__(self, "power", float(self.power))
 
     def weights(self, grid: Grid, scale: Callable[[float], float]) -> list[float]:
         del scale
@@ -169,6 +170,8 @@ class DampedStepRatio(GammaRule):
     power: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "cutoff", number("cutoff", self.cutoff))
+        object.__setattr__(self, "power", number("power", self.power))
         if not (0 < self.cutoff < math.inf and 0 <= self.power < math.inf):
             raise ValueError(
                 "a damped step ratio needs cutoff > 0 and power >= 0, got cutoff = "
@@ -195,7 +198,7 @@ class PerStep(GammaRule):
     values: tuple[float, ...]
 
     def __init__(self, values: Sequence[float]) -> None:
-        object.__setattr__(self, "values", tuple(float(g) for g in values))
+        object.__setattr__(self, "values", tuple(number("a weight of PerStep", g) for g in values))
 
     def weights(self, grid: Grid, scale: Callable[[float], float]) -> list[float]:
         del grid, scale
@@ -263,9 +266,10 @@ def as_rule(gamma: object) -> GammaRule:
     """A rule as it is; a number as `ConstantGamma`."""
     if isinstance(gamma, GammaRule):
         return gamma
-    if isinstance(gamma, bool) or not isinstance(gamma, Real):
+    try:
+        return ConstantGamma(number("gamma", gamma))
+    except TypeError as error:
         raise TypeError(
-            f"gamma must be a number in (0, 1] or a GammaRule such as StepRatio(1), got "
+            "gamma must be a number in (0, 1] or a GammaRule such as StepRatio(1), got "
             f"{type(gamma).__name__}"
-        )
-    return ConstantGamma(float(gamma))
+        ) from error

@@ -19,6 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .values import count, number, row
+
 Sigmas: TypeAlias = "Grid | Tensor | Sequence[float]"
 """The types that `Grid.of` reads; numpy arrays are among them."""
 
@@ -60,7 +62,7 @@ class Grid:
         """Reads a grid given as a tensor, an array or a sequence of numbers."""
         if isinstance(sigmas, Grid):
             return sigmas
-        levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+        levels = row(sigmas, torch.float64)
         if levels.ndim != 1:
             raise ValueError(
                 f"sigmas must be one row of noise levels, got shape {tuple(levels.shape)}"
@@ -102,9 +104,7 @@ def karras_sigmas(
     Raises:
         ValueError: if `n`, the range or `rho` is not usable.
     """
-    _check_range(n, sigma_min, sigma_max)
-    if not rho > 0:
-        raise ValueError(f"rho must be positive, got {rho}")
+    n, sigma_min, sigma_max, rho = _checked_range(n, sigma_min, sigma_max, rho)
     top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return _finish((top + _ramp(n) * (bottom - top)) ** rho, append_zero)
 
@@ -132,9 +132,7 @@ def polyexponential_sigmas(
     ``rho > 1`` crowds the levels towards `sigma_min`. Arguments, result and errors as for
     `karras_sigmas`.
     """
-    _check_range(n, sigma_min, sigma_max)
-    if not rho > 0:
-        raise ValueError(f"rho must be positive, got {rho}")
+    n, sigma_min, sigma_max, rho = _checked_range(n, sigma_min, sigma_max, rho)
     top, bottom = math.log(sigma_max), math.log(sigma_min)
     return _finish(torch.exp((1 - _ramp(n)) ** rho * (top - bottom) + bottom), append_zero)
 
@@ -154,6 +152,8 @@ def vp_sigmas(
 
     Result and errors as for `karras_sigmas`.
     """
+    n, eps_s = count("n", n), number("eps_s", eps_s)
+    beta_d, beta_min = number("beta_d", beta_d), number("beta_min", beta_min)
     if n < 2 or not 0 < eps_s < 1:
         raise ValueError(f"needs n >= 2 levels and 0 < eps_s < 1, got n = {n}, eps_s = {eps_s}")
     t = 1 + _ramp(n) * (eps_s - 1)
@@ -182,6 +182,7 @@ def ddim_timesteps(
     Raises:
         ValueError: if `n` does not fit the schedule or `spacing` is unknown.
     """
+    n, num_train_timesteps = count("n", n), count("num_train_timesteps", num_train_timesteps)
     if not 1 <= n <= num_train_timesteps:
         raise ValueError(
             f"n must be between 1 and num_train_timesteps = {num_train_timesteps}, got {n}"
@@ -221,8 +222,7 @@ def sigmas_from_alphas_cumprod(
         ValueError: if a timestep is outside the schedule, the timesteps do not decrease, or the
             last is 0 under ``final="first"`` (a step of length zero: drop that timestep).
     """
-    alphas = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu").detach()
-    steps = torch.as_tensor(timesteps).detach().cpu()
+    alphas, steps = row(alphas_cumprod, torch.float64), row(timesteps)
     if alphas.ndim != 1 or not bool(((alphas > 0) & (alphas <= 1)).all()):
         raise ValueError("alphas_cumprod must be one row of numbers in (0, 1]")
     if steps.is_floating_point() or steps.ndim != 1 or len(steps) == 0:
@@ -253,17 +253,25 @@ def level_dtype(state: torch.dtype) -> torch.dtype:
 
 def _ramp(n: int) -> Tensor:
     """0 to 1 in `n` numbers."""
-    return torch.linspace(0, 1, n, dtype=torch.float64)
+    return torch.linspace(0, 1, n, dtype=torch.float64, device="cpu")
 
 
 def _finish(sigmas: Tensor, append_zero: bool) -> Tensor:
     return torch.cat([sigmas, sigmas.new_zeros(1)]) if append_zero else sigmas
 
 
-def _check_range(n: int, sigma_min: float, sigma_max: float) -> None:
+def _checked_range(
+    n: int, sigma_min: float, sigma_max: float, rho: float
+) -> tuple[int, float, float, float]:
+    """The arguments of a grid as numbers of Python, or an error."""
+    n, rho = count("n", n), number("rho", rho)
+    sigma_min, sigma_max = number("sigma_min", sigma_min), number("sigma_max", sigma_max)
+    if not 0 < rho < math.inf:
+        raise ValueError(f"rho must be positive, got {rho}")
     if n < 2:
         raise ValueError(f"needs n >= 2 noise levels above 0, got {n}")
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(
             f"needs 0 < sigma_min < sigma_max, got sigma_min = {sigma_min}, sigma_max = {sigma_max}"
         )
+    return n, sigma_min, sigma_max, rho

@@ -19,6 +19,7 @@ from .run import Pair, Run, Steps
 from .solver import Solver
 from .state import Convergence
 from .trust import InversionWarning
+from .values import count, number
 
 Residual: TypeAlias = Callable[[Tensor], Tensor]
 """``y -> x_{i-1} - (y + Δ(i → i-1 | y))``, 0 where the step from y leads to x_{i-1}; one step's cost."""
@@ -151,11 +152,12 @@ class FixedPointInversion(IterativeSolver):
 
     def __post_init__(self) -> None:
         check_approximator(self, self.approximator)
+        object.__setattr__(self, "tolerance", number("tolerance", self.tolerance))
         if not 0 < self.tolerance < 1:
             raise ValueError(f"tolerance must be between 0 and 1, got {self.tolerance}")
         for name, least in (("max_iterations", 1), ("memory", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if count(name, value) < least:
                 raise ValueError(f"{name} must be an integer, {least} or more, got {value!r}")
 
     def solve(
@@ -191,11 +193,14 @@ def _extrapolation(moves: list[tuple[Tensor, Tensor]], f: Tensor) -> Tensor:
         return torch.zeros_like(f)
     wide = torch.promote_types(f.dtype, torch.float32)
     df = torch.stack([df.reshape(df.shape[0], -1) for _, df in moves], 1).to(wide)
-    gram = df @ df.mT
-    # A little of the largest diagonal element keeps the solution finite where moves are parallel.
-    ridge = gram.diagonal(dim1=1, dim2=2).amax(1).mul(100 * torch.finfo(wide).eps)
-    gram.diagonal(dim1=1, dim2=2).add_(ridge.clamp_min(torch.finfo(wide).tiny)[:, None])
-    c = torch.linalg.solve(gram, df @ f.to(wide).reshape(f.shape[0], -1, 1)).squeeze(2).to(f.dtype)
+    with torch.autocast(f.device.type, enabled=False):  # half precision would make it singular
+        gram = df @ df.mT
+        # A little of the largest diagonal element keeps the solution finite where moves are parallel.
+        ridge = gram.diagonal(dim1=1, dim2=2).amax(1).mul(100 * torch.finfo(wide).eps)
+        ridge = ridge.clamp_min(torch.finfo(wide).tiny)
+        gram = gram + ridge[:, None, None] * torch.eye(len(moves), dtype=wide, device=f.device)
+        c = torch.linalg.solve(gram, df @ f.to(wide).reshape(f.shape[0], -1, 1))
+    c = c.squeeze(2).to(f.dtype)
     per_element = (-1, *[1] * (f.ndim - 1))
     terms = [c[:, j].reshape(per_element) * (y + f) for j, (y, f) in enumerate(moves)]
     return torch.stack(terms).sum(0)

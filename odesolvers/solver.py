@@ -18,6 +18,7 @@ from .run import Callback, Denoiser, Pair, Run, Steps
 from .settings import Settings
 from .state import Solution, State
 from .trust import SAMPLING_LIMIT, warn_before_inverting, warn_of_samples
+from .values import count
 
 
 class Solver(Settings, ABC):
@@ -102,8 +103,8 @@ class Solver(Settings, ABC):
         with torch.set_grad_enabled(differentiable):
             run = Run(self, denoiser, x, sigmas, 0, extra_args, callback, differentiable)
             levels, first, end = run.grid.levels, run.state.index, len(run.plan)
-            stop = end if stop is None else stop
-            if type(stop) is not int or not first < stop <= end:
+            stop = end if stop is None else count("stop", stop)
+            if not first < stop <= end:
                 refuse_stop(stop, first, end)
             if stop == end and not run.sampling_error <= SAMPLING_LIMIT:
                 warn_of_samples(self, run.sampling_error, end)
@@ -135,7 +136,8 @@ class Solver(Settings, ABC):
         companion, for no evaluation.
 
         Args:
-            denoiser: as for `sample`.
+            denoiser: as for `sample`; if a run is to be undone the same one, with the same weights and
+                settings such as a guidance scale: a state records none of them.
             x: the state of an earlier run, at any level; or a floating point tensor ``(B, ...)`` at
                 level ``sigmas[-1]``, not modified.
             sigmas: the grid the state comes from, in the same decreasing order.
@@ -164,8 +166,8 @@ class Solver(Settings, ABC):
         with torch.set_grad_enabled(differentiable):
             run = Run(self, denoiser, x, sigmas, None, extra_args, callback, differentiable)
             levels, last = run.grid.levels, run.state.index
-            stop = 0 if stop is None else stop
-            if type(stop) is not int or not 0 <= stop < last:
+            stop = 0 if stop is None else count("stop", stop)
+            if not 0 <= stop < last:
                 refuse_stop(stop, last, 0)
             lone = self.states == 2 and run.state.partner is None
             end = stop if self.coupled or self.states == 1 else stop + 1  # the lower of two levels

@@ -271,7 +271,11 @@ def test_a_partner_in_the_state_is_no_use() -> None:
         (lambda: FixedPointInversion(DDIM(), 0.0), ValueError, "tolerance must be between 0 and 1"),
         (lambda: FixedPointInversion(DDIM(), float("nan")), ValueError, "got nan"),
         (lambda: FixedPointInversion(DDIM(), 1e-6, 0), ValueError, "max_iterations .*1 or more"),
-        (lambda: FixedPointInversion(DDIM(), 1e-6, 5.0), ValueError, r"got 5\.0"),
+        (
+            lambda: FixedPointInversion(DDIM(), 1e-6, 5.0),
+            TypeError,
+            r"must be an integer, got 5\.0",
+        ),
         (lambda: FixedPointInversion(DDIM(), 1e-6, 5, -1), ValueError, "memory .*0 or more"),
     ],
 )
@@ -286,3 +290,43 @@ def test_evaluations_are_at_the_levels_of_the_grid() -> None:
     recorder = Recorder(mixture())
     FixedPointInversion(DDIM()).invert(recorder, noise(2, 3), GRID)
     assert set(recorder.sigmas) == set(GRID[:-1].tolist())
+
+
+def test_the_iteration_is_solved_in_the_precision_of_the_state_under_autocast() -> None:
+    for seed in range(10):
+        torch.manual_seed(seed)
+        network = torch.nn.Sequential(
+            torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4)
+        )
+
+        def denoiser(
+            x: torch.Tensor, sigma: torch.Tensor, network: torch.nn.Module = network
+        ) -> torch.Tensor:
+            out: torch.Tensor = network(x / (1 + sigma[:, None] ** 2).sqrt())
+            return out.to(x.dtype)
+
+        x, solver = noise(3, 4, seed=seed, dtype=torch.float32), FixedPointInversion(Euler(), 1e-2)
+        with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the network's own rounding is near the tolerance
+            back = solver.invert(denoiser, x, karras_sigmas(8, 0.02, 14.0))
+        assert bool(back.x.isfinite().all())
+        converged = torch.stack([step.converged for step in back.convergence])
+        assert float(converged.double().mean()) > 0.7
+
+
+@pytest.mark.parametrize("memory", [0, 1, 3])
+def test_gradients_pass_through_the_iteration(memory: int) -> None:
+    weight = noise(3, 3, seed=1) * 0.3
+    solver = FixedPointInversion(Euler(), 1e-10, memory=memory)
+
+    def code(x: torch.Tensor) -> torch.Tensor:
+        denoiser = lambda x, sigma: torch.tanh(x @ weight)  # noqa: E731
+        return solver.invert(denoiser, x, [2.0, 1.0, 0.5], differentiable=True).x
+
+    x = noise(4, 3).requires_grad_()
+    direction = noise(4, 3, seed=2)
+    (gradient,) = torch.autograd.grad(code(x).sum(), x)
+    h = 1e-5
+    with torch.no_grad():
+        difference = (code(x + h * direction) - code(x - h * direction)).sum() / (2 * h)
+    assert float((gradient * direction).sum()) == pytest.approx(float(difference), rel=1e-5)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..grids import Grid
+from ..values import count
 from .base import Arithmetic
 from .stack import SideInformation, Stack, checksum
 
@@ -66,9 +67,14 @@ class FixedPoint(Arithmetic):
     check_determinism: bool = field(default=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        F = self.fractional_bits
-        if isinstance(F, bool) or not isinstance(F, int) or not 8 <= F <= 53:
-            raise ValueError(f"fractional_bits must be an integer from 8 to 53, got {F!r}")
+        F = count("fractional_bits", self.fractional_bits)
+        if not 8 <= F <= 53:
+            raise ValueError(f"fractional_bits must be an integer from 8 to 53, got {F}")
+        if not isinstance(self.check_determinism, bool):
+            raise TypeError(
+                f"check_determinism must be True or False, got {self.check_determinism!r}"
+            )
+        object.__setattr__(self, "fractional_bits", F)
 
     exact: ClassVar[bool] = True
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, Final, final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from ..progress import progress_bar
 from ..propagation import largest_product
 from ..run import Denoiser, Run
 from ..solver import Solver
+from .objective import Objective, lengths, rows, sketch
 from .rule import Calibrated, CalibrationReport, step_ratios
 
 Vector = npt.NDArray[np.float64]
@@ -37,35 +38,8 @@ _STARTS: Final[tuple[GammaRule, ...]] = (
     DampedStepRatio(),
     DampedStepRatio(1.0, 1),
 )
-_SKETCH: Final = 4096
 _ENOUGH: Final = 0.02
 """A gain in the objective, a logarithm, that is worth another run."""
-
-
-@final
-@dataclass(frozen=True)
-class Objective:
-    """The quantity that `calibrate` minimises: ``sampling · log e_s + encoding · log e_c``, on average.
-
-    e_s is the distance of a sample to the fine solution, e_c that of the code of a lone image to the
-    noise it came from, each relative to the root mean square of what it should be. Logarithms, so
-    that neither the scale of the two errors nor a few hard states decide.
-
-    Attributes:
-        sampling: weight of the sampling error, 0 or more.
-        encoding: weight of the encoding error, 0 or more; not both 0.
-    """
-
-    sampling: float = 1.0
-    encoding: float = 1.0
-
-    def __post_init__(self) -> None:
-        weights = (self.sampling, self.encoding)
-        if not all(math.isfinite(w) and w >= 0 for w in weights) or sum(weights) == 0:
-            raise ValueError(
-                "an objective weighs sampling and encoding by numbers of 0 or more, not both 0, got "
-                f"sampling = {self.sampling}, encoding = {self.encoding}"
-            )
 
 
 def calibrate(
@@ -116,8 +90,7 @@ def calibrate(
 
     Raises:
         ValueError: if the grid has fewer than two steps, or an argument is out of range.
-        TypeError: if `x` is in half precision.
-        TypeError, FloatingPointError: as for `Solver.sample`, from the fine solution.
+        TypeError, FloatingPointError: as for `Solver.sample`; and if `x` is in half precision.
     """
     grid = Grid.of(sigmas)
     if grid.steps < 2:
@@ -133,6 +106,7 @@ def calibrate(
             f"weights learnt on {x.dtype} states would be fitted to their rounding: pass x.float(), and "
             "wrap a network in half precision as odesolvers.models.InDtype(network, dtype)"
         )
+    x = x.detach() if isinstance(x, Tensor) else x
     base = Euler() if base is None else base
     fit = _Fit(denoiser, x, grid, base, objective or Objective(), extra_args, max_amplification)
     with fit.bar(max_runs if progress else None):
@@ -145,7 +119,7 @@ def calibrate(
         best = fit.improve(best, max_runs)
     alone = math.nan
     if fit.objective.sampling:
-        alone = float(_lengths(fit.sampled(base)).log().mean().exp())
+        alone = float(lengths(fit.sampled(base)).log().mean().exp())
     report = CalibrationReport(
         sampling=(before.sampling, best.sampling),
         encoding=(before.encoding, best.encoding),
@@ -271,16 +245,16 @@ class _Fit:
         return np.asarray(self.neutral + share * (log_g - self.neutral))
 
     def sampled(self, solver: Solver) -> Tensor:
-        """Errors of the batch, sampled from its noise; see `_rows`."""
+        """Errors of the batch, sampled from its noise; see `rows`."""
         end = solver.sample(self.denoiser, self.x, self.grid, extra_args=self.extra_args)
         self.evaluations += end.nfe
-        return _rows(end.x - self.target, self.target)
+        return rows(end.x - self.target, self.target)
 
     def encoded(self, solver: Solver) -> Tensor:
         """Errors of the codes of where the batch should have ended."""
         code = solver.invert(self.denoiser, self.target, self.grid, extra_args=self.extra_args)
         self.evaluations += code.nfe
-        return _rows(code.x - self.x, self.x)
+        return rows(code.x - self.x, self.x)
 
     def run(self, log_g: Vector) -> _Run:
         """Sample the batch and encode where it should have ended."""
@@ -300,7 +274,7 @@ class _Fit:
         except FloatingPointError:
             nothing = torch.zeros(0, 0, dtype=torch.float64)
             return _Run(log_g, math.inf, math.inf, math.inf, nothing, nothing)
-        sizes = {name: _lengths(rows) for name, rows in errors.items()}
+        sizes = {name: lengths(error) for name, error in errors.items()}
         means = {name: float(size.log().mean()) for name, size in sizes.items()}
         total = sum(weights.values())
         return _Run(
@@ -308,7 +282,7 @@ class _Fit:
             value=sum(w * means[name] for name, w in weights.items()) / total,
             sampling=math.exp(means.get("sampling", math.nan)),
             encoding=math.exp(means.get("encoding", math.nan)),
-            residual=torch.cat([_sketch(rows) for rows in errors.values()]),
+            residual=torch.cat([sketch(error) for error in errors.values()]),
             importance=torch.cat(
                 [w / total / len(sizes[name]) / sizes[name].square() for name, w in weights.items()]
             ),
@@ -370,31 +344,3 @@ class _Fit:
         ridge = damping * torch.diag(diagonal + 1e-6 * diagonal.max() + 1e-30)
         move: Vector = torch.linalg.solve(hessian + ridge, gradient).clamp(-1, 1).numpy()
         return move
-
-
-def _rows(error: Tensor, like: Tensor) -> Tensor:
-    """Errors over the root mean square of what they are errors of: norm 1 is an error of 100 %."""
-    size = like.double().reshape(len(like), -1).norm(dim=1).square().mean().sqrt()
-    rows: Tensor = (error.double().reshape(len(error), -1) / size).cpu()
-    return rows
-
-
-def _lengths(rows: Tensor) -> Tensor:
-    """The norm of each row, with a floor: a state that is met exactly must not outweigh the others."""
-    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1).clamp_min(1e-7)
-    return lengths
-
-
-def _sketch(rows: Tensor) -> Tensor:
-    """Rows of at most `_SKETCH` columns with nearly the same lengths and angles.
-
-    The count sketch of Charikar, Chen and Farach-Colton (2002): each column is added, with a random
-    sign, to a random column of the sketch.
-    """
-    n = rows.shape[1]
-    if n <= _SKETCH:
-        return rows
-    generator = torch.Generator().manual_seed(0)
-    sign = torch.randint(0, 2, (n,), generator=generator).to(rows.dtype) * 2 - 1
-    column = torch.randint(0, _SKETCH, (n,), generator=generator)
-    return rows.new_zeros(len(rows), _SKETCH).index_add_(1, column, rows * sign)

@@ -1,0 +1,40 @@
+"""Numbers and rows of numbers as callers give them, of Python, numpy or torch."""
+
+from __future__ import annotations
+
+import math
+import operator
+from numbers import Real
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def number(name: str, value: object) -> float:
+    """A real number of any kind, or a tensor of no dimension, as a float; or a TypeError."""
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError:  # of an integer
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator]
+
+
+def count(name: str, value: object) -> int:
+    """An integer of any kind as an int, or a TypeError."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    raise TypeError(f"{name} must be an integer, got {value!r}")
+
+
+def row(values: object, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor, an array or a sequence as a tensor on the CPU, without gradients."""
+    if isinstance(values, np.ndarray):
+        values = np.ascontiguousarray(values)  # torch has no negative strides
+    return torch.as_tensor(values, dtype=dtype, device="cpu").detach()
