@@ -82,8 +82,7 @@ class FlowDenoiser(nn.Module):
                 f"sigma must lie between 0 and FLOW_SIGMA_MAX = {FLOW_SIGMA_MAX:.0f}, which stands "
                 f"for t = 1, got {sigma[~inside][0].item():.6g}; flow_sigmas makes levels of times"
             )
-        t = torch.where(sigma < FLOW_SIGMA_MAX, sigma / (1 + sigma), 1.0)
-        t = torch.where(inside, t, torch.nan)
+        t = torch.where(inside, flow_times_of(sigma), torch.nan)
         z = x / append_dims(1 + sigma, x)
         velocity = self.velocity(
             z.to(self.dtype or x.dtype), t if self.dtype is None else t.float(), **extra_args
@@ -121,6 +120,11 @@ def flow_sigmas(times: Tensor | Sequence[float]) -> Tensor:
     if t[0] > 1:
         raise ValueError(f"flow times must lie in [0, 1], got {t[0].item():.6g}; 1 is noise")
     return (t / (1 - t)).clamp(max=FLOW_SIGMA_MAX)
+
+
+def flow_times_of(sigmas: Tensor) -> Tensor:
+    """The flow times ``t = σ / (1 + σ)`` of noise levels; `FLOW_SIGMA_MAX` becomes t = 1."""
+    return torch.where(sigmas < FLOW_SIGMA_MAX, sigmas / (1 + sigmas), 1.0)
 
 
 def flow_times(

@@ -89,17 +89,18 @@ def test_levels_are_those_of_the_scheduler(folders, diffusers):
 
 def test_timesteps_whole_on_the_levels_and_between_them_as_k_diffusion_has_them(folders, device):
     model = load_stable_diffusion(folders["1.x"], device=device)
-    levels = model.log_sigmas.exp()
+    table = model.schedule.log_sigmas.to(device)
+    levels = table.exp()
     whole = torch.arange(1000, dtype=torch.float32, device=device)
     for dtype in (torch.float64, torch.float32):
         assert torch.equal(model.timestep(levels.to(dtype)), whole)
     sigma = ods.karras_sigmas(50, 0.03, 14.6)[:-1].to(device)
-    distance = (sigma.log() - model.log_sigmas[:, None]).abs()
+    distance = (sigma.log() - table[:, None]).abs()
     found = model.timestep(sigma).double()
     assert ((found - distance.argmin(0)).abs() <= 1).all()
     low = found.floor().long()
     w = found - low
-    log = (1 - w) * model.log_sigmas[low] + w * model.log_sigmas[(low + 1).clamp(max=999)]
+    log = (1 - w) * table[low] + w * table[(low + 1).clamp(max=999)]
     torch.testing.assert_close(log, sigma.log(), rtol=0, atol=2e-6)  # times are in float32
     assert (w > 0.01).any()
 
@@ -303,8 +304,13 @@ def test_images_out_of_form(model):
         model.encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
 
 
-def test_converted_levels_are_refused(folders):
-    model = load_stable_diffusion(folders["1.x"])
-    extra = model.encode_prompt("a cat")["positive"]
-    with pytest.raises(TypeError, match="noise levels were converted"):
-        model.half()(noise(), torch.ones(2), **extra)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_converted_model_keeps_its_levels(folders, family):
+    """Nothing but weights is converted or moved: devices without float64 can hold the model."""
+    model = load_stable_diffusion(folders[family])
+    expected = model(noise(), torch.ones(2), **model.encode_prompt("a cat")["positive"])
+    assert all(v.dtype != torch.float64 for v in model.state_dict().values())
+    model.half()
+    found = model(noise(), torch.ones(2), **model.encode_prompt("a cat")["positive"])
+    assert relative(found, expected) < 0.01
+    assert model.timestep(torch.tensor([model.sigma_min, model.sigma_max])).tolist() == [0, 999]

@@ -1,0 +1,149 @@
+"""What the networks of Stable Diffusion take: their inputs, their conditions and their device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OTHER_INPUTS = {
+    5: "a depth map beside the latents, as of Stable Diffusion 2 depth",
+    7: "a low resolution image beside the latents, as of the upscaler",
+    8: "the latents of an image to edit beside its own, as of InstructPix2Pix and CosXL Edit",
+    9: "a mask and a masked image beside the latents, as of inpainting",
+}
+"""The networks of other tasks, by their number of input channels."""
+
+
+def check_network(pipeline: Any, *, is_xl: bool) -> None:
+    """Check that the network of a pipeline takes latents, a noise level and a prompt, and no more.
+
+    Raises:
+        ValueError: naming the part that is missing, or the input that the network takes besides.
+    """
+    for name in ("unet", "vae", "scheduler"):
+        if getattr(pipeline, name, None) is None:
+            raise ValueError(f"the pipeline has no {name}: give it one")
+    config, latents = pipeline.unet.config, pipeline.vae.config.latent_channels
+    channels = config.in_channels
+    if channels != latents:
+        other = OTHER_INPUTS.get(channels, f"other inputs beside the {latents} channels of latents")
+        raise ValueError(
+            f"the UNet takes {channels} channels and the VAE makes {latents}: it expects {other}. "
+            "Supported are networks of text to image, which take the latents alone"
+        )
+    if config.out_channels != channels:
+        raise ValueError(
+            f"the UNet returns {config.out_channels} channels for {channels}: a learned variance is not "
+            "supported"
+        )
+    added = getattr(config, "addition_embed_type", None)
+    if added != ("text_time" if is_xl else None):
+        raise ValueError(
+            f"the UNet has addition_embed_type={added!r} in a {type(pipeline).__name__}, which gives "
+            f"{'text_time' if is_xl else 'no'} conditions: the parts are of different models"
+        )
+    if is_xl and pipeline.text_encoder_2 is not None:
+        width = config.projection_class_embeddings_input_dim
+        given = 6 * config.addition_time_embed_dim + pipeline.text_encoder_2.config.projection_dim
+        if width != given:
+            raise ValueError(
+                f"the UNet takes {width} features of added conditions, and the six sizes and the pooled "
+                f"prompt of text_encoder_2 have {given}: it is another network than XL's own for text "
+                "to image, such as its refiner"
+            )
+    for name in ("class_embed_type", "num_class_embeds"):
+        if getattr(config, name, None) is not None:
+            raise ValueError(
+                f"the UNet has {name}={getattr(config, name)!r}, a condition beside the prompt, which "
+                "is not supported"
+            )
+    _check_projection(config)
+
+
+def check_conditions(
+    config: Any,
+    prompt: Any,
+    added: Mapping[str, Any],
+    timestep_cond: Tensor | None,
+) -> None:
+    """Check that the conditions of a call are those of the network, and complete.
+
+    Raises:
+        TypeError: if a condition is not a tensor.
+        ValueError: if a condition is missing or is not one of the network.
+    """
+    _check_projection(config)  # an IP-Adapter may have been loaded since
+    known = () if config.addition_embed_type is None else ("text_embeds", "time_ids")
+    for name in sorted(set(added) - set(known)):
+        raise ValueError(
+            f"added_cond_kwargs has {name!r}, and this network takes {' and '.join(known) or 'none'}"
+            + (": IP-Adapters are not supported" if name == "image_embeds" else "")
+        )
+    missing = set(known) - set(added)
+    if prompt is None or missing:
+        what = "" if len(missing) in (0, 2) else f": added_cond_kwargs has no {missing.pop()}"
+        raise ValueError(
+            f"the prompt is missing{what}: pass extra_args=model.encode_prompt('...')['positive'] ('' "
+            "for none), or all of encode_prompt's result under ClassifierFreeGuidance"
+        )
+    for name, value in {"encoder_hidden_states": prompt, **added}.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    width = config.time_cond_proj_dim
+    if width is not None and timestep_cond is None:
+        raise ValueError(
+            "this network was distilled under guidance (LCM) and takes the guidance scale as a "
+            "condition: pass extra_args=model.encode_prompt('...', guidance_scale=8.0)['positive']"
+        )
+    if timestep_cond is not None and (width is None or timestep_cond.shape[1:] != (width,)):
+        raise ValueError(
+            f"timestep_cond has shape {tuple(timestep_cond.shape)}, and this network takes "
+            + ("none" if width is None else f"({width},) for each image")
+        )
+
+
+def expand(value: Tensor | None, x: Tensor, name: str, dtype: torch.dtype) -> Tensor | None:
+    """Expand a condition to the batch of `x`, in the dtype of the network; None remains None.
+
+    Raises:
+        ValueError: if it is for another number of images, or on another device.
+    """
+    if value is None:
+        return None
+    n = x.shape[0]
+    if value.shape[0] not in (1, n):
+        raise ValueError(
+            f"{name} is given for {value.shape[0]} images and the state holds {n}: encode one "
+            "prompt, or one for each image"
+        )
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device} and the state on {x.device}")
+    return value.expand(n, *value.shape[1:]).to(dtype)
+
+
+def execution_device(network: Any) -> torch.device:
+    """The device on which a model of diffusers runs, which offloading moves its weights to and from."""
+    if hasattr(network, "_hf_hook"):  # of accelerate
+        for module in network.modules():
+            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    registry = getattr(network, "_diffusers_hook", None)
+    hook = None if registry is None else registry.get_hook("group_offloading")
+    if hook is not None:
+        return torch.device(hook.config.onload_device)
+    own: torch.device = network.device
+    return own
+
+
+def _check_projection(config: Any) -> None:
+    kind = getattr(config, "encoder_hid_dim_type", None)
+    if kind is not None:
+        what = "an IP-Adapter" if kind == "ip_image_proj" else f"a projection of kind {kind!r}"
+        raise ValueError(
+            f"the UNet has {what} (encoder_hid_dim_type={kind!r}), which takes images as conditions: "
+            "not supported; pipeline.unload_ip_adapter() removes an IP-Adapter"
+        )

@@ -1,0 +1,354 @@
+"""How a network of diffusers is read as a denoiser, according to the scheduler of its pipeline."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from odesolvers.grids import Grid, ddim_timesteps, sigmas_from_alphas_cumprod
+
+from .base import append_dims, values_readable
+from .flow import FLOW_SIGMA_MAX, FlowDenoiser, flow_sigmas, flow_times_of
+
+Network: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""The raw network ``network(z, noise_input) -> output`` under its conditions."""
+
+Spacing: TypeAlias = Literal["leading", "trailing", "linspace"]
+Final: TypeAlias = Literal["zero", "first"]
+
+DISCRETE = (
+    "DDIMInverseScheduler",
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+)
+"""Schedulers of networks trained at discrete timesteps of a variance-preserving process."""
+
+EDM = ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler")
+"""Schedulers of networks under the preconditioning of Karras et al. 2022."""
+
+FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+"""Schedulers of flow-matching networks, beside those of `DISCRETE` with ``use_flow_sigmas``."""
+
+
+class Schedule(ABC):
+    """The noise levels of a network, and the formulas that make it a denoiser."""
+
+    prediction_type: str
+    """What the network predicts."""
+
+    sigma_min: float
+    """The lowest noise level."""
+
+    sigma_max: float
+    """The highest noise level."""
+
+    @abstractmethod
+    def denoise(self, network: Network, x: Tensor, sigma: Tensor) -> Tensor:
+        """The posterior mean of states `x` (B, ...) at levels `sigma` (B,), in the wider dtype."""
+
+    @abstractmethod
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """The noise input of the network at levels `sigma` (B,)."""
+
+    @abstractmethod
+    def sigmas(self, n: int, spacing: Spacing | None, final: Final | None) -> Tensor:
+        """The grid of the scheduler for `n` steps, float64 on the CPU."""
+
+    def check(self, sigma: Tensor) -> Tensor:
+        """Whether each level is within the range of the network, (B,).
+
+        Raises:
+            ValueError: on the CPU, if one is not.
+        """
+        slack = 1e-6  # errors of float32 levels are about 1e-7
+        inside = (sigma >= self.sigma_min * (1 - slack)) & (sigma <= self.sigma_max * (1 + slack))
+        if values_readable(sigma) and not bool(inside.all()):
+            raise ValueError(
+                f"sigma must lie within the model's training levels, {self.sigma_min:.6g} to "
+                f"{self.sigma_max:.6g}, got {sigma[~inside][0].item():.6g}; model.sigmas(n) is a "
+                "grid that does, karras_sigmas(n, model.sigma_min, model.sigma_max) another"
+            )
+        return inside
+
+
+@final
+class DiscreteSchedule(Schedule):
+    """Discrete timesteps t of a variance-preserving process, ``σ_t = sqrt((1 - ᾱ_t) / ᾱ_t)``.
+
+    The network sees ``z = x / sqrt(1 + σ²)`` and t. At the training levels t is that integer; between
+    them it is interpolated in log σ, as in k-diffusion.
+
+    Args:
+        alphas_cumprod: ᾱ of every timestep. 0 (zero terminal SNR, an infinite level) becomes 2^-40, the
+            level 2^20.
+        prediction_type: "epsilon", "v_prediction" or "sample".
+        spacing, offset, final: of the grid of `sigmas`.
+
+    Raises:
+        ValueError: for epsilon prediction of pure noise.
+    """
+
+    def __init__(
+        self,
+        alphas_cumprod: Tensor,
+        prediction_type: str,
+        *,
+        spacing: Spacing,
+        offset: int,
+        final: Final,
+    ) -> None:
+        alphas = alphas_cumprod.detach().double().cpu()
+        if prediction_type == "epsilon" and alphas[-1] < 2.0**-32:
+            raise ValueError(
+                "the scheduler has zero terminal SNR (rescale_betas_zero_snr) and epsilon prediction: "
+                "at its first level the noise is all that the network sees, so that its prediction "
+                "says nothing about the image. Such networks are trained for v prediction: pass "
+                "prediction_type='v_prediction' if this one is, or else load it with a scheduler "
+                "without rescale_betas_zero_snr"
+            )
+        self.alphas_cumprod = alphas.clamp(min=2.0**-40)
+        self.prediction_type = prediction_type
+        self.spacing, self.offset, self.final = spacing, offset, final
+        levels = torch.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
+        self.sigma_min, self.sigma_max = float(levels[0]), float(levels[-1])
+        self.log_sigmas = levels.log()
+        self._tables = {torch.device("cpu"): self.log_sigmas}
+
+    def denoise(self, network: Network, x: Tensor, sigma: Tensor) -> Tensor:
+        s = append_dims(sigma, x)
+        root = torch.sqrt(1 + s**2)
+        output = network(x / root, self.timestep(sigma))
+        if self.prediction_type == "epsilon":
+            return x - s * output
+        if self.prediction_type == "v_prediction":
+            return (x / root - s * output) / root
+        return output
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        inside = self.check(sigma)
+        table = self._table(sigma.device)
+        log = torch.where(inside, sigma.to(table.dtype).log(), table[0])
+        above = torch.searchsorted(table, log).clamp(1, len(table) - 1)
+        low, high = table[above - 1], table[above]
+        t = above - 1 + ((log - low) / (high - low)).clamp(0, 1)
+        whole = t.round()
+        # Distances between levels are at least 1e-3 in log σ.
+        rounding = 1e-6 if table.dtype == torch.float64 else 5e-6
+        t = torch.where((table[whole.long()] - log).abs() < rounding, whole, t)
+        return torch.where(inside, t, torch.nan).float()
+
+    def sigmas(self, n: int, spacing: Spacing | None, final: Final | None) -> Tensor:
+        end = final or self.final
+        steps = ddim_timesteps(
+            n, len(self.alphas_cumprod), spacing=spacing or self.spacing, offset=self.offset
+        )
+        if end == "first" and steps[-1] == 0:
+            steps = steps[:-1]  # the scheduler steps from the first training level to itself
+            if len(steps) == 0:
+                raise ValueError(
+                    "one step from timestep 0 to the level of timestep 0 leads nowhere: ask for more "
+                    "steps, spacing='trailing' or final='zero'"
+                )
+        return sigmas_from_alphas_cumprod(self.alphas_cumprod, steps, final=end)
+
+    def _table(self, device: torch.device) -> Tensor:
+        """Logarithms of the levels on `device`, in float64 where it has it."""
+        if device not in self._tables:
+            wide = torch.float32 if device.type == "mps" else torch.float64
+            self._tables[device] = self.log_sigmas.to(wide).to(device)
+        return self._tables[device]
+
+
+class SampledSchedule(Schedule):
+    """Continuous levels; grids are those of the scheduler itself."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = copy.deepcopy(scheduler)  # set_timesteps changes it
+
+    @final
+    def sigmas(self, n: int, spacing: Spacing | None, final: Final | None) -> Tensor:
+        if spacing is not None:
+            raise ValueError(
+                f"the levels of {type(self.scheduler).__name__} are continuous and have no spacing of "
+                f"timesteps, got spacing={spacing!r}: leave it out"
+            )
+        if n < 1:
+            raise ValueError(f"needs n >= 1 steps, got {n}")
+        if getattr(self.scheduler.config, "use_dynamic_shifting", False):
+            raise ValueError(
+                "the times of this scheduler depend on the size of the image (use_dynamic_shifting): "
+                "pass flow_sigmas(scheduler.sigmas) after scheduler.set_timesteps(n, mu=...)"
+            )
+        self.scheduler.set_timesteps(n)
+        # Two-stage schedulers list levels twice; a final sigma_min repeats the last.
+        visited = self.levels(torch.unique_consecutive(self.scheduler.sigmas.double()))
+        if final == "first" and visited[-1] == 0:
+            visited = visited[:-1]
+        elif final == "zero" and visited[-1] > 0:
+            visited = torch.cat([visited, visited.new_zeros(1)])
+        Grid.of(visited)
+        return visited
+
+    @abstractmethod
+    def levels(self, sigmas: Tensor) -> Tensor:
+        """The noise levels of the scheduler's own `sigmas`."""
+
+
+@final
+class EDMSchedule(SampledSchedule):
+    """The preconditioning of Karras et al. 2022 (arXiv 2206.00364, table 1).
+
+    ``D = c_skip x + c_out F(c_in x, log(σ) / 4)`` with ``c_in = 1 / sqrt(σ² + s²)``,
+    ``c_skip = s² / (σ² + s²)`` and ``c_out = ± σ s / sqrt(σ² + s²)``, where s is the standard deviation
+    of the data and the sign is minus for networks that predict v.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        prediction_type: str,
+        *,
+        sigma_data: float,
+        sigma_min: float,
+        sigma_max: float,
+    ) -> None:
+        super().__init__(scheduler)
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(
+                f"prediction_type must be 'epsilon' or 'v_prediction' under {type(scheduler).__name__}, "
+                f"got {prediction_type!r}"
+            )
+        self.prediction_type, self.sigma_data = prediction_type, sigma_data
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    def denoise(self, network: Network, x: Tensor, sigma: Tensor) -> Tensor:
+        s, data = append_dims(sigma, x), self.sigma_data
+        root = torch.sqrt(s**2 + data**2)
+        out = s * data / root * (-1 if self.prediction_type == "v_prediction" else 1)
+        return (data / root) ** 2 * x + out * network(x / root, self.timestep(sigma))
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        inside = self.check(sigma)
+        return torch.where(inside, sigma, torch.nan).log() / 4
+
+    def levels(self, sigmas: Tensor) -> Tensor:
+        return sigmas
+
+
+@final
+class FlowSchedule(SampledSchedule):
+    """Flow matching: `FlowDenoiser` with times up to the number of training steps."""
+
+    prediction_type = "flow_prediction"
+
+    def __init__(self, scheduler: Any) -> None:
+        super().__init__(scheduler)
+        self.steps = int(scheduler.config.num_train_timesteps)
+        self.sigma_min, self.sigma_max = 0.0, FLOW_SIGMA_MAX
+
+    def denoise(self, network: Network, x: Tensor, sigma: Tensor) -> Tensor:
+        denoised: Tensor = FlowDenoiser(lambda z, t: network(z, self.steps * t))(x, sigma)
+        return denoised
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return self.steps * flow_times_of(sigma)
+
+    def levels(self, sigmas: Tensor) -> Tensor:
+        return flow_sigmas(sigmas)
+
+
+def schedule_of(scheduler: Any, prediction_type: str | None = None) -> Schedule:
+    """The schedule that a scheduler of diffusers describes.
+
+    Args:
+        scheduler: the scheduler of a pipeline.
+        prediction_type: what the network predicts; by default what the scheduler says.
+
+    Raises:
+        ValueError: if the scheduler is not known to describe its network completely.
+    """
+    name = type(scheduler).__name__
+    config = scheduler.config
+    kind = prediction_type or getattr(config, "prediction_type", None)
+    kind = "sample" if kind == "original_sample" else kind  # EulerDiscreteScheduler's other name
+    if name in EDM:
+        return EDMSchedule(
+            scheduler,
+            str(kind),
+            sigma_data=config.sigma_data,
+            sigma_min=config.sigma_min,
+            sigma_max=config.sigma_max,
+        )
+    if name in FLOW or (name in DISCRETE and getattr(config, "use_flow_sigmas", False)):
+        _check_flow(name, config, kind)
+        return FlowSchedule(scheduler)
+    if name not in DISCRETE:
+        raise ValueError(
+            f"the scheduler of the pipeline is a {name}, which is not known to say how its network is "
+            f"trained. Known are {', '.join((*DISCRETE, *EDM, *FLOW))}. Give the pipeline one that "
+            "describes its network: pipeline.scheduler = ..., or load_stable_diffusion(..., "
+            "scheduler=...)"
+        )
+    if kind not in ("epsilon", "v_prediction", "sample"):
+        raise ValueError(
+            f"prediction_type must be 'epsilon', 'v_prediction' or 'sample' under {name}, got {kind!r}"
+            + (" without use_flow_sigmas=True" if kind == "flow_prediction" else "")
+        )
+    alphas = scheduler.alphas_cumprod.double()
+    if getattr(config, "timestep_type", "discrete") == "continuous" and kind == "v_prediction":
+        levels = torch.sqrt((1 - alphas) / alphas)
+        limits = [level for level in (config.sigma_min, config.sigma_max) if level is not None]
+        limits += [float(levels[0]), float(levels[-1])]
+        return EDMSchedule(
+            scheduler, kind, sigma_data=1.0, sigma_min=min(limits), sigma_max=max(limits)
+        )
+    if getattr(config, "rescale_betas_zero_snr", False):
+        alphas = torch.cat([alphas[:-1], alphas.new_zeros(1)])  # some schedulers store 2^-24
+    ends_first = (
+        not getattr(config, "set_alpha_to_one", True)
+        or getattr(config, "final_sigmas_type", "zero") == "sigma_min"
+    )
+    return DiscreteSchedule(
+        alphas,
+        kind,
+        spacing=getattr(config, "timestep_spacing", "leading"),  # a few have neither setting
+        offset=getattr(config, "steps_offset", 0),
+        final="first" if ends_first else "zero",
+    )
+
+
+def _check_flow(name: str, config: Any, prediction_type: str | None) -> None:
+    """Raise an error if a flow scheduler describes another network than one of velocity."""
+    if (name not in FLOW or prediction_type is not None) and prediction_type != "flow_prediction":
+        raise ValueError(
+            f"the scheduler, {name}, is one of flow matching, where the network predicts the velocity: "
+            f"prediction_type must be 'flow_prediction', got {prediction_type!r}"
+        )
+    if getattr(config, "invert_sigmas", False):
+        raise ValueError(
+            f"{name} has invert_sigmas=True: its network counts time from noise to data, which is not "
+            "supported"
+        )
