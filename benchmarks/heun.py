@@ -81,7 +81,7 @@ BOTH_WAYS: list[tuple[str, GammaRule | None]] = [
     ("both", StepRatio(1)),
 ]
 """The columns of the second table: the place of the second slope, and a rule or None for `calibrate`."""
-PROBLEMS = {MIXTURE: 128, DIGITS: 128, LETTERS: 8}
+PROBLEMS = {MIXTURE: 128, DIGITS: 64, LETTERS: 8}
 """The problems, and the number of states that weights are learned on."""
 
 
