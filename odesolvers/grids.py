@@ -62,7 +62,7 @@ class Grid:
         """Reads a grid given as a tensor, an array or a sequence of numbers."""
         if isinstance(sigmas, Grid):
             return sigmas
-        levels = row(sigmas, torch.float64)
+        levels = sigmas if isinstance(sigmas, Tensor) else row(sigmas, torch.float64)
         if levels.ndim != 1:
             raise ValueError(
                 f"sigmas must be one row of noise levels, got shape {tuple(levels.shape)}"
