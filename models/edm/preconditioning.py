@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple, final
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from odesolvers.grids import karras_sigmas
 
 from ..base import append_dims, values_readable
+from .checks import HUGE, TINY, brief, check_numbers
 from .unet import UNet
 
 
@@ -42,6 +44,8 @@ class Preconditioner(nn.Module, ABC):
 
     def __init__(self, model: UNet, *, use_fp16: bool = False) -> None:
         super().__init__()
+        if not isinstance(use_fp16, bool):
+            raise ValueError(f"use_fp16 must be True or False, got {brief(use_fp16)}")
         self.model = model
         self.use_fp16 = use_fp16
         self.img_resolution = model.config.img_resolution
@@ -49,10 +53,10 @@ class Preconditioner(nn.Module, ABC):
         self.label_dim = model.config.label_dim
 
     sigma_min: float
-    """The lowest noise level of the network."""
+    """The lowest noise level in the training of the network."""
 
     sigma_max: float
-    """The highest noise level of the network."""
+    """The highest noise level in the training of the network."""
 
     @abstractmethod
     def coefficients(self, sigma: Tensor) -> Coefficients:
@@ -99,10 +103,13 @@ class Preconditioner(nn.Module, ABC):
         checked without a synchronisation: the images concerned become NaN, which the solvers report
         with the step and the noise level.
 
+        Levels outside `sigma_min` to `sigma_max` are evaluated, as in the published code, whose
+        samplers restrict their grids instead. On the CPU, Python shows one UserWarning of them.
+
         Args:
             x: noisy images ``(B, C, R, R)``. The coefficients are applied in the dtype of `x` or, if
                 that is less precise, in float32, independent of the dtype of the network.
-            sigma: their noise levels ``(B,)``, from `sigma_min` to `sigma_max`.
+            sigma: their noise levels ``(B,)``, above 0; see `sigma_min` and `sigma_max`.
             class_labels: int64 ``(B,)``, each at least 0 and below `label_dim`; or floating point
                 ``(B, label_dim)``, one-hot or a mixture of classes. None is equivalent to zeros, which
                 represent no label if the network was trained with label dropout.
@@ -120,7 +127,7 @@ class Preconditioner(nn.Module, ABC):
         wide = torch.promote_types(x.dtype, torch.float32)
         state, levels = x.to(wide), sigma.to(wide)
         c = self.coefficients(levels)
-        out = torch.where(self._in_range(levels), c.out, math.nan)
+        out = torch.where(_levels(levels), c.out, math.nan)
         raw: Tensor = self.model(
             (append_dims(c.scale, x) * state).to(self.model.dtype), c.noise, labels, augment_labels
         )[:, : self.img_channels]
@@ -135,7 +142,7 @@ class Preconditioner(nn.Module, ABC):
     def _in_range(self, sigma: Tensor) -> Tensor:
         slack = 1e-5  # some levels are stored in float32
         low, high = self.sigma_min * (1 - slack), self.sigma_max * (1 + slack)
-        return (sigma > 0) & (sigma >= low) & (sigma <= high)
+        return (sigma >= low) & (sigma <= high)
 
     def _check(self, x: Tensor, sigma: Tensor) -> None:
         form = (self.img_channels, self.img_resolution, self.img_resolution)
@@ -157,11 +164,19 @@ class Preconditioner(nn.Module, ABC):
                 f"the network is on {device}, x on {x.device} and sigma on {sigma.device}: move "
                 "them together, e.g. denoiser.to(x.device)"
             )
-        if values_readable(sigma) and not bool(self._in_range(sigma).all()):
+        if not values_readable(sigma):
+            return
+        if not bool(_levels(sigma).all()):
             raise ValueError(
-                f"sigma must lie within [{self.sigma_min:.6g}, {self.sigma_max:.6g}], above 0, for "
-                f"this network, got {sigma.min().item():.6g} to {sigma.max().item():.6g}; "
-                "denoiser.get_sigmas(n) gives a grid that does"
+                f"sigma must be above 0 and finite, got {sigma[~_levels(sigma)][0]:.6g}"
+            )
+        if not bool(self._in_range(sigma).all()):
+            # Without the levels of the call: Python shows one text only once.
+            warnings.warn(
+                f"this network was trained on sigma from {self.sigma_min:.6g} to {self.sigma_max:.6g} "
+                "and is evaluated outside of them; denoiser.get_sigmas(n) gives a grid within",
+                UserWarning,
+                stacklevel=3,
             )
 
     def _labels(self, x: Tensor, labels: Tensor | None) -> Tensor | None:
@@ -200,6 +215,11 @@ class Preconditioner(nn.Module, ABC):
         return hot.float().masked_fill(~known[:, None], math.nan)
 
 
+def _levels(sigma: Tensor) -> Tensor:
+    """Which of the values are noise levels at all."""
+    return (sigma > 0) & (sigma < math.inf)
+
+
 @final
 class VPPrecond(Preconditioner):
     """Preconditioner of variance-preserving networks: ``σ(t)² = exp(β_d t² / 2 + β_min t) - 1``.
@@ -226,6 +246,10 @@ class VPPrecond(Preconditioner):
         epsilon_t: float = 1e-5,
     ) -> None:
         super().__init__(model, use_fp16=use_fp16)
+        check_numbers(TINY, 100, beta_d=beta_d)
+        check_numbers(0, 100, beta_min=beta_min)
+        check_numbers(TINY, 1, epsilon_t=epsilon_t)
+        check_numbers(2, 2**20, M=M)
         self.beta_d, self.beta_min, self.M, self.epsilon_t = beta_d, beta_min, M, epsilon_t
         self.sigma_min, self.sigma_max = self._sigma(epsilon_t), self._sigma(1.0)
 
@@ -261,6 +285,8 @@ class VEPrecond(Preconditioner):
         sigma_max: float = 100.0,
     ) -> None:
         super().__init__(model, use_fp16=use_fp16)
+        check_numbers(sigma_min=sigma_min)
+        check_numbers(sigma_min, sigma_max=sigma_max)
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
@@ -297,6 +323,9 @@ class IDDPMPrecond(Preconditioner):
         M: int = 1000,
     ) -> None:
         super().__init__(model, use_fp16=use_fp16)
+        check_numbers(TINY, 1, C_1=C_1)
+        check_numbers(0, HUGE, C_2=C_2)
+        check_numbers(2, 100_000, M=M)
         self.C_1, self.C_2, self.M = C_1, C_2, M
         levels = [0.0]
         for j in range(M, 0, -1):
@@ -351,6 +380,9 @@ class EDMPrecond(Preconditioner):
         sigma_data: float = 0.5,
     ) -> None:
         super().__init__(model, use_fp16=use_fp16)
+        check_numbers(sigma_min=sigma_min)
+        check_numbers(sigma_min, sigma_max=sigma_max)
+        check_numbers(TINY, HUGE, sigma_data=sigma_data)
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
 
     def coefficients(self, sigma: Tensor) -> Coefficients:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import brief
 from .layers import (
     Block,
     ConvDown,
@@ -55,11 +56,15 @@ class SongConfig(UNetConfig):
             ("encoder_type", ("standard", "skip", "residual")),
             ("decoder_type", ("standard", "skip")),
         ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {brief(getattr(self, name))}")
         taps = self.resample_filter
-        if len(taps) % 2 or not all(isinstance(t, (int, float)) for t in taps) or sum(taps) <= 0:
-            raise ValueError(f"resample_filter must be an even number of weights, got {taps}")
+        numbers = all(type(t) in (int, float) and abs(t) < 1e6 for t in taps)
+        if len(taps) % 2 or not numbers or not sum(taps) > 0:
+            raise ValueError(
+                "resample_filter must be an even number of weights with a sum above 0, got "
+                f"{', '.join(brief(t) for t in taps[:4])}{', ...' if len(taps) > 4 else ''}"
+            )
 
 
 @final

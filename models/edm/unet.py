@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .checks import brief, check_numbers
 from .layers import Block, Direction
 
 
@@ -35,7 +36,7 @@ class UNetConfig(ABC):
         label_dropout: dropout probability of labels in training.
 
     Raises:
-        ValueError: if a setting is not a whole number in its range, or if `img_resolution` cannot be
+        ValueError: if a setting is not a number in its range, or if `img_resolution` cannot be
             halved for each entry of `channel_mult` but the first.
     """
 
@@ -62,12 +63,14 @@ class UNetConfig(ABC):
             if default.type in ("int", "tuple[int, ...]"):
                 low = 0 if name in ("label_dim", "augment_dim") else 1
                 if not all(type(n) is int and low <= n < 2**20 for n in numbers):
-                    raise ValueError(f"{name} must be made of whole numbers, got {value!r}")
+                    raise ValueError(f"{name} must be made of whole numbers, got {brief(value)}")
+            elif default.type == "float":
+                check_numbers(0, 1, **{name: value})
         halvings = len(self.channel_mult) - 1
         if halvings < 0 or self.img_resolution % 2**halvings:
             raise ValueError(
-                f"img_resolution = {self.img_resolution} cannot be halved {halvings} times, as "
-                f"channel_mult = {self.channel_mult} asks"
+                f"img_resolution = {self.img_resolution} cannot be halved {halvings} times, as a "
+                f"channel_mult of {halvings + 1} numbers asks"
             )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,44 @@ GOLDEN = {
     ("adm", "iDDPMPrecond", 3): (0.6801945, 39.01064, -0.6485951, 34.08279),
     ("adm", "EDMPrecond", 0): (0.6112376, 0.9219642, -0.1949656, -0.4111564),
     ("adm", "EDMPrecond", 3): (0.6001281, 0.9243336, -0.2621146, -0.4035034),
+}
+
+# The same outside of the ranges: the two levels first.
+OUTSIDE = {
+    ("ddpmpp", "VPPrecond"): (
+        4.0019906e-4,
+        258.683837890625,
+        0.3527986,
+        359.0734,
+        -0.4513578,
+        480.2213,
+    ),
+    ("adm", "VPPrecond"): (
+        4.0019906e-4,
+        258.683837890625,
+        0.3526846,
+        504.1354,
+        -0.4516151,
+        439.2281,
+    ),
+    ("ddpmpp", "VEPrecond"): (0.008, 170.0, 0.3520399, 148.1532, -0.4531683, 105.0304),
+    ("adm", "VEPrecond"): (0.008, 170.0, 0.3545311, 242.3765, -0.4483477, 361.1374),
+    ("ddpmpp", "iDDPMPrecond"): (
+        0.0025701651,
+        34494.98828125,
+        0.3530579,
+        48186.94,
+        -0.4509225,
+        64874.67,
+    ),
+    ("adm", "iDDPMPrecond"): (
+        0.0025701651,
+        34494.98828125,
+        0.352341,
+        67364.42,
+        -0.4525278,
+        59098.23,
+    ),
 }
 
 
@@ -231,8 +270,16 @@ def test_round_trip(
         (torch.zeros(0, 3, 8, 8), torch.ones(0), "got"),
         (torch.zeros(2, 3, 8, 8), torch.ones(()), r"shape \(2,\), got \(\)"),
         (torch.zeros(2, 3, 8, 8), torch.ones(3), r"shape \(2,\), got \(3,\)"),
-        (torch.zeros(2, 3, 8, 8), torch.tensor([1.0, 0.0]), "sigma must lie within"),
-        (torch.zeros(2, 3, 8, 8), torch.tensor([1.0, math.nan]), "sigma must lie within"),
+        (
+            torch.zeros(2, 3, 8, 8),
+            torch.tensor([1.0, 0.0]),
+            "sigma must be above 0 and finite, got (0|nan)",
+        ),
+        (
+            torch.zeros(2, 3, 8, 8),
+            torch.tensor([1.0, math.nan]),
+            "sigma must be above 0 and finite, got (0|nan)",
+        ),
         (torch.zeros(2, 3, 8, 8, device="meta"), torch.ones(2), "network is on cpu, x on meta"),
     ],
 )
@@ -248,13 +295,37 @@ def test_wrong_dtypes() -> None:
         tiny()(torch.zeros(1, 3, 8, 8), torch.ones(1, dtype=torch.int64))
 
 
+@pytest.mark.parametrize(("architecture", "precond"), OUTSIDE)
+def test_levels_outside_the_range_are_evaluated_as_in_the_published_code(
+    architecture: str, precond: str, recwarn: pytest.WarningsRecorder, device: torch.device
+) -> None:
+    denoiser = tiny(architecture, precond, 3).to(device)
+    low, high, *expected = OUTSIDE[architecture, precond]
+    sigma = torch.tensor([low, high])
+    assert low < denoiser.sigma_min < denoiser.sigma_max < high
+    spread = (sigma.double() ** 2 + 0.25).sqrt().reshape(-1, 1, 1, 1)
+    x, labels = (wave("x", (2, 3, 8, 8)) * spread).float(), torch.tensor([2, 1])
+    out = denoiser(x.to(device), sigma.to(device), labels.to(device)).double().cpu()
+    assert len(recwarn) == (device.type == "cpu")
+    rms = out.square().mean((1, 2, 3)).sqrt()
+    got = torch.stack([*rms, out[0, 1, 5, 3], out[1, 2, 0, 7]])
+    tolerance = 1e-5 if device.type == "cpu" else 3e-3
+    error = (got - torch.tensor(expected)).abs() / rms.repeat(2)
+    assert bool((error < tolerance).all())
+
+
 @pytest.mark.parametrize("precond", [VPPrecond, VEPrecond])
-def test_levels_outside_the_range_name_the_remedy(precond: type) -> None:
+def test_levels_outside_the_range_are_warned_of_once(precond: type) -> None:
     denoiser = tiny(precond=precond.__name__)
     x = torch.zeros(1, 3, 8, 8)
-    for sigma in (0.5 * denoiser.sigma_min, 2 * denoiser.sigma_max):
-        with pytest.raises(ValueError, match=r"get_sigmas\(n\) gives a grid"):
-            denoiser(x, torch.tensor([sigma]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for k in range(1, 5):
+            denoiser(x, torch.tensor([denoiser.sigma_min / (k + 1)]))
+            denoiser(x, torch.tensor([denoiser.sigma_max * (k + 1)]))
+    assert len(caught) == 1
+    assert "trained on sigma from" in str(caught[0].message)
+    assert "get_sigmas(n) gives a grid within" in str(caught[0].message)
     for sigma in (denoiser.sigma_min, denoiser.sigma_max):
         denoiser(x, torch.tensor([sigma]))
 
@@ -291,14 +362,15 @@ def test_where_values_cannot_be_read_a_run_still_fails(
     monkeypatch.setattr(preconditioning, "values_readable", lambda x: False)
     x, sigma, labels = (t.to(device) for t in golden_input())
     denoiser = tiny(precond="VEPrecond", classes=3).to(device)
-    out = denoiser(x, torch.where(sigma > 1, 200.0, sigma), labels)
+    out = denoiser(x, torch.where(sigma > 1, -1.0, sigma), labels)
     assert bool(out[0].isfinite().all())
     assert bool(out[1].isnan().all())
     out = denoiser(x, sigma, torch.tensor([3, 1], device=device))
     assert bool(out[0].isnan().all())
     assert torch.equal(out[1], denoiser(x, sigma, labels)[1])
-    with pytest.raises(FloatingPointError, match=r"sigma = 0\.002"):
-        HeunEDM().sample(denoiser, x, [1.0, 0.002], extra_args={"class_labels": labels})
+    labels = torch.tensor([3, 1], device=device)
+    with pytest.raises(FloatingPointError, match=r"sigma = 1"):
+        HeunEDM().sample(denoiser, x, [1.0, 0.5], extra_args={"class_labels": labels})
 
 
 def test_nan_is_reported_with_its_level(unconditional: Path, device: torch.device) -> None:
