@@ -35,38 +35,13 @@ from .gamma import (
 from .iterative import DDIMInversion, FixedPointInversion
 from .named import BELM, Rex
 
-CONSTRUCTORS: Final[Mapping[str, Callable[..., Any]]] = {
-    constructor.__name__: constructor
-    for constructor in (
-        BDIA,
-        BELM,
-        Calibrated,
-        ConstantGamma,
-        DDIM,
-        DDIMInversion,
-        DPMSolverPP2S,
-        DampedStepRatio,
-        EDICT,
-        Euler,
-        Exponential,
-        FixedPoint,
-        FixedPointInversion,
-        FloatingPoint,
-        FlowEuler,
-        HeunEDM,
-        HeunStepRatio,
-        McCallumFoster,
-        Midpoint,
-        PerStep,
-        RK3,
-        RK4,
-        ReversibleHeun,
-        Rex,
-        SmoothedOutput,
-        StepRatio,
-        order_gaining,
-    )
-}
+_METHODS = (DDIM, DPMSolverPP2S, Euler, Exponential, FlowEuler, HeunEDM, Midpoint, RK3, RK4)
+_SOLVERS = (BDIA, BELM, EDICT, McCallumFoster, ReversibleHeun, Rex)
+_ITERATIVE = (DDIMInversion, FixedPointInversion)
+_STEP_RATIOS = (DampedStepRatio, HeunStepRatio, StepRatio, order_gaining)
+_RULES = (*_STEP_RATIOS, Calibrated, ConstantGamma, PerStep, SmoothedOutput)
+_ALL = (*_METHODS, *_SOLVERS, *_ITERATIVE, *_RULES, FixedPoint, FloatingPoint)
+CONSTRUCTORS: Final[Mapping[str, Callable[..., Any]]] = {make.__name__: make for make in _ALL}
 LONGEST: Final = 100_000
 
 
