@@ -199,6 +199,9 @@ class PerStep(GammaRule):
 
     def __init__(self, values: Sequence[float]) -> None:
         object.__setattr__(self, "values", tuple(number("a weight of PerStep", g) for g in values))
+        for k, g in enumerate(self.values):
+            if not (math.isfinite(g) and g >= 0):
+                raise ValueError(f"weights must be finite and not negative, got {g} as values[{k}]")
 
     def weights(self, grid: Grid, scale: Callable[[float], float]) -> list[float]:
         del grid, scale

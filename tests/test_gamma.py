@@ -115,8 +115,15 @@ def test_the_wrong_number_of_weights_is_refused() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -0.5])
 def test_weights_that_are_not_usable_are_refused(bad: float) -> None:
+    with pytest.raises(ValueError, match=r"not negative, got .* as values\[1\]"):
+        PerStep([0.5, bad, 0.5])
+
+    class Bad(GammaRule):
+        def weights(self, grid: Grid, scale: object) -> list[float]:
+            return [0.5, bad, 0.5]
+
     with pytest.raises(ValueError, match=r"at the step from sigmas\[2\] = 3"):
-        BDIA(Euler(), PerStep([0.5, bad, 0.5])).sample(gaussian(), noise(1, 5, sigma=8.0), GRID)
+        BDIA(Euler(), Bad()).sample(gaussian(), noise(1, 5, sigma=8.0), GRID)
 
 
 def test_a_power_beyond_all_numbers_is_refused() -> None:
