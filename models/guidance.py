@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -31,21 +31,28 @@ class ClassifierFreeGuidance(nn.Module):
 
     Tensors of the two branches are concatenated along their first dimension, also inside mappings and
     lists. That dimension is the batch size of x, or 1 for a condition shared by all images. Anything
-    else must be equal in both branches.
+    else must be equal in both branches. Tensors without a batch, such as the position ids of FLUX, are
+    named by `shared` and passed on as they are::
+
+        ClassifierFreeGuidance(denoiser, scale=4.0, shared=["img_ids", "txt_ids"])
 
     Args:
         denoiser: a conditional denoiser, called once as ``denoiser(x, sigma, **arguments)``, with the
             negative branch in the first half of the batch and the positive one in the second.
         scale: the guidance scale, 0 for the negative prediction and 1 for the positive one. At 1 the
             negative branch has no effect and is not evaluated.
+        shared: names of conditions without a batch, which must be the same in both branches; inside
+            mappings with dots, such as ``"added_cond_kwargs.ids"``.
 
     Raises:
         TypeError: if `denoiser` is not callable or is guided already: guiding a guided prediction is
-            not guidance with any scale.
+            not guidance with any scale; or if `shared` is not a collection of names.
         ValueError: if `scale` is not a finite number.
     """
 
-    def __init__(self, denoiser: DenoiserFunction, scale: float) -> None:
+    def __init__(
+        self, denoiser: DenoiserFunction, scale: float, *, shared: Collection[str] = ()
+    ) -> None:
         super().__init__()
         if isinstance(denoiser, ClassifierFreeGuidance):
             raise TypeError(
@@ -60,7 +67,10 @@ class ClassifierFreeGuidance(nn.Module):
         ):
             raise ValueError(f"scale must be a finite number, got {scale!r}")
         self.denoiser = denoiser
+        if isinstance(shared, str) or not all(isinstance(name, str) for name in shared):
+            raise TypeError(f"shared must be a list of names of conditions, got {shared!r}")
         self.scale = float(scale)
+        self.shared = frozenset(shared)
 
     def forward(
         self,
@@ -69,7 +79,7 @@ class ClassifierFreeGuidance(nn.Module):
         *,
         positive: Mapping[str, Any] | None = None,
         negative: Mapping[str, Any] | None = None,
-        **shared: Any,
+        **both: Any,
     ) -> Tensor:
         """The guided denoised states.
 
@@ -78,7 +88,7 @@ class ClassifierFreeGuidance(nn.Module):
             sigma: their noise levels ``(B,)``.
             positive: keyword arguments of the branch to guide towards.
             negative: keyword arguments of the branch to guide away from; optional at scale 1.
-            shared: keyword arguments of both branches.
+            both: keyword arguments of both branches.
 
         Raises:
             TypeError, ValueError: if a branch is missing, or if the two cannot be evaluated together.
@@ -98,10 +108,10 @@ class ClassifierFreeGuidance(nn.Module):
         assert positive is not None
         n = x.shape[0]
         if self.scale == 1.0:
-            arguments = join([{**shared, **positive}], n, "")
+            arguments = join([{**both, **positive}], n, "", self.shared)
             return self.denoiser(x, sigma, **arguments)
         assert negative is not None
-        arguments = join([{**shared, **negative}, {**shared, **positive}], n, "")
-        both = self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), **arguments)
-        away, towards = both.chunk(2)
+        arguments = join([{**both, **negative}, {**both, **positive}], n, "", self.shared)
+        denoised = self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), **arguments)
+        away, towards = denoised.chunk(2)
         return away + self.scale * (towards - away)

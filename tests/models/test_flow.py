@@ -165,6 +165,24 @@ def test_flux_transformer(diffusers):
     assert relative(theirs, z) > 0.1
     assert relative(ours, theirs) < 1e-4
 
+    # Under guidance, as FluxPipeline(true_cfg_scale=...) has it: ids have no batch.
+    batched = {k: conditions.pop(k) for k in ("encoder_hidden_states", "pooled_projections")}
+    negative = {k: -v for k, v in batched.items()}
+
+    def guided_velocity(z, t):
+        towards, away = (velocity(z, t, **b, **conditions) for b in (batched, negative))
+        return away + 3.0 * (towards - away)
+
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 8, 8), mu=0.9)
+    theirs = scheduler_run(scheduler, guided_velocity, z)
+    guided = ClassifierFreeGuidance(FlowDenoiser(velocity), 3.0, shared=["img_ids", "txt_ids"])
+    extra = {"positive": batched, "negative": negative, **conditions}
+    solution = ods.FlowEuler().sample(guided, x, sigmas, extra_args=extra)
+    assert relative(solution.x, theirs) < 1e-4
+    guided = ClassifierFreeGuidance(FlowDenoiser(velocity), 3.0)
+    with pytest.raises(ValueError, match=r"img_ids must have the batch .* shared=\['img_ids'\]"):
+        ods.FlowEuler().sample(guided, x, sigmas, extra_args=extra)
+
 
 def test_denoiser_and_flow_in_closed_form():
     """Gaussian data N(m, s²): its velocity field, its denoiser and its flow are all known."""

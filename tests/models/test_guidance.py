@@ -184,3 +184,53 @@ def test_bad_branches(branches, error, message):
     guided = ClassifierFreeGuidance(Conditional(), 2.0)
     with pytest.raises(error, match=message):
         guided(torch.zeros(3, 5).double(), torch.ones(3).double(), **branches)
+
+
+# Conditions without a batch
+
+
+def positioned(x, sigma, *, text, ids, added=None):
+    """Depends on positions that all images share, as FLUX does; 5 positions for states of length 5."""
+    assert ids.shape == (5, 2)
+    extra = 0 if added is None else added["grid"].mean()
+    return torch.tanh(x + text.mean((1, 2))[:, None] + ids.sum(1) + extra)
+
+
+@pytest.mark.parametrize("n", [2, 5])  # 5 is also the number of positions
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("where", ["both", "branches"])
+def test_conditions_without_a_batch(n, scale, where):
+    g = torch.Generator().manual_seed(3)
+    x, ids = torch.randn(n, 5, generator=g), torch.randn(5, 2, generator=g)
+    sigma = torch.ones(n)
+    text = [torch.randn(n, 7, 4, generator=g) for _ in range(2)]
+    rest = {"ids": ids, "added": {"grid": torch.randn(3, 3, generator=g)}}
+    away, towards = (positioned(x, sigma, text=t, **rest) for t in text)
+    guided = ClassifierFreeGuidance(positioned, scale, shared=["ids", "added.grid"])
+    copies = [{"ids": ids.clone(), "added": {"grid": rest["added"]["grid"].clone()}} for _ in text]
+    branches = copies if where == "branches" else [{}, {}]
+    extra = rest if where == "both" else {}
+    found = guided(
+        x,
+        sigma,
+        positive={"text": text[1], **branches[1]},
+        negative={"text": text[0], **branches[0]},
+        **extra,
+    )
+    torch.testing.assert_close(found, away + scale * (towards - away))
+
+
+def test_shared_conditions_that_are_not_shared():
+    x, sigma, ids = torch.zeros(2, 5), torch.ones(2), torch.zeros(5, 2)
+    branch = {"text": torch.zeros(2, 7, 4), "ids": ids}
+    guided = ClassifierFreeGuidance(positioned, 3.0, shared=("ids",))
+    for other in (ids + 1, ids.double(), torch.zeros(4, 2), None, [ids]):
+        with pytest.raises(
+            ValueError, match="ids is shared by both branches, but is given with two"
+        ):
+            guided(x, sigma, positive=branch, negative={**branch, "ids": other})
+    with pytest.raises(ValueError, match=r"ids must have the batch .* shared=\['ids'\]"):
+        ClassifierFreeGuidance(positioned, 3.0)(x, sigma, positive=branch, negative=branch)
+    for bad in ("ids", [3], [None]):
+        with pytest.raises(TypeError, match="shared must be a list of names of conditions"):
+            ClassifierFreeGuidance(positioned, 3.0, shared=bad)
