@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .single_files import read_single_file, set_parts, set_scheduler
 from .stable_diffusion import PIPELINES, StableDiffusion, import_diffusers
 
 
@@ -22,6 +23,7 @@ def load_stable_diffusion(
     channels_last: bool = False,
     autocast: torch.dtype | None = None,
     prediction_type: str | None = None,
+    scheduler: Any = None,
     variant: str | None = None,
     config: str | Path | None = None,
 ) -> StableDiffusion:
@@ -36,7 +38,11 @@ def load_stable_diffusion(
         device: device of all models.
         channels_last: see `StableDiffusion`.
         autocast: see `StableDiffusion`.
-        prediction_type: see `StableDiffusion`; a single file does not always specify it.
+        prediction_type: see `StableDiffusion`; a single file does not always specify it. What a file
+            says by marker tensors (``v_pred``, ``ztsnr``, ``edm_mean``, ``edm_vpred.sigma_max``), by its
+            metadata or by its own table of noise levels is used or, if it is not understood, refused.
+        scheduler: scheduler of diffusers that describes how the network is trained, in place of the
+            checkpoint's own.
         variant: variant of the weight files in a directory or on the hub, such as ``"fp16"``.
         config: directory or hub id with the configuration of a single file; by default diffusers
             recognises the model and downloads its configuration from the hub.
@@ -44,7 +50,8 @@ def load_stable_diffusion(
     Raises:
         ImportError: if diffusers or transformers is not installed.
         FileNotFoundError: if `path_or_id` is neither a local path nor on the hub.
-        ValueError: if the checkpoint is damaged or is not a text-to-image Stable Diffusion.
+        ValueError: if the checkpoint is damaged or incomplete, is not a text-to-image Stable Diffusion,
+            or does not say how its network is trained.
     """
     diffusers = import_diffusers()
     path = Path(path_or_id)
@@ -58,12 +65,21 @@ def load_stable_diffusion(
         )
     try:
         if path.is_file():
-            pipeline = _from_single_file(diffusers, path, dtype, config)
+            pipeline = _from_single_file(diffusers, path, config, prediction_type, scheduler)
         else:
             pipeline = _from_pretrained(diffusers, source, dtype, variant)
         for name, part in pipeline.components.items():
             if isinstance(part, nn.Module):
                 _check_complete(name, [k for k, p in part.named_parameters() if p.is_meta])
+                part.to(torch.float32 if name == "vae" else dtype)
+        if scheduler is not None:
+            pipeline.scheduler = scheduler
+        model = StableDiffusion(
+            pipeline,
+            prediction_type=prediction_type,
+            autocast=autocast,
+            channels_last=channels_last,
+        )
     except Exception as error:  # many types, from three libraries and the connection
         if path.exists():
             raise ValueError(
@@ -72,10 +88,6 @@ def load_stable_diffusion(
         raise FileNotFoundError(
             f"{source} is no local path, and the Hugging Face hub did not provide it: {error}"
         ) from error
-    pipeline.vae.float()
-    model = StableDiffusion(
-        pipeline, prediction_type=prediction_type, autocast=autocast, channels_last=channels_last
-    )
     return model.to(device)
 
 
@@ -84,47 +96,87 @@ def _from_pretrained(diffusers: Any, source: str, dtype: torch.dtype, variant: s
     import transformers
 
     index = diffusers.DiffusionPipeline.load_config(source)
-    kind = index["_class_name"]
+    kind = index.get("_class_name")
     if kind not in PIPELINES:
         raise ValueError(f"it is a {kind}; supported are {' and '.join(PIPELINES)}")
+    encoders = ("text_encoder", "text_encoder_2")[: 1 + (kind == PIPELINES[1])]
+    for name in ("unet", "vae", "scheduler", *encoders, *map(_tokenizer_of, encoders)):
+        if not index.get(name) or index[name][1] is None:
+            raise ValueError(
+                f"its model_index.json names no {name}, so the pipeline was saved without it: save it "
+                "with all parts, or give the parts to a pipeline and that to StableDiffusion"
+            )
     parts: dict[str, Any] = {"variant": variant}
     if kind == PIPELINES[0]:
         parts |= {"safety_checker": None, "requires_safety_checker": False}
     with _torch_dtype_warning_ignored():
-        for name in ("text_encoder", "text_encoder_2"):
-            if name in index:
-                # The pipeline itself would initialise missing weights at random.
-                parts[name], report = getattr(transformers, index[name][1]).from_pretrained(
-                    source,
-                    subfolder=name,
-                    torch_dtype=dtype,
-                    variant=variant,
-                    output_loading_info=True,
+        for name in ("unet", "vae", *encoders):
+            # The pipeline itself would initialise missing weights at random.
+            library = transformers if name in encoders else diffusers
+            found = getattr(library, index[name][1], None)
+            if found is None:
+                raise ValueError(
+                    f"its {name} is a {index[name][1]}, no class of {library.__name__}"
                 )
-                _check_complete(name, report["missing_keys"])
+            parts[name], report = found.from_pretrained(
+                source,
+                subfolder=name,
+                torch_dtype=torch.float32 if name == "vae" else dtype,
+                variant=variant,
+                output_loading_info=True,
+            )
+            _check_complete(name, report["missing_keys"])
+            if name == "unet" and report["unexpected_keys"]:
+                raise ValueError(
+                    "its unet has weights for which its configuration has no place, such as "
+                    f"{sorted(report['unexpected_keys'])[0]}: it is another network than its "
+                    "config.json says"
+                )
         return getattr(diffusers, kind).from_pretrained(source, torch_dtype=dtype, **parts)
 
 
+def _tokenizer_of(encoder: str) -> str:
+    return encoder.replace("text_encoder", "tokenizer")
+
+
 def _from_single_file(
-    diffusers: Any, path: Path, dtype: torch.dtype, config: str | Path | None
+    diffusers: Any,
+    path: Path,
+    config: str | Path | None,
+    prediction_type: str | None,
+    scheduler: Any,
 ) -> Any:
     """Load a pipeline from a single file in the original layout."""
-    if path.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-    else:
-        content = torch.load(path, map_location="meta", weights_only=True)
-        keys = list(content.get("state_dict", content))
-    if not any(key.startswith("model.diffusion_model.") for key in keys):
-        raise ValueError("it has no model.diffusion_model, so no network in the original layout")
-    is_xl = any(key.startswith("conditioner.") for key in keys)
-    options = {} if config is None else {"config": str(config)}
-    with _torch_dtype_warning_ignored():
-        return getattr(diffusers, PIPELINES[is_xl]).from_single_file(
-            str(path), torch_dtype=dtype, **options
+    said = prediction_type is not None or scheduler is not None
+    file = read_single_file(path, trust=said)
+    if file.is_2 and not said and config is None and file.prediction_type is None:
+        raise ValueError(
+            "it is a Stable Diffusion 2, which was published with epsilon and with v prediction, and "
+            "does not say which: pass prediction_type='v_prediction' (of 768 pixels) or 'epsilon' (512)"
         )
+    options = {} if config is None else {"config": str(config)}
+    kind = getattr(diffusers, PIPELINES[file.is_xl])
+    try:
+        pipeline = kind.from_single_file(str(path), **options)
+    except NotImplementedError as error:  # of torch, which cannot move weights that are missing
+        for name in ("unet", "vae"):
+            if _lacks_weights(diffusers, name, path, options):
+                raise ValueError(f"weights of the {name} are missing") from error
+        raise
+    set_parts(file, pipeline)
+    if scheduler is None:
+        set_scheduler(file, pipeline, diffusers)
+    return pipeline
+
+
+def _lacks_weights(diffusers: Any, name: str, path: Path, options: dict[str, str]) -> bool:
+    """Whether loading this part of a single file ends in the error of missing weights."""
+    kind = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}[name]
+    try:
+        kind.from_single_file(str(path), subfolder=name, **options)
+    except NotImplementedError:
+        return True
+    return False
 
 
 def _check_complete(part: str, names: Iterable[str]) -> None:

@@ -20,3 +20,21 @@ def folders(tmp_path_factory, diffusers):
 def model(folders):
     """The miniature Stable Diffusion 1.x."""
     return load_stable_diffusion(folders["1.x"])
+
+
+@pytest.fixture(scope="module", params=["1.x", "xl"])
+def pipeline(request, folders):
+    """A pipeline without and one with added conditions, whose scheduler tests replace."""
+    return load_pipeline(folders[request.param])
+
+
+@pytest.fixture(scope="module")
+def xl(folders):
+    """The miniature XL pipeline, whose scheduler tests replace."""
+    return load_pipeline(folders["xl"])
+
+
+def load_pipeline(folder):
+    pipeline = load_stable_diffusion(folder).pipeline
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

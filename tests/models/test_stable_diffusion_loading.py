@@ -105,6 +105,83 @@ def test_damaged_directory(folders, tmp_path, part, damage):
         load_stable_diffusion(tmp_path / "m")
 
 
+@pytest.mark.parametrize("family", ["1.x", "xl"])
+@pytest.mark.parametrize("how", ["null", "absent"])
+def test_pipelines_saved_without_a_part(folders, tmp_path, family, how):
+    """As by `from_pretrained(..., text_encoder=None)` before saving."""
+    shutil.copytree(folders[family], tmp_path / "m")
+    path = tmp_path / "m" / "model_index.json"
+    index = json.loads(path.read_text(encoding="utf-8"))
+    parts = [k for k, v in index.items() if isinstance(v, list) and v[0] in LIBRARIES]
+    assert len(parts) == (7 if family == "xl" else 5)
+    for part in parts:
+        changed = {k: v for k, v in index.items() if k != part}
+        if how == "null":
+            changed[part] = [None, None]
+        path.write_text(json.dumps(changed), encoding="utf-8")
+        with pytest.raises(
+            ValueError, match=rf"names no {part}, so the pipeline was saved without"
+        ):
+            load_stable_diffusion(tmp_path / "m")
+    changed = {**index, "text_encoder": ["transformers", "CLIPTextModelOfMine"]}
+    path.write_text(json.dumps(changed), encoding="utf-8")
+    with pytest.raises(
+        ValueError, match="text_encoder is a CLIPTextModelOfMine, no class of transf"
+    ):
+        load_stable_diffusion(tmp_path / "m")
+    del index["_class_name"]
+    path.write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(ValueError, match="it is a None; supported are"):
+        load_stable_diffusion(tmp_path / "m")
+
+
+LIBRARIES = ("diffusers", "transformers")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_every_missing_weight_is_named(folders, tmp_path, part):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folders["1.x"], tmp_path / "m")
+    (path,) = (tmp_path / "m" / part).glob("*.safetensors")
+    weights = load_file(path)
+    for key in sorted(weights)[:: len(weights) // 12]:
+        rest = {k: v for k, v in weights.items() if k != key}
+        save_file(rest, path, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=rf"weights of the {part} are missing: {key}$"):
+            load_stable_diffusion(tmp_path / "m")
+
+
+def test_weights_without_a_place_are_named(folders, tmp_path):
+    """The guidance embedding of a distilled network, under the configuration of the base model."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folders["1.x"], tmp_path / "m")
+    (path,) = (tmp_path / "m" / "unet").glob("*.safetensors")
+    weights = load_file(path)
+    weights["time_embedding.cond_proj.weight"] = torch.zeros(32, 16)
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"no place, such as time_embedding\.cond_proj\.weight"):
+        load_stable_diffusion(tmp_path / "m")
+
+
+@pytest.mark.parametrize("family", ["1.x", "xl"])
+@pytest.mark.parametrize("part", ["model.diffusion_model", "first_stage_model", "encoder"])
+def test_missing_weights_of_single_files(folders, tmp_path, family, part):
+    """Named by their part; a file without any weights of a part is refused as well."""
+    from safetensors.torch import save_file
+
+    weights = original_layout(load_stable_diffusion(folders[family]).pipeline)
+    prefix = {"1.x": "cond_stage_model", "xl": "conditioner"}[family] if part == "encoder" else part
+    named = {"model.diffusion_model": "unet", "first_stage_model": "vae"}.get(part, "text_encoder")
+    keys = sorted(k for k in weights if k.startswith(prefix + "."))
+    for gone in (keys[3:4], keys[-1:], keys):
+        save_file({k: v for k, v in weights.items() if k not in gone}, tmp_path / "a.safetensors")
+        with pytest.raises(ValueError, match="could not be read as a Stable Diffusion") as caught:
+            load_stable_diffusion(tmp_path / "a.safetensors", config=folders[family])
+        assert named in str(caught.value) or gone is keys
+
+
 def test_damaged_single_file(folders, tmp_path):
     from safetensors.torch import save_file
 
