@@ -20,7 +20,8 @@ PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 class StableDiffusion(nn.Module):
     """Converts a Stable Diffusion pipeline to a denoiser on latents.
 
-    The scheduler of the pipeline defines how the network is read, with the formulas of:
+    The scheduler that the pipeline has at construction defines how the network is read, by the formulas
+    of:
 
     - variance-preserving schedules at integer timesteps t (DDPM, DDIM, Euler and the like), where the
       network sees ``z = x / sqrt(1 + σ²)`` and t, with ``σ_t = sqrt((1 - ᾱ_t) / ᾱ_t)``. Its output f

@@ -81,7 +81,7 @@ def load_stable_diffusion(
             channels_last=channels_last,
         )
     except Exception as error:  # many types, from three libraries and the connection
-        if path.exists():
+        if path.exists() or type(error) is ValueError:  # the hub's own are of other classes
             raise ValueError(
                 f"{source} could not be read as a Stable Diffusion checkpoint: {error}"
             ) from error

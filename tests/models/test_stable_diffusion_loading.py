@@ -63,6 +63,12 @@ def test_hub_id(folders, tmp_path, monkeypatch):
     model, reference = (load_stable_diffusion(f) for f in ("someone/tiny-xl", folders["xl"]))
     weights = reference.state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    # What is there and unsuitable is not reported as missing.
+    path = repository / "snapshots" / commit / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, "rescale_betas_zero_snr": True}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"someone/tiny-xl could not be read .* zero terminal SNR"):
+        load_stable_diffusion("someone/tiny-xl")
 
 
 def test_other_pipelines(folders, tmp_path, model):
