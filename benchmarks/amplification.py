@@ -1,4 +1,4 @@
-"""How strongly an inversion amplifies errors, by rule for gamma and by grid.
+"""Amplification of errors by an inversion, by rule for gamma and by grid.
 
 Prints the largest product of the factors by which consecutive steps up the grid multiply the alternating
 mode of the recurrence, in variance-preserving units (the state over sqrt(1 + sigma^2)); 1 is neutral. No

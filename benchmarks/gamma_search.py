@@ -35,6 +35,7 @@ from odesolvers import (
     Exponential,
     GammaRule,
     HeunEDM,
+    HeunStepRatio,
     IntegrationApproximator,
     Midpoint,
     SmoothedOutput,
@@ -147,9 +148,9 @@ def candidates() -> list[Candidate]:
             for rule in starts
         ),
         *(
-            over(base, rule, per_step)
-            for base, per_step in ((HeunEDM(), 2), (Midpoint(), 3), (DPMSolverPP2S(), 3))
-            for rule in (StepRatio(1), StepRatio(2))
+            over(base, rule, 2)
+            for base in (HeunEDM(), HeunEDM("behind"), Midpoint(), DPMSolverPP2S())
+            for rule in (StepRatio(1), StepRatio(2), HeunStepRatio())
         ),
     ]
 

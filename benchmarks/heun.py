@@ -133,7 +133,9 @@ def both_ways(problems: Sequence[Problem], budgets: Sequence[int]) -> str:
                 cells.append(" / ".join(map(number, pair)))
             lines.append([problem.name, str(budget), *cells])
     header = ["problem", "evaluations"]
-    header += [f"{second}, {f'`{rule}`' if rule else 'calibrated'}" for second, rule in BOTH_WAYS]
+    header += [
+        f"{second}, {'`StepRatio(1)`' if rule else 'calibrated'}" for second, rule in BOTH_WAYS
+    ]
     return table(header, lines)
 
 

@@ -55,6 +55,16 @@ def refuse_call(denoiser: object, extra_args: object) -> NoReturn:
     )
 
 
+def check_differentiable(differentiable: object) -> None:
+    """True, where gradients can be recorded; or an error."""
+    if differentiable is not True:
+        raise TypeError(f"differentiable must be True or False, got {differentiable!r}")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "differentiable=True records nothing under torch.inference_mode(): call it outside"
+        )
+
+
 def refuse_pair(a: object, b: object) -> NoReturn:
     """A TypeError or ValueError for two states that cannot stand beside each other."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -167,8 +177,12 @@ def checked_share(name: str, value: object) -> float:
     share = number(name, value)
     if not 0 < share <= 1:
         raise ValueError(
-            f"{name} must be in (0, 1], got {value}: at 0 a step keeps nothing of the state before and "
-            "has no inverse"
+            f"{name} must be in (0, 1], got {value}"
+            + (
+                ": a step keeps nothing of the state before, and has no inverse"
+                if share == 0
+                else ""
+            )
         )
     return share
 

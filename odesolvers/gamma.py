@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -48,7 +48,7 @@ class GammaRule(Settings, ABC):
     def checked_weights(self, grid: Grid, scale: Callable[[float], float]) -> list[float]:
         """`weights`, refused where there are too few or too many or one is not usable."""
         try:
-            weights = self.weights(grid, scale)
+            weights = [number(f"a weight of {self}", g) for g in self.weights(grid, scale)]
         except OverflowError as error:
             raise ValueError(f"{self} gives weights beyond all numbers on this grid") from error
         if len(weights) != grid.steps - 1:
@@ -198,6 +198,10 @@ class PerStep(GammaRule):
     values: tuple[float, ...]
 
     def __init__(self, values: Sequence[float]) -> None:
+        if not isinstance(values, Iterable) or isinstance(values, str | bytes):
+            raise TypeError(
+                f"PerStep needs one weight for every step but the first, got {values!r}"
+            )
         object.__setattr__(self, "values", tuple(number("a weight of PerStep", g) for g in values))
         for k, g in enumerate(self.values):
             if not (math.isfinite(g) and g >= 0):

@@ -19,7 +19,7 @@ from .checks import (
     refuse_start,
 )
 from .formula import Call, Shear
-from .grids import Grid, Sigmas
+from .grids import Grid, Sigmas, level_dtype
 from .progress import progress_bar
 from .propagation import Plan
 from .settings import expression, once
@@ -102,9 +102,7 @@ class Run:
             return plan, expected_sampling_error(solver, plan, self.grid)
 
         self.plan, self.sampling_error = once(key, planned)
-        # Half precision does not resolve noise levels.
-        level = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self._levels = self.state.current.new_empty(0, dtype=level)
+        self._levels = self.state.current.new_empty(0, dtype=level_dtype(self.dtype))
         self._twice = self.arithmetic.check_determinism
         self._last: tuple[Tensor, Call, Tensor] | None = None
         self._reported = -1
@@ -128,8 +126,10 @@ class Run:
                 if not (tensor.ndim and tensor.numel() and is_finite(tensor)):
                     refuse_start(tensor)
         dtype = current.dtype if side is None else side.dtype
-        if current is x:
-            current = current.clone()  # the caller may write to it later
+        if side is None:  # the caller, or the denoiser, may write to them
+            same, current = partner is current, current.clone()
+            if partner is not None:
+                partner = current if same else partner.clone()
         if arithmetic.exact:
             arithmetic.check(self.grid)
             if side is None:
@@ -156,12 +156,14 @@ class Run:
         start: Pair = (state.partner, state.current)
         if coupled:
             start = start[::-1]
-        self.memory = self.arithmetic.open(state, origin, self.dtype)
+        if self.arithmetic.exact:
+            self.memory = self.arithmetic.open(state, origin, self.dtype)
         bar = progress_bar(steps, desc=type(self.solver).__name__) if progress else steps
         a, b = walk(bar, start)
         if not (is_finite(a) and is_finite(b)):
             # What is not finite stays so: it is found at the end, and named by a second run.
-            self.memory = self.arithmetic.open(state, origin, self.dtype)
+            if self.arithmetic.exact:
+                self.memory = self.arithmetic.open(state, origin, self.dtype)
             self.check, self.callback = True, None
             a, b = walk(steps, start)
             raise FloatingPointError(
@@ -216,7 +218,7 @@ class Run:
         pointers: list[int] = []
         if last is not None and shear.calls and last[0] is stored and last[1] == shear.calls[0]:
             values.append(last[2])
-            pointers.append(last[2].data_ptr())
+            pointers.append(last[2].untyped_storage().data_ptr())
         del last  # an output less while the next is made
         for point, sigma in shear.calls[len(values) - 1 :]:
             y = x if point.terms == {0: 1.0} else point.of(values).to(x.dtype)
@@ -233,7 +235,7 @@ class Run:
                 or output.shape != x.shape
                 or output.dtype is not x.dtype
                 or output.device != x.device
-                or (pointer := output.data_ptr()) in pointers
+                or (pointer := output.untyped_storage().data_ptr()) in pointers
             ):
                 refuse_output(output, y, sigma, k)
             if self.check and not is_finite(output):

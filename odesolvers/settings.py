@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Set
+from enum import Enum
 from functools import partial
 from numbers import Integral, Real
 from pathlib import PurePath
@@ -59,6 +60,13 @@ def expression(value: Any, classes: list[Any]) -> str:
         if cls is float:
             whole = abs(value) < 2**53 and value.is_integer()
             return repr(int(value) if whole else value)
+        if isinstance(value, Enum):
+            classes.append(cls)
+            return f"{cls.__name__}.{value.name}"
+        if isinstance(value, str | bytes | complex):  # of a subclass
+            classes.append(cls)
+            kind = next(kind for kind in (str, bytes, complex) if isinstance(value, kind))
+            return f"{cls.__name__}({kind.__repr__(value)})"
         if isinstance(value, Real):
             return expression(int(value) if isinstance(value, Integral) else float(value), classes)
         if isinstance(value, np.ndarray | np.generic | torch.Tensor):
@@ -74,7 +82,11 @@ def expression(value: Any, classes: list[Any]) -> str:
         if isinstance(value, Set):
             items = [f"{expression(item, classes)}," for item in value]
             return f"{cls.__name__}(({' '.join(sorted(items))}))"
-        if inspect.isroutine(value) or isinstance(value, type | partial | torch.nn.Module):
+        if isinstance(value, torch.nn.Module):  # with the versions of its weights
+            weights = (*value.parameters(), *value.buffers())
+            versions = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in weights]
+            return f"<{_unique(value)} {versions}>"
+        if inspect.isroutine(value) or isinstance(value, type | partial):
             return _unique(value)
         if not hasattr(value, "__dict__") and not _slots(cls):  # written in C
             shown = any("__repr__" in vars(base) for base in cls.__mro__[:-1])
@@ -111,7 +123,9 @@ def _slots(cls: type) -> set[str]:
     found: set[str] = set()
     for base in cls.__mro__:
         slots = vars(base).get("__slots__", ())
-        found |= {slots} if isinstance(slots, str) else set(slots)
+        for name in (slots,) if isinstance(slots, str) else slots:
+            private = name.startswith("__") and not name.endswith("__")
+            found.add(f"_{base.__name__.lstrip('_')}{name}" if private else name)
     return found - {"__dict__", "__weakref__"}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import Arithmetic, FloatingPoint
-from .checks import refuse_gain, refuse_stop
+from .checks import check_differentiable, refuse_gain, refuse_stop
 from .formula import Shear
 from .grids import Grid, Sigmas
 from .propagation import Plan
@@ -100,6 +100,8 @@ class Solver(Settings, ABC):
             FloatingPointError: if the state or an output of the denoiser is not finite; names the
                 step and the noise level.
         """
+        if differentiable is not False:
+            check_differentiable(differentiable)
         with torch.set_grad_enabled(differentiable):
             run = Run(self, denoiser, x, sigmas, 0, extra_args, callback, differentiable)
             levels, first, end = run.grid.levels, run.state.index, len(run.plan)
@@ -163,6 +165,8 @@ class Solver(Settings, ABC):
             TypeError, FloatingPointError: as for `sample`.
             ValueError: as for `sample`; and if a step on the way has the gain 0, which nothing undoes.
         """
+        if differentiable is not False:
+            check_differentiable(differentiable)
         with torch.set_grad_enabled(differentiable):
             run = Run(self, denoiser, x, sigmas, None, extra_args, callback, differentiable)
             levels, last = run.grid.levels, run.state.index

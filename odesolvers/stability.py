@@ -197,7 +197,7 @@ def side_information_bound(solver: Solver, sigmas: Sigmas) -> float:
     The sum of ``log2(1 / |g_i|)`` over all shears of all steps, for one stack serves both states of a
     coupled solver; where weights above 1 come first, which give room that nothing before them can
     use, the largest sum over the last steps of the run. Infinite where a step has the gain 0 and
-    forgets a state, as every step of a one-step method does; the first step of a two-step solver does
+    discards a state, as every step of a one-step method does; the first step of a two-step solver does
     not, for it has none to forget.
     """
     grid, bits = Grid.of(sigmas), 0.0

@@ -25,7 +25,7 @@ class StabilityWarning(UserWarning):
 
 
 class InversionWarning(StabilityWarning):
-    """The same of an inversion."""
+    """The result of an inversion is not expected to be what is hoped for."""
 
 
 def roundoff(dtype: torch.dtype) -> float:
@@ -52,7 +52,11 @@ def warn_of_samples(solver: Any, error: float, steps: int) -> None:
     _warn(
         f"samples are expected to be off by {error:.2g} times the size of the data, by truncation "
         f"errors that {solver} amplifies over the {steps} steps down this grid. Use more and shorter "
-        + ("steps, or BDIA" if solver.coupled else "steps, or a rule such as StepRatio(1)"),
+        + (
+            "steps, or BDIA"
+            if solver.coupled
+            else "steps, or another rule: StepRatio(1), over two-stage methods HeunStepRatio()"
+        ),
         StabilityWarning,
     )
 

@@ -540,7 +540,7 @@ def test_weights_that_cannot_be_used(make: Callable[[Any], CoupledSolver]) -> No
         with pytest.raises(ValueError, match=r"must be in \(0, 1\], got"):
             make(value)
     for wrong in ("0.9", True, None, 1j):
-        with pytest.raises(TypeError, match=r"must be a number in \(0, 1\], got"):
+        with pytest.raises(TypeError, match=r"must be a number, got"):
             make(wrong)
     assert make(1).steps(Grid.of([2.0, 1.0, 0.0]))
 

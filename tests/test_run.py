@@ -222,3 +222,47 @@ def test_half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
     x = torch.linspace(-1000, 1000, 7, dtype=dtype).reshape(1, 7)
     up = BDIA(Euler()).invert(lambda x, sigma: x.clone(), x, [10.0, 0.1]).x
     assert torch.equal(up, x)
+
+
+def test_a_denoiser_that_writes_does_not_reach_states_that_a_caller_holds() -> None:
+    def careful(x: Tensor, sigma: Tensor) -> Tensor:
+        return 0.5 * x
+
+    def careless(x: Tensor, sigma: Tensor) -> Tensor:
+        return x.mul_(0.5)
+
+    solver, sigmas = BDIA(Euler()), [8.0, 4.0, 2.0, 1.0]
+    state = solver.sample(careful, torch.ones(2, 3), sigmas, stop=2).state
+    assert state.partner is not None
+    kept = state.current.clone(), state.partner.clone()
+    for run in (solver.sample, solver.invert):
+        with pytest.raises(ValueError, match="wrote to its input"):
+            run(careless, state, sigmas)
+        assert torch.equal(state.current, kept[0])
+        assert torch.equal(state.partner, kept[1])
+
+
+def test_outputs_that_share_one_buffer_are_refused() -> None:
+    buffer = torch.empty(4, 3)
+    calls = [0]
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        calls[0] += 1
+        out = buffer[
+            calls[0] % 2 : calls[0] % 2 + 2
+        ]  # rows that overlap with those of the last call
+        return out.copy_(0.5 * x)
+
+    with pytest.raises(ValueError, match="storage of an earlier output"):
+        HeunEDM().sample(denoiser, torch.ones(2, 3), [8.0, 4.0, 2.0])
+
+
+@pytest.mark.parametrize("wrong", ["reversible", 1, None])
+def test_differentiable_is_true_or_false(wrong: object) -> None:
+    with pytest.raises(TypeError, match="differentiable must be True or False, got"):
+        Euler().sample(gaussian(), noise(2, 5), [8.0, 4.0], differentiable=wrong)  # type: ignore[arg-type]
+
+
+def test_no_gradient_is_promised_in_inference_mode() -> None:
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        Euler().sample(gaussian(), noise(2, 5), [8.0, 4.0], differentiable=True)

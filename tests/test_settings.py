@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import importlib
 import math
 import subprocess
@@ -35,7 +36,7 @@ from odesolvers import (
 )
 from odesolvers.extend import Arithmetic, Combination, IntegrationApproximator, Shear, Solver
 
-from .problems import mixture, noise, relative_error
+from .problems import gaussian, mixture, noise, relative_error
 
 GRID = karras_sigmas(6, 0.1, 10.0, append_zero=False)
 X = noise(2, 3, sigma=10.0)
@@ -340,3 +341,69 @@ def test_another_process_undoes_a_saved_state_by_an_equal_rule(
     assert run.returncode == 0, run.stderr
     assert relative_error(torch.load(tmp_path / "noise.pt"), X) < 1e-9
     assert "another solver" in run.stdout
+
+
+class Mode(str):
+    """A setting of a type of its own."""
+
+
+class Way(enum.Enum):
+    FAST = 1
+    SLOW = 2
+
+
+class OfAnything(GammaRule):
+    """A constant, and a setting that decides it."""
+
+    def __init__(self, setting: Any, read: Callable[[Any], float]) -> None:
+        self.setting = setting
+        self._read = read
+
+    def weights(self, grid: Grid, scale: object) -> list[float]:
+        return [self._read(self.setting)] * (grid.steps - 1)
+
+
+class Hidden(GammaRule):
+    __slots__ = ("__g",)
+
+    def __init__(self, g: float) -> None:
+        self.__g = g
+
+    def weights(self, grid: Grid, scale: object) -> list[float]:
+        return [self.__g] * (grid.steps - 1)
+
+
+def read_float(setting: Any) -> float:
+    return float(setting.decode() if isinstance(setting, bytes) else setting)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Hidden(0.5), Hidden(0.9)),
+        (OfAnything(Mode("0.5"), read_float), OfAnything(Mode("0.9"), read_float)),
+        (OfAnything(Mode("0.5"), read_float), OfAnything("0.5", read_float)),
+        (OfAnything(b"0.5", read_float), OfAnything(b"0.9", read_float)),
+        (OfAnything(Way.FAST, id), OfAnything(Way.SLOW, id)),
+    ],
+)
+def test_settings_of_every_type_are_told_apart(one: GammaRule, other: GammaRule) -> None:
+    assert one != other
+    assert BDIA(Euler(), one) != BDIA(Euler(), other)
+
+
+def test_a_member_of_an_enumeration_is_named() -> None:
+    assert "Way.FAST" in repr(OfAnything(Way.FAST, id))
+
+
+def test_a_network_that_learns_is_another_setting() -> None:
+    network = torch.nn.Linear(1, 1)
+    rule = OfAnything(network, lambda net: float(net.weight.sigmoid()))
+    grid, x = Grid.of([8.0, 2.0, 0.5, 0.0]), torch.ones(2, 5, dtype=torch.float64)
+    first = BDIA(Euler(), rule).sample(gaussian(), x, grid)
+    with torch.no_grad():
+        network.weight.add_(3.0)
+    second = BDIA(Euler(), rule).sample(gaussian(), x, grid)
+    assert not torch.equal(first.x, second.x)
+    with pytest.raises(ValueError, match="another solver"):
+        BDIA(Euler(), rule).invert(gaussian(), first.state, grid)

@@ -28,12 +28,12 @@ class IntegrationApproximator(Solver):
     @property
     @abstractmethod
     def order(self) -> int:
-        """See above."""
+        """The order p of the method."""
 
     @property
     @abstractmethod
     def evaluations(self) -> int:
-        """See above."""
+        """Denoiser calls of one step."""
 
     @abstractmethod
     def increment(

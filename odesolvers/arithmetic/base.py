@@ -16,7 +16,9 @@ from .stack import SideInformation
 class Arithmetic(Settings, ABC):
     """Computes ``gain · a + rest`` and its inverse on *stored* states, which are never written to.
 
-    The default is that of floating point: a stored state is the tensor itself, with nothing beside it.
+    `forward` and `inverse` are enough where a stored state is the floating point tensor itself. An
+    arithmetic that is `exact` may store something else, and keeps a memory for each run: `check`,
+    `store`, `load`, `open` and `close` are called of such alone.
 
     Attributes:
         exact: whether `inverse` undoes `forward` to the bit.
@@ -39,7 +41,7 @@ class Arithmetic(Settings, ABC):
         return x
 
     def open(self, state: Any, origin: int, dtype: torch.dtype) -> Any:
-        """The working memory of a run from a stored `state`; None where tensors are stored as they are.
+        """The working memory of a run from a stored `state`.
 
         `origin` is the index of the first pair of the run, `dtype` that of what the denoiser sees. The
         run sets the attribute `sigma` of the memory, the level at hand, for messages.
@@ -47,16 +49,18 @@ class Arithmetic(Settings, ABC):
         del state, origin, dtype
 
     def load(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
-        """The floating point tensor of a stored state; called only where there is a memory."""
+        """The floating point tensor of a stored state."""
         del dtype
         return stored
 
     def close(
         self, memory: Any, current: Tensor, partner: Tensor | None, index: int
-    ) -> SideInformation | None:
-        """The side information of the pair at `index`, where a run with a memory ends."""
+    ) -> SideInformation:
+        """The side information of the pair at `index`, where a run ends."""
         del memory, current, partner, index
-        return None
+        raise NotImplementedError(
+            f"{self} is exact, and must return the side information of a pair"
+        )
 
     @abstractmethod
     def forward(self, gain: float, a: Tensor | None, rest: Tensor, memory: Any) -> Tensor:

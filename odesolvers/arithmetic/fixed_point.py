@@ -52,8 +52,8 @@ class FixedPoint(Arithmetic):
         fractional_bits: F, from 8 to 53. A state can hold ``|x|`` below 2^(61-F), 2 million for the
             default of 40; each run checks that this leaves room for its grid, and that no state
             leaves the range.
-        check_determinism: evaluate the first stage of each run twice and raise where the outputs are
-            not the same to the bit. Costs the evaluations of one stage, which for most solvers is a
+        check_determinism: evaluate the first shear of each run twice and raise where the outputs are
+            not the same to the bit. Costs the evaluations of one shear, which for most solvers is a
             step.
 
     Raises:
@@ -241,7 +241,7 @@ class FixedPoint(Arithmetic):
 
 @lru_cache(maxsize=4096)
 def _fraction(g: float) -> Fraction:
-    """See `FixedPoint.weight`. The fraction of ``float(_fraction(g))`` is that of g."""
+    """The fraction of `FixedPoint.weight`; that of ``float(_fraction(g))`` is the same."""
     if not 1 / _LARGEST_WEIGHT <= g <= _LARGEST_WEIGHT:
         raise ValueError(
             f"the weight g = {g:.6g} is too far from 1 for fixed-point states, which take weights "

@@ -154,11 +154,11 @@ def grid(args: Namespace, model: Model) -> Tensor:
     """Noise levels of the grid options, with the defaults of `model` for those not given."""
     name = args.grid or "karras"
     make, _ = GRIDS[name]
-    takes = inspect.signature(make).parameters
+    known = inspect.signature(make).parameters
     given = {k: getattr(args, k) for k in LEVELS if getattr(args, k) is not None}
     for option in given:
-        if option not in takes:
+        if option not in known:
             raise ValueError(f"the grid {name} takes no --{option.replace('_', '-')}: leave it out")
-    options = {k: v for k, v in model.grid.items() if k in takes} | given
+    options = {k: v for k, v in model.grid.items() if k in known} | given
     steps = args.steps or model.steps
     return make(steps if options.get("append_zero", True) else steps + 1, **options)

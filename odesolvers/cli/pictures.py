@@ -190,7 +190,7 @@ def _brief(error: Exception) -> str:
 
 
 class _Refused(ValueError):
-    """What is wrong with a picture, as the end of a sentence about its file."""
+    """A fault of a picture, as the end of a sentence about its file."""
 
 
 def _check_picture(picture: Image.Image) -> None:

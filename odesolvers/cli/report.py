@@ -102,8 +102,8 @@ def catalogue() -> list[Table]:
         methods.append((method, method.order, method.evaluations, calls, scale))
     grids = []
     for name, (make, summary) in GRIDS.items():
-        takes = ["steps", *(k for k in LEVELS if k in signature(make).parameters)]
-        grids.append((name, summary, " ".join(f"--{k.replace('_', '-')}" for k in takes)))
+        options = ["steps", *(k for k in LEVELS if k in signature(make).parameters)]
+        grids.append((name, summary, " ".join(f"--{k.replace('_', '-')}" for k in options)))
     yes = {True: "yes", False: "no"}
     models = [(name, m.summary, name, yes[installed(m.modules)]) for name, m in MODELS.items()]
     loaders = [(*loader, yes[installed(modules)]) for *loader, modules in LOADERS]

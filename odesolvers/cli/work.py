@@ -95,7 +95,7 @@ class Setup:
         return setup, state.fork() if changed else state, images
 
     def notes(self) -> dict[str, Any]:
-        """What `restore` needs and a state does not hold."""
+        """The settings that `restore` needs and a state does not hold."""
         return {"model": self.name, "labels": self.labels, "guidance": self.guidance}
 
     def noise(self, count: int, seed: int) -> Tensor:
@@ -150,8 +150,8 @@ class Setup:
         """Samples from `start`, or inverts it, with a progress bar."""
         count = len(start.current if isinstance(start, State) else start)
         denoiser, extra_args = self.condition(count)
-        go = self.solver.sample if down else self.solver.invert
-        return go(denoiser, start, self.sigmas, extra_args=extra_args, progress=True)
+        walk = self.solver.sample if down else self.solver.invert
+        return walk(denoiser, start, self.sigmas, extra_args=extra_args, progress=True)
 
     def distance(self, samples: Tensor) -> float:
         """The median distance of samples to their nearest real image, root mean square per pixel."""
