@@ -5,9 +5,9 @@ Karras et al. 2022, arXiv 2206.00364; the published files are at github.com/NVla
 
 from .checkpoint import load_edm, save_edm
 from .dhariwal import DhariwalConfig, DhariwalUNet
-from .pickles import CheckpointError
 from .preconditioning import EDMPrecond, IDDPMPrecond, Preconditioner, VEPrecond, VPPrecond
 from .song import SongConfig, SongUNet
+from .stored import CheckpointError
 
 __all__ = [
     "CheckpointError",

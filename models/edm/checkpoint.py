@@ -6,21 +6,24 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 from urllib.parse import urlparse
 
 import torch
-from torch import Tensor
 
 from ..base import check_floating_dtype
+from .checks import brief
 from .dhariwal import DhariwalConfig, DhariwalUNet
-from .pickles import CheckpointError, Record, module_states, module_tensors, read_pickle
+from .pickles import Record, module_states, module_tensors, read_pickle
 from .preconditioning import EDMPrecond, IDDPMPrecond, Preconditioner, VEPrecond, VPPrecond
 from .song import SongConfig, SongUNet
-from .unet import UNet
+from .stored import FLOATING, CheckpointError, Storage, StoredTensor, read_file
+from .unet import UNet, UNetConfig
 
 # The class names in the files, each with its default network.
 _PRECONDITIONERS: dict[str, tuple[type[Preconditioner], str]] = {
@@ -29,7 +32,13 @@ _PRECONDITIONERS: dict[str, tuple[type[Preconditioner], str]] = {
     "iDDPMPrecond": (IDDPMPrecond, "DhariwalUNet"),
     "EDMPrecond": (EDMPrecond, "DhariwalUNet"),
 }
+_NETWORKS: dict[str, tuple[type[UNetConfig], Callable[[Any], UNet]]] = {
+    "SongUNet": (SongConfig, SongUNet),
+    "DhariwalUNet": (DhariwalConfig, DhariwalUNet),
+}
 _SAFETENSORS_KEY = "odesolvers.edm"
+HEADER = 2**22
+"""The most bytes in the header of safetensors; that of the largest published network has 58,000."""
 
 
 def load_edm(
@@ -61,8 +70,16 @@ def load_edm(
     """
     check_floating_dtype(dtype)
     path = _local(os.fspath(path_or_url))
+    data = read_file(path)
     read = _read_safetensors if path.suffix == ".safetensors" else _read_published
-    denoiser = read(path)
+    try:
+        denoiser = read(data)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path.name[-60:]}: {error}") from error
+    except Exception as error:  # anything that no check foresaw
+        raise CheckpointError(
+            f"{path.name[-60:]} is damaged: {type(error).__name__}: {error}"
+        ) from error
     denoiser.model.compute_in(dtype)
     return denoiser.to(device).eval().requires_grad_(False)
 
@@ -97,36 +114,66 @@ def _describe(denoiser: Preconditioner) -> dict[str, Any]:
     return {"class_name": names[type(denoiser)], "arguments": arguments}
 
 
-def _build(class_name: str, arguments: dict[str, Any]) -> Preconditioner:
-    """Construct the denoiser described in a file on the meta device, without allocating memory."""
-    if class_name not in _PRECONDITIONERS:
-        raise CheckpointError(
-            f"the file holds a {class_name}; known are {', '.join(_PRECONDITIONERS)}"
-        )
-    cls, default = _PRECONDITIONERS[class_name]
+def _class(name: Any) -> tuple[type[Preconditioner], str]:
+    """The class that a file names, and its default network."""
+    if not isinstance(name, str) or name not in _PRECONDITIONERS:
+        known = ", ".join(_PRECONDITIONERS)
+        raise CheckpointError(f"the file holds a network {brief(name)}; known are {known}")
+    return _PRECONDITIONERS[name]
+
+
+def _build(
+    class_name: Any, arguments: dict[str, Any], tensors: dict[str, StoredTensor]
+) -> Preconditioner:
+    """Construct the denoiser described in a file on the meta device, without allocating memory.
+
+    The numbers of its parts are compared with those of `tensors` before it is constructed, so that this
+    takes no longer than the size of the file allows.
+    """
+    cls, default = _class(class_name)
     rest = dict(arguments)
     model_type = rest.pop("model_type", default)
     own = {name: rest.pop(name) for name in inspect.signature(cls).parameters if name in rest}
     try:
         rest["in_channels"] = channels = rest.pop("img_channels")
-        rest["out_channels"] = 2 * channels if cls is IDDPMPrecond else channels
+        if cls is IDDPMPrecond and type(channels) is int:
+            rest["out_channels"] = 2 * channels
+        else:
+            rest["out_channels"] = channels
+        if not isinstance(model_type, str) or model_type not in _NETWORKS:
+            raise ValueError(f"unknown network {brief(model_type)}")
+        config_class, network = _NETWORKS[model_type]
+        config = config_class(**rest)
+        _compare_sizes(config, own.get("M", 0), tensors)
         with torch.device("meta"):
-            model: UNet
-            if model_type == "SongUNet":
-                model = SongUNet(SongConfig(**rest))
-            elif model_type == "DhariwalUNet":
-                model = DhariwalUNet(DhariwalConfig(**rest))
-            else:
-                raise ValueError(f"unknown network {model_type!r}")
-            return cls(model, **own)
-    except (TypeError, ValueError, KeyError, ZeroDivisionError, OverflowError) as error:
+            return cls(network(config), **own)
+    except CheckpointError:
+        raise
+    except Exception as error:  # of arguments of any type
         raise CheckpointError(
             f"the file describes a {class_name} that cannot be constructed: {error}"
         ) from error
 
 
-def _fill(denoiser: Preconditioner, tensors: dict[str, Tensor]) -> Preconditioner:
-    """Replace the meta tensors of `denoiser` by `tensors`, after checking these."""
+def _compare_sizes(config: UNetConfig, levels: Any, tensors: dict[str, StoredTensor]) -> None:
+    """Check that the file has enough tensors and numbers for the network that it describes."""
+    total = sum(tensor.numel for tensor in tensors.values())
+    blocks = len(config.channel_mult) * config.num_blocks
+    for what, asked, held in (
+        ("residual blocks", blocks, len(tensors) // 6),
+        ("channels", config.model_channels, total),
+        ("filter taps", len(getattr(config, "resample_filter", ())) ** 2, max(total, 64)),
+        ("noise levels", levels if type(levels) is int else 0, total),
+    ):
+        if asked > held:
+            raise CheckpointError(
+                f"the file lacks tensors: its construction arguments ask for {brief(asked)} {what}, its "
+                f"{len(tensors)} tensors have at most {held}"
+            )
+
+
+def _fill(denoiser: Preconditioner, tensors: dict[str, StoredTensor], size: int) -> Preconditioner:
+    """Replace the meta tensors of `denoiser` by `tensors` of a file of `size` bytes, after checks."""
     expected = denoiser.state_dict()
     for kind, names in (
         ("lacks", expected.keys() - tensors.keys()),
@@ -137,41 +184,49 @@ def _fill(denoiser: Preconditioner, tensors: dict[str, Tensor]) -> Preconditione
             raise CheckpointError(f"the file {kind} {len(names)} tensors, such as {few}")
     for name, meta in expected.items():
         tensor = tensors[name]
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise CheckpointError(f"{name} in the file is not a floating point tensor")
+        if tensor.storage.dtype not in FLOATING.values():
+            raise CheckpointError(
+                f"{name} in the file is not a floating point tensor, but {tensor.storage.dtype}"
+            )
         if tensor.shape != meta.shape:
             raise CheckpointError(
                 f"{name} in the file has shape {tuple(tensor.shape)}, its construction arguments "
                 f"ask for {tuple(meta.shape)}"
             )
-        if not bool(tensor.isfinite().all()):
+    if sum(tensor.nbytes for tensor in tensors.values()) > size:
+        raise CheckpointError("refused: tensors in the file share their numbers with others")
+    owned = {}
+    for name, tensor in tensors.items():
+        owned[name] = tensor.load()
+        if not bool(owned[name].isfinite().all()):
             raise CheckpointError(f"{name} in the file is not finite")
-    owned = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     denoiser.load_state_dict(owned, assign=True)
     return denoiser
 
 
-def _read_published(path: Path) -> Preconditioner:
+def _read_published(data: memoryview) -> Preconditioner:
     """Read a published pickle or training snapshot."""
-    with path.open("rb") as file:
-        if file.read(4) == b"PK\x03\x04":
-            raise CheckpointError(
-                f"{path.name} is an archive of torch.save, such as a training-state-*.pt: take the "
-                "network-snapshot-*.pkl beside it"
-            )
-        file.seek(0)
-        content = read_pickle(file)
+    if bytes(data[:4]) == b"PK\x03\x04":
+        raise CheckpointError(
+            "it is an archive of torch.save, such as a training-state-*.pt: take the "
+            "network-snapshot-*.pkl beside it"
+        )
+    content = read_pickle(data)
     record = content.get("ema") if isinstance(content, dict) else content
     if not isinstance(record, Record):
-        held = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(f"{path.name} has no network under 'ema': it holds {held}")
+        held = "a " + type(content).__name__
+        if isinstance(content, dict):
+            held = ", ".join(brief(key) for key in list(content)[:5]) or "nothing"
+        raise CheckpointError(f"no network under 'ema': the file holds {held}")
     args, kwargs = record.init
     # All four classes begin with these arguments, in this order.
     names = ("img_resolution", "img_channels", "label_dim", "use_fp16")
     if len(args) > len(names):
         raise CheckpointError(f"the file passes {len(args)} arguments by position")
-    denoiser = _build(record.class_name, dict(zip(names, args, strict=False)) | kwargs)
-    _fill(denoiser, module_tensors(record))
+    _class(record.class_name)
+    tensors = module_tensors(record)
+    denoiser = _build(record.class_name, dict(zip(names, args, strict=False)) | kwargs, tensors)
+    _fill(denoiser, tensors, len(data))
     _compare(denoiser, record)
     return denoiser
 
@@ -199,24 +254,56 @@ def _same(name: str, a: float, b: float) -> bool:
     return a == b or abs(a - b) <= slack * abs(a)
 
 
-def _read_safetensors(path: Path) -> Preconditioner:
-    """Read a file written by `save_edm`."""
-    library = _safetensors()
+def _read_safetensors(data: memoryview) -> Preconditioner:
+    """Read a file written by `save_edm`.
+
+    The format is eight bytes for the length of the header, the header in JSON, and the numbers.
+    """
+    length = int.from_bytes(data[:8], "little")
+    if not 2 <= length <= min(HEADER, len(data) - 8):
+        raise CheckpointError(
+            f"it is damaged: no header of 2 to {HEADER} bytes, as safetensors have"
+        )
     try:
-        with library.safe_open(path, framework="pt") as file:
-            metadata = (file.metadata() or {}).get(_SAFETENSORS_KEY)
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-    except library.SafetensorError as error:
-        raise CheckpointError(f"{path.name} is damaged: {error}") from error
-    if metadata is None:
-        raise CheckpointError(f"{path.name} was not written by save_edm: its metadata is missing")
+        header = dict(json.loads(str(data[8 : 8 + length], "utf-8")))
+        notes = dict(header.pop("__metadata__", {}))
+        numbers = data[8 + length :]
+        tensors = {name: _safe_tensor(entry, numbers) for name, entry in header.items()}
+        spans = sorted(tuple(entry["data_offsets"]) for entry in header.values())
+    except CheckpointError:
+        raise
+    except Exception as error:  # of JSON of any form
+        raise CheckpointError(f"its header is damaged: {type(error).__name__}: {error}") from error
+    ends = [0, *(end for _, end in spans), len(numbers)]
+    if [begin for begin, _ in spans] + ends[-1:] != ends[:-1]:
+        raise CheckpointError("it is damaged: its tensors overlap, or leave a gap")
+    if _SAFETENSORS_KEY not in notes:
+        raise CheckpointError("it was not written by save_edm: its metadata is missing")
     try:
-        description = json.loads(metadata)
+        description = json.loads(notes[_SAFETENSORS_KEY])
         class_name, arguments = description["class_name"], dict(description["arguments"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"the metadata of {path.name} is damaged: {error!r}") from error
-    return _fill(_build(class_name, arguments), tensors)
+    except Exception as error:
+        raise CheckpointError(
+            f"its metadata is damaged: {type(error).__name__}: {error}"
+        ) from error
+    return _fill(_build(class_name, arguments, tensors), tensors, len(data))
+
+
+def _safe_tensor(entry: Any, numbers: memoryview) -> StoredTensor:
+    """The tensor that an entry of the header of safetensors describes."""
+    begin, end = entry["data_offsets"]
+    dtype, shape = FLOATING.get(entry["dtype"]), tuple(entry["shape"])
+    if dtype is None:
+        raise CheckpointError(
+            f"the file holds a tensor of {brief(entry['dtype'])}, not a floating point tensor"
+        )
+    if not (type(begin) is type(end) is int and 0 <= begin <= end <= len(numbers)):
+        raise CheckpointError(f"it is damaged: it ends before byte {brief(end)} of its tensors")
+    stride = tuple(math.prod(shape[k + 1 :]) for k in range(len(shape[:9])))
+    tensor = StoredTensor(Storage(numbers[begin:end], dtype), 0, shape, stride)
+    if tensor.nbytes != end - begin:
+        raise CheckpointError("it is damaged: the shape of a tensor does not fit its bytes")
+    return tensor
 
 
 def _safetensors() -> Any:

@@ -1,25 +1,29 @@
-"""Reading of NVlabs' pickles without executing code in them.
+"""Reading of NVlabs' pickles as data.
 
 `torch_utils.persistence` of NVlabs stores each module as a record: the source code of its class, the
 class name, the constructor arguments and the attributes. Python's `pickle.load` would execute this
-source code and call any other function that the file names. Here records are read as data, source code
-is ignored, and only the names listed below are supported; a file with any other name is refused.
+source code and call any other function that the file names. Here records are read by `Machine`, source
+code is ignored, and only the names listed below are supported; a file with any other name is refused.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
+import itertools
 from collections.abc import Callable, Iterator
-from typing import IO, Any, final
+from typing import Any, final
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from .checks import brief
+from .machine import Budget, Handler, Machine, Stateful
+from .stored import CheckpointError, Storage, StoredTensor
 
-class CheckpointError(ValueError):
-    """Error for a file that is damaged, unsupported or refused as unsafe."""
+ENTRIES = 2**16
+"""The most entries of all modules; the largest published file has about 900."""
+
+PATH_LENGTH = 200
+"""The most characters in the name of a tensor; the published ones have at most 44."""
 
 
 @final
@@ -33,167 +37,334 @@ class Record:
 
     __slots__ = ("class_name", "state")
 
-    def __init__(self, class_name: str, state: dict[str, Any]) -> None:
+    def __init__(self, class_name: str, state: dict[Any, Any]) -> None:
         self.class_name = class_name
         self.state = state
 
     @property
-    def init(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def init(self) -> tuple[tuple[Any, ...], dict[Any, Any]]:
         """The positional and keyword arguments of its constructor."""
         args, kwargs = self.state.get("_init_args"), self.state.get("_init_kwargs")
         if not isinstance(args, tuple) or not isinstance(kwargs, dict):
             raise CheckpointError(
-                f"the file does not record how its {self.class_name} was constructed"
+                f"the file does not record how its {self.class_name[:60]} was constructed"
             )
         return args, kwargs
 
 
 @final
-class _Function:
-    """A function that a pickle can call but not modify."""
-
-    __slots__ = ("_function",)
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self._function(*args)
-
-    def __setstate__(self, state: object) -> None:
-        raise CheckpointError("refused: the file tries to alter a function of the reader")
-
-
-@final
-class _ModuleDict:
+class ModuleDict(Stateful):
     """Represents ``torch.nn.ModuleDict``, which the files pickle without a record."""
 
-    state: dict[str, Any]
+    def __init__(self) -> None:
+        self.state: dict[Any, Any] = {}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def build(self, state: Any) -> None:
+        """Set the attributes."""
+        if not isinstance(state, dict):
+            raise CheckpointError("the file is damaged: the attributes of a ModuleDict are no dict")
         self.state = state
 
 
 @final
-class _NumpyDtype:
+class _NumpyDtype(Stateful):
     """Represents a numpy dtype of numbers; other dtypes can contain Python objects."""
 
-    def __init__(self, code: str, *_: object) -> None:
-        if code not in ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"):
-            raise CheckpointError(f"refused: the file uses the numpy dtype {code!r}")
+    def __init__(self, code: str) -> None:
         self.code = code
         self.order = "<"
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        order = state[1]
+    def build(self, state: Any) -> None:
+        order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
         if order not in ("<", ">", "|"):
-            raise CheckpointError(f"refused: the file uses the numpy byte order {order!r}")
+            raise CheckpointError(f"refused: the file uses the numpy byte order {brief(order)}")
         self.order = order
 
-    def number(self, data: bytes) -> bool | int | float:
-        """Decode the number stored in `data`."""
-        (value,) = np.frombuffer(data, np.dtype(self.order + self.code)).tolist()
-        assert isinstance(value, (bool, int, float))
-        return value
+
+class _Function(Handler):
+    """A function that a pickle can call."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.name, self._function = name, function
+
+    def call(self, *args: Any) -> Any:
+        return self._function(*args)
 
 
-def _record(meta: dict[str, Any]) -> Record:
+class _Class(Handler):
+    """A class of which a pickle can make objects, by any of three ways."""
+
+    def __init__(self, name: str, make: Callable[[], Any]) -> None:
+        self.name, self._make = name, make
+
+    def call(self, *args: Any) -> Any:
+        if args:
+            raise CheckpointError(f"refused: the file passes arguments to {self.name}")
+        return self._make()
+
+    def new(self) -> Any:
+        return self._make()
+
+
+@final
+class _Marker(Handler):
+    """A name that is only passed to others."""
+
+    def __init__(self, name: str, value: Any = None) -> None:
+        self.name, self.value = name, value
+
+
+def _record(meta: Any) -> Record:
     """Convert the dictionary of a persistent object to a `Record`."""
+    meta = meta if isinstance(meta, dict) else {}
     name, state = meta.get("class_name"), meta.get("state")
-    if meta.get("type") != "class" or not isinstance(name, str) or not isinstance(state, dict):
+    known = isinstance(name, str) and isinstance(state, dict)
+    if not known or not isinstance(meta.get("type"), str) or meta["type"] != "class":
         raise CheckpointError("the file holds a persistence record of an unknown form")
     return Record(name, state)
 
 
-def _storage(data: bytes) -> Tensor:
-    """Read a storage, in bytes of `torch.save` (themselves a pickle), as a flat tensor."""
-    storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    if not isinstance(storage, torch.storage.TypedStorage):
-        raise CheckpointError(f"the file holds a {type(storage).__name__} in place of a storage")
-    return torch.empty(0, dtype=storage.dtype).set_(storage)
+def _dtype(code: Any, *_: Any) -> _NumpyDtype:
+    known = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
+    if not isinstance(code, str) or code not in known:
+        raise CheckpointError(f"refused: the file uses the numpy dtype {brief(code)}")
+    return _NumpyDtype(code)
 
 
-def _tensor(
-    storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
-) -> Tensor:
-    """A strided view of a storage; torch checks its bounds."""
-    return storage.as_strided(size, stride, offset)
+def _scalar(dtype: Any, data: Any) -> bool | int | float:
+    """Decode one number."""
+    if not isinstance(dtype, _NumpyDtype) or not isinstance(data, memoryview):
+        raise CheckpointError("the file is damaged: it holds a numpy number of another form")
+    form = np.dtype(dtype.order + dtype.code)
+    if len(data) != form.itemsize:
+        raise CheckpointError("the file is damaged: it holds a numpy number of another size")
+    value = np.frombuffer(data, form)[0].item()
+    assert isinstance(value, (bool, int, float))
+    return value
 
 
-_NAMES: dict[str, Any] = {
-    "torch_utils.persistence._reconstruct_persistent_obj": _Function(_record),
-    "torch.nn.modules.container.ModuleDict": _ModuleDict,
-    "torch._utils._rebuild_parameter": _Function(lambda data, *_: data),
-    "torch._utils._rebuild_tensor_v2": _Function(_tensor),
-    "torch.storage._load_from_bytes": _Function(_storage),
-    "collections.OrderedDict": dict,
-    "numpy.dtype": _NumpyDtype,
-    "numpy.core.multiarray.scalar": _Function(lambda dtype, data: dtype.number(data)),
-    "numpy._core.multiarray.scalar": _Function(lambda dtype, data: dtype.number(data)),
-}
+def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
+    return StoredTensor(storage, offset, shape, stride)
+
+
+def _construct(cls: Any, *_: Any) -> Any:
+    """``copyreg._reconstructor`` and ``copyreg.__newobj__``: an object without attributes."""
+    if not isinstance(cls, Handler):
+        raise CheckpointError("refused: the file constructs what is no class of EDM checkpoints")
+    return cls.new()
+
+
+def _names(*handlers: Handler) -> dict[str, Handler]:
+    return {handler.name: handler for handler in handlers}
+
+
+_STORAGE_NAMES = _names(
+    *(
+        _Marker(f"torch.{kind}Storage", getattr(torch, dtype))
+        for kind, dtype in {
+            "Half": "float16",
+            "BFloat16": "bfloat16",
+            "Float": "float32",
+            "Double": "float64",
+            "Long": "int64",
+            "Int": "int32",
+            "Short": "int16",
+            "Char": "int8",
+            "Byte": "uint8",
+            "Bool": "bool",
+        }.items()
+    )
+)
 
 
 @final
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _NAMES[f"{module}.{name}"]
-        except KeyError:
+class _Reader:
+    """Reads the pickles of one file."""
+
+    def __init__(self, size: int) -> None:
+        self._budget = Budget(size)
+        table = "torch_utils.persistence._reconstruct_persistent_obj"
+        rebuild = "torch._utils._rebuild_"
+        tensor = _Function(f"{rebuild}tensor_v2", _tensor)
+        tensor_class = _Marker("torch.Tensor")
+
+        def from_type(function: Any, kind: Any, args: Any, _: Any) -> StoredTensor:
+            """Read a tensor with attributes, as `torch.compile` leaves them."""
+            if function is not tensor or kind is not tensor_class or not isinstance(args, tuple):
+                raise CheckpointError("refused: the file holds a tensor of an unknown class")
+            return _tensor(*args)
+
+        self.names = _names(
+            _Function(table, _record),
+            tensor,
+            tensor_class,
+            _Function("torch._tensor._rebuild_from_type_v2", from_type),
+            _Function(f"{rebuild}parameter", lambda data, *_: data),
+            _Function(f"{rebuild}parameter_with_state", lambda data, *_: data),
+            _Function("torch.storage._load_from_bytes", self.storage),
+            _Class("torch.nn.modules.container.ModuleDict", ModuleDict),
+            _Class("collections.OrderedDict", dict),
+            _Function("numpy.dtype", _dtype),
+            *(_Function(f"numpy.{core}.multiarray.scalar", _scalar) for core in ("core", "_core")),
+            # Protocols 2 and 3, the first with the names of Python 2.
+            _Function("_codecs.encode", self.encode),
+            *(
+                _Function(f"{module}.set", lambda items=(): items)
+                for module in ("builtins", "__builtin__")
+            ),
+            *(
+                _Function(f"{m}.bytes", lambda: memoryview(b""))
+                for m in ("builtins", "__builtin__")
+            ),
+            *(_Marker(f"{module}.object") for module in ("builtins", "__builtin__")),
+            *(
+                _Function(f"{module}.{name}", _construct)
+                for module in ("copyreg", "copy_reg")
+                for name in ("_reconstructor", "__newobj__")
+            ),
+        )
+
+    def read(self, data: memoryview) -> Any:
+        return Machine(data, self.names, self._budget).run()
+
+    def encode(self, text: Any, code: Any) -> memoryview:
+        """Bytes, which protocol 2 writes as text."""
+        if not isinstance(text, str) or code not in ("latin1", "latin-1"):
+            raise CheckpointError("refused: the file encodes text otherwise than bytes are")
+        self._budget.copy(len(text))
+        return memoryview(text.encode("latin-1"))
+
+    def storage(self, data: Any) -> Storage:
+        """Read a storage in bytes of `torch.save`, in its format from before archives.
+
+        It has five pickles, namely a magic number, a version, the sizes of types, a reference to the
+        storage and its key; then the number of elements, and the elements.
+        """
+        if not isinstance(data, memoryview):
+            raise CheckpointError(f"the file holds {brief(data)} in place of a storage")
+        if bytes(data[:2]) == b"PK":
             raise CheckpointError(
-                f"refused: the file asks for {module}.{name}, which no EDM checkpoint needs; "
-                "loading it could run code of its author's choice"
-            ) from None
+                "the file holds a storage in an archive, as no EDM checkpoint does"
+            )
+        machine = Machine(data, _STORAGE_NAMES, self._budget, _reference)
+        magic, version, system, reference, keys = (machine.run() for _ in range(5))
+        if magic != 0x1950A86A20F9469CFC6C or version != 1001 or not isinstance(system, dict):
+            raise CheckpointError(
+                "the file holds a storage that is damaged: it does not begin as one"
+            )
+        if system.get("little_endian") is not True:
+            raise CheckpointError("the file holds a storage that is not little-endian")
+        if not isinstance(reference, _Reference) or not _only(keys, reference.key):
+            raise CheckpointError("the file holds a storage that is damaged: its key is missing")
+        content = data[machine.position + 8 :]
+        count = int.from_bytes(data[machine.position :][:8], "little")
+        size = count * reference.itemsize
+        if count != reference.count or size != len(content):
+            raise CheckpointError(
+                f"the file holds a storage that is damaged: it has {len(content)} bytes, and should "
+                f"have {brief(size)}"
+            )
+        return Storage(content, reference.dtype)
 
-    def persistent_load(self, pid: Any) -> Any:
-        raise CheckpointError(f"refused: the file refers to an object outside itself, {pid!r}")
+
+@final
+class _Reference:
+    """The reference to a storage of `count` elements."""
+
+    def __init__(self, dtype: torch.dtype, key: str, count: int) -> None:
+        self.dtype, self.key, self.count = dtype, key, count
+        self.itemsize = dtype.itemsize
 
 
-def read_pickle(file: IO[bytes]) -> Any:
-    """Read a pickle without executing code in it; persistent objects become `Record`.
+def _reference(pid: Any) -> _Reference:
+    if isinstance(pid, tuple) and len(pid) == 6:
+        what, kind, key, _, count, view = pid
+        named = isinstance(what, str) and what == "storage" and isinstance(kind, _Marker)
+        if named and isinstance(key, str) and type(count) is int and view is None:
+            return _Reference(kind.value, key, count)
+    raise CheckpointError(
+        "the file holds a storage that is damaged: its reference has another form"
+    )
+
+
+def _only(keys: Any, key: str) -> bool:
+    return isinstance(keys, list) and len(keys) == 1 and isinstance(keys[0], str) and keys[0] == key
+
+
+def read_pickle(data: bytes | memoryview) -> Any:
+    """Read a pickle without executing code in it.
+
+    Persistent objects become `Record`, tensors `StoredTensor`, bytes `memoryview`, and sets lists.
 
     Raises:
         CheckpointError: if the file is damaged or is not a pickle, or if it uses a name that EDM
             checkpoints do not need.
     """
+    view = memoryview(data)
     try:
-        return _Unpickler(file).load()
+        return _Reader(len(view)).read(view)
     except CheckpointError:
         raise
-    except Exception as error:
-        # A damaged stream can fail in any instruction, with many types of exceptions.
+    except Exception as error:  # a damaged stream can fail in any instruction
         raise CheckpointError(
             f"the file is damaged or is not a pickle: {type(error).__name__}: {error}"
         ) from error
 
 
-def module_tensors(record: Any) -> dict[str, Tensor]:
+def module_tensors(record: Any) -> dict[str, StoredTensor]:
     """The parameters and buffers of a pickled module, with the names of its state dict.
 
     Raises:
-        CheckpointError: if the record is not a tree of modules.
+        CheckpointError: if the record is not a tree of modules, or holds something else.
     """
-    return {
-        f"{path}{name}": value
-        for path, state in module_states(record)
-        for kind in ("_parameters", "_buffers")
-        for name, value in state.get(kind, {}).items()
-        if value is not None
-    }
+    tensors, count = {}, itertools.count()
+    for path, state in module_states(record):
+        for kind in ("_parameters", "_buffers"):
+            for name, value in _entries(state, kind, path, count):
+                if value is not None and not isinstance(value, StoredTensor):
+                    raise CheckpointError(
+                        f"{path}{name} in the file is {brief(value)}, not a floating point tensor"
+                    )
+                if value is not None:
+                    tensors[f"{path}{name}"] = value
+    return tensors
 
 
-def module_states(record: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def module_states(record: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
     """Iterate over a pickled module and its submodules: paths ("", "model.", ...) and attributes.
 
     Raises:
         CheckpointError: if the record is not a tree of modules.
     """
-    todo, seen = [("", record)], set()
+    todo, seen, count = [("", record)], set(), itertools.count()
     while todo:
         path, item = todo.pop()
-        state = item.state if isinstance(item, (Record, _ModuleDict)) else None
-        if id(item) in seen or not isinstance(state, dict) or "_modules" not in state:
+        state = item.state if isinstance(item, (Record, ModuleDict)) else None
+        if id(item) in seen or state is None or "_modules" not in state:
             raise CheckpointError(f"the file has no module where one should be, at {path!r}")
         seen.add(id(item))
         yield path, state
-        children = state["_modules"]
-        todo += [(f"{path}{name}.", child) for name, child in children.items() if child is not None]
+        children = _entries(state, "_modules", path, count)
+        todo += [(f"{path}{name}.", child) for name, child in children if child is not None]
+
+
+def _entries(
+    state: dict[Any, Any], kind: str, path: str, count: Iterator[int]
+) -> Iterator[tuple[str, Any]]:
+    """The items of an attribute that is a dictionary by short names; `count` counts all of a walk.
+
+    Records may share one dictionary, so that a walk can be longer than the file.
+    """
+    entries = state.get(kind, {})
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{path}{kind} in the file is {brief(entries)}, not a dict")
+    for name, value in entries.items():
+        if not isinstance(name, str) or len(path) + len(name) > PATH_LENGTH:
+            raise CheckpointError(
+                f"{path}{kind} in the file has a key that is no name, {brief(name)}"
+            )
+        if next(count) >= ENTRIES:
+            raise CheckpointError(
+                f"refused: the modules in the file have more than {ENTRIES} parts"
+            )
+        yield name, value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import struct
 import sys
@@ -92,13 +91,65 @@ def test_training_snapshots_and_bare_networks(tmp_path: Path) -> None:
     assert same(load(dump(snapshot, protocol=5), tmp_path), denoiser)
 
 
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_protocols_are_read_alike(architecture: str, protocol: int, tmp_path: Path) -> None:
+    original = tiny(architecture, "iDDPMPrecond", classes=3)
+    net = record(original, arguments(original) | {"C_2": np.float64(0.008)})
+    net.meta["state"]["noted"] = {"empty": b"", "bytes": bytes(range(256)), "set": {1, "a"}}
+    data = dump({"ema": net}, protocol=protocol)
+    assert same(load(data, tmp_path), original)
+    noted = read_pickle(data)["ema"].state["noted"]
+    assert [bytes(noted["empty"]), bytes(noted["bytes"])] == [b"", bytes(range(256))]
+    assert sorted(map(str, noted["set"])) == ["1", "a"]
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_attributes_of_parameters_and_buffers_are_left_out(protocol: int, tmp_path: Path) -> None:
+    original, compiled = tiny("ncsnpp"), tiny("ncsnpp")
+    for tensor in (*compiled.parameters(), *compiled.buffers()):
+        tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+    data = dump({"ema": record(compiled, arguments(compiled))}, protocol=protocol)
+    assert b"_rebuild_parameter_with_state" in data
+    assert b"_rebuild_from_type_v2" in data
+    assert same(load(data, tmp_path), original)
+
+
+@pytest.mark.slow
+def test_a_network_after_torch_compile(tmp_path: Path) -> None:
+    original, compiled = tiny(), tiny()
+    torch.compile(compiled, backend="eager")(torch.zeros(1, 3, 8, 8), torch.ones(1))
+    data = dump({"ema": record(compiled, arguments(compiled))})
+    assert b"_rebuild_parameter_with_state" in data
+    assert same(load(data, tmp_path), original)
+
+
+@pytest.mark.parametrize("python", [("copyreg", "builtins"), ("copy_reg", "__builtin__")])
+def test_objects_of_the_first_protocols(python: tuple[str, str]) -> None:
+    registry, builtins = python
+    cls = name("torch.nn.modules.container", "ModuleDict")
+    state = b"}" + short("_modules") + b"}sb"
+    base = name(builtins, "object") + b"N\x87R"
+    for made in (
+        name(registry, "_reconstructor") + cls + base,
+        name(registry, "__newobj__") + cls + b"\x85R",
+    ):
+        assert read_pickle(b"\x80\x02" + made + state + b".").state == {"_modules": {}}
+    for body in (
+        name(builtins, "set") + b"](K\x01K\x01e\x85R",
+        b"\x8f(K\x01K\x01\x90",
+        b"(K\x01K\x01\x91",
+    ):
+        assert read_pickle(b"\x80\x04" + body + b".") == [1, 1]
+
+
 def test_numpy_numbers_among_the_attributes(tmp_path: Path) -> None:
     denoiser = tiny()
     net = record(denoiser, arguments(denoiser) | {"sigma_data": np.float64(0.5)})
     net.meta["state"]["noted"] = [np.float32(1.5), np.int64(-3), np.bool_(True)]
     data = dump({"ema": net})
     assert same(load(data, tmp_path), denoiser)
-    noted = read_pickle(io.BytesIO(data))["ema"].state["noted"]
+    noted = read_pickle(data)["ema"].state["noted"]
     assert noted == [1.5, -3, True]
     assert [type(value) for value in noted] == [float, int, bool]
 
@@ -121,7 +172,7 @@ def test_numbers_of_either_numpy_and_byte_order(module: str, order: str) -> None
     dtype += b"(K\x03" + short(order) + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
     value = b"C\x08" + struct.pack(order + "d", 0.7)
     body = name(module, "scalar") + dtype + value + b"\x86R."
-    assert read_pickle(io.BytesIO(b"\x80\x04" + body)) == 0.7
+    assert read_pickle(b"\x80\x04" + body) == 0.7
 
 
 def test_strided_tensors(tmp_path: Path) -> None:
@@ -165,10 +216,10 @@ def test_save_wants_a_safetensors_name(tmp_path: Path) -> None:
     ("metadata", "message"),
     [
         (None, "was not written by save_edm"),
-        ("{", "metadata of .* is damaged"),
-        ("[]", "metadata of .* is damaged"),
+        ("{", "metadata is damaged"),
+        ("[]", "metadata is damaged"),
         (json.dumps({"class_name": "EDMPrecond", "arguments": {}}), "cannot be constructed"),
-        (json.dumps({"class_name": "X", "arguments": {}}), "the file holds a X"),
+        (json.dumps({"class_name": "X", "arguments": {}}), "the file holds a network 'X'"),
     ],
 )
 def test_safetensors_of_another_kind(metadata: str | None, message: str, tmp_path: Path) -> None:
@@ -185,7 +236,7 @@ def test_damaged_safetensors(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_edm(tiny(), path)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"a\.safetensors is damaged"):
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: it is damaged: it ends"):
         load_edm(path)
 
 

@@ -70,11 +70,11 @@ ATTACKS: dict[str, tuple[Callable[[str], Any], str]] = {
     "hub": (lambda m: Call(torch.hub.load, "a/b", "c"), r"torch\.hub\.load"),
     "storage": (
         lambda m: Call(torch.storage._load_from_bytes, nested(m, archive=False)),
-        r"weights.only(.|\n)*system",
+        r"posix\.system",
     ),
     "storage archive": (
         lambda m: Call(torch.storage._load_from_bytes, nested(m, archive=True)),
-        r"weights.only(.|\n)*system",
+        r"storage in an archive",
     ),
     "object array": (
         lambda m: np.array([Call(os.system, f"touch {m}")], dtype=object),
@@ -90,7 +90,7 @@ ATTACKS: dict[str, tuple[Callable[[str], Any], str]] = {
             {"_init_args": (), "_init_kwargs": {}},
             source=f"open({m!r}, 'w').close()\nclass Evil: pass\n",
         ),
-        r"the file holds a Evil; known are VPPrecond",
+        r"the file holds a network 'Evil'; known are VPPrecond",
     ),
     "known record": (
         lambda m: Persistent(
@@ -138,10 +138,11 @@ SLOTS = b"N}" + short("__init__") + b"K\x07s\x86b"  # BUILD with (None, {"__init
         (name("odesolvers.models.edm.pickles", "_NAMES"), "_NAMES"),
         (name("builtins", "dict"), r"builtins\.dict"),
         (name(*PERSISTENCE) + SLOTS, "alter"),
-        (name(*MODULE_DICT) + SLOTS, "damaged"),
-        (name("numpy", "dtype") + SLOTS, "damaged"),
-        (name("collections", "OrderedDict") + SLOTS, "damaged"),
-        (name(*PERSISTENCE) + b"K\x07\x85R", "damaged"),
+        (name(*MODULE_DICT) + SLOTS, "alter"),
+        (name("numpy", "dtype") + SLOTS, "alter"),
+        (name("collections", "OrderedDict") + SLOTS, "alter"),
+        (name(*MODULE_DICT) + b")\x81" + SLOTS, "no dict"),
+        (name(*PERSISTENCE) + b"K\x07\x85R", "record of an unknown form"),
         (name(*PERSISTENCE) + b"}\x85R", "record of an unknown form"),
         (short("elsewhere") + b"Q", "outside itself, 'elsewhere'"),
         (b"\x82\x01", "damaged"),
@@ -149,7 +150,7 @@ SLOTS = b"N}" + short("__init__") + b"K\x07s\x86b"  # BUILD with (None, {"__init
         (b"0", "damaged"),
         (b"K\x01", "no network under 'ema'"),
         (b"}", "no network under 'ema'"),
-        (b"(" + short("G_ema") + b"K\x01d", r"holds \['G_ema'\]"),
+        (b"(" + short("G_ema") + b"K\x01d", "holds 'G_ema'"),
         (b"(" + short("ema") + b"Nd", "no network under 'ema'"),
     ],
 )
