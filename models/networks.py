@@ -131,10 +131,11 @@ def execution_device(network: Any) -> torch.device:
             device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
             if device is not None:
                 return torch.device(device)
-    registry = getattr(network, "_diffusers_hook", None)
-    hook = None if registry is None else registry.get_hook("group_offloading")
-    if hook is not None:
-        return torch.device(hook.config.onload_device)
+    for module in (network, *network.children()):  # of diffusers; groups of leaves have it below
+        registry = getattr(module, "_diffusers_hook", None)
+        hook = None if registry is None else registry.get_hook("group_offloading")
+        if hook is not None:
+            return torch.device(hook.config.onload_device)
     own: torch.device = network.device
     return own
 

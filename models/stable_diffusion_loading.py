@@ -71,7 +71,9 @@ def load_stable_diffusion(
         for name, part in pipeline.components.items():
             if isinstance(part, nn.Module):
                 _check_complete(name, [k for k, p in part.named_parameters() if p.is_meta])
-                part.to(torch.float32 if name == "vae" else dtype)
+                wanted = torch.float32 if name == "vae" else dtype
+                if any(p.dtype != wanted for p in part.parameters()):
+                    part.to(wanted)
         if scheduler is not None:
             pipeline.scheduler = scheduler
         model = StableDiffusion(

@@ -219,6 +219,22 @@ def test_offloaded_models_run_where_they_are_sent(folders, diffusers, family, ho
     torch.testing.assert_close(model.decode(found.x), reference.decode(found.x))
 
 
+@pytest.mark.filterwarnings("ignore")  # of diffusers, about hooks
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+def test_groups_run_on_another_device(folders, kind):
+    """The device is that of the hook, whatever the weights are on (here one that no machine lacks)."""
+    model = load_stable_diffusion(folders["1.x"])
+    meta, cpu = torch.device("meta"), torch.device("cpu")
+    model.unet.enable_group_offload(cpu, cpu, offload_type=kind, num_blocks_per_group=1)
+    for module in model.unet.modules():
+        if hasattr(module, "_diffusers_hook"):
+            hook = module._diffusers_hook.get_hook("group_offloading")
+            hook.config.onload_device = meta
+    assert model.device == meta
+    with pytest.raises(ValueError, match="the state is on cpu and the network on meta"):
+        model(noise(), torch.ones(2))
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("how", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])

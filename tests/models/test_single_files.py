@@ -88,6 +88,8 @@ def test_markers(load, folders, diffusers, family, suffix, markers, name, option
     assert model.prediction_type == reference.prediction_type
     assert model.sigma_max == pytest.approx(reference.sigma_max)
     assert model.sigma_min == pytest.approx(reference.sigma_min)
+    if name == "EDMEulerScheduler":
+        torch.testing.assert_close(model.sigmas(5), reference.sigmas(5))
     x, sigma = noise(), torch.tensor([0.5, 7.0])
     found, expected = (m(x, sigma, **m.encode_prompt("a")["positive"]) for m in (model, reference))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
