@@ -1,4 +1,4 @@
-"""What the networks of Stable Diffusion take: their inputs, their conditions and their device."""
+"""Inputs, conditions and device of the networks of Stable Diffusion."""
 
 from __future__ import annotations
 

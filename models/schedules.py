@@ -1,4 +1,4 @@
-"""How a network of diffusers is read as a denoiser, according to the scheduler of its pipeline."""
+"""Denoisers of the networks of diffusers, by the formulas that a pipeline's scheduler implies."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ def ddim_timesteps(
     spacing: Literal["leading", "trailing", "linspace"] = "leading",
     offset: int = 0,
 ) -> Tensor:
-    """The ``n`` timesteps that diffusers' `DDIMScheduler` takes, in decreasing order.
+    """The ``n`` timesteps at which diffusers' `DDIMScheduler` evaluates, in decreasing order.
 
     Args:
         n: number of steps.
@@ -207,7 +207,9 @@ def sigmas_from_alphas_cumprod(
 ) -> Tensor:
     """The levels ``sqrt((1 - ᾱ_t) / ᾱ_t)`` of a discrete schedule at chosen timesteps.
 
-    With `ddim_timesteps` these are the levels that diffusers' `DDIMScheduler` visits.
+    With `ddim_timesteps` each step starts at a timestep of diffusers' `DDIMScheduler` and ends where the
+    next one starts. `DDIMScheduler` itself ends each step ``T // n`` timesteps lower, which is another
+    level where the spacing is "trailing" or "linspace" and n does not divide T.
 
     Args:
         alphas_cumprod: ᾱ of every training timestep, shape ``(T,)``, in (0, 1].
