@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from odesolvers.grids import Grid
+from odesolvers.values import count, number, row
 
 from .base import append_dims, check_floating_dtype, values_readable
 
@@ -115,7 +116,7 @@ def flow_sigmas(times: Tensor | Sequence[float]) -> Tensor:
     Raises:
         ValueError: if the times do not decrease strictly or lie outside [0, 1].
     """
-    t = torch.as_tensor(times).detach().to("cpu", torch.float64)
+    t = row(times, torch.float64)
     Grid.of(t)
     if t[0] > 1:
         raise ValueError(f"flow times must lie in [0, 1], got {t[0].item():.6g}; 1 is noise")
@@ -151,6 +152,7 @@ def flow_times(
     Raises:
         ValueError: if an argument is out of range.
     """
+    n, shift, start = count("n", n), number("shift", shift), number("start", start)
     if n < 1 or not 0 < start <= 1 or not (shift > 0 and math.isfinite(shift)):
         raise ValueError(
             f"needs n >= 1, 0 < start <= 1 and shift > 0, got n = {n}, start = {start}, shift = {shift}"
@@ -159,11 +161,11 @@ def flow_times(
     def shifted(t: Tensor) -> Tensor:
         return shift * t / (1 + (shift - 1) * t)
 
-    lowest = shifted(torch.tensor(1 / num_train_timesteps, dtype=torch.float64))
+    lowest = shifted(torch.tensor(1 / num_train_timesteps, dtype=torch.float64, device="cpu"))
     first = start / (shift - (shift - 1) * start)  # the shift maps it to `start`
     if n > 1 and lowest.item() >= first:
         raise ValueError(
             f"start = {start} is not above the lowest time, {shifted(lowest).item():.6g}"
         )
-    t = shifted(torch.linspace(first, lowest.item(), n, dtype=torch.float64))
+    t = shifted(torch.linspace(first, lowest.item(), n, dtype=torch.float64, device="cpu"))
     return torch.cat([t, t.new_zeros(1)])

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from odesolvers.values import number
+
 from .base import DenoiserFunction
 from .batching import join
 
@@ -60,16 +62,13 @@ class ClassifierFreeGuidance(nn.Module):
             )
         if not callable(denoiser):
             raise TypeError(f"denoiser must be callable, got {type(denoiser).__name__}")
-        if (
-            isinstance(scale, bool)
-            or not isinstance(scale, int | float)
-            or not math.isfinite(scale)
-        ):
+        scale = number("scale", scale)
+        if not math.isfinite(scale):
             raise ValueError(f"scale must be a finite number, got {scale!r}")
         self.denoiser = denoiser
         if isinstance(shared, str) or not all(isinstance(name, str) for name in shared):
             raise TypeError(f"shared must be a list of names of conditions, got {shared!r}")
-        self.scale = float(scale)
+        self.scale = scale
         self.shared = frozenset(shared)
 
     def forward(

@@ -35,7 +35,7 @@ FLOORS = (
     ("arithmetic",),
     ("formula", "checks", "grids", "settings", "values", "progress"),
 )
-MODELS_MAY_IMPORT = ("models", "grids")  # a denoiser needs no solver
+MODELS_MAY_IMPORT = ("models", "grids", "values")  # a denoiser needs no solver
 
 HEAVY = ("k_diffusion", "diffusers", "transformers", "sklearn", "matplotlib", "tqdm", "PIL", "rich")
 

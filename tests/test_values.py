@@ -36,6 +36,7 @@ from odesolvers import (
     sigmas_from_alphas_cumprod,
     vp_sigmas,
 )
+from odesolvers.models import ClassifierFreeGuidance, flow_sigmas, flow_times
 
 from .problems import gaussian, noise
 
@@ -57,11 +58,12 @@ OF_A_NUMBER: list[Callable[[Any], object]] = [
     lambda number: Rex(Euler(), number),
     lambda number: FixedPointInversion(DDIM(), number),
     lambda number: Objective(number, number),
+    lambda number: ClassifierFreeGuidance(gaussian(), number),
 ]
 
 
 @pytest.mark.parametrize("as_given", NUMBERS)
-@pytest.mark.parametrize("make", OF_A_NUMBER)
+@pytest.mark.parametrize("make", OF_A_NUMBER[:-1])
 def test_a_number_of_any_kind_is_the_same_setting(
     make: Callable[[Any], object], as_given: Callable[[float], Any]
 ) -> None:
@@ -126,6 +128,9 @@ GRIDS: list[Callable[[], torch.Tensor]] = [
     lambda: vp_sigmas(8),
     lambda: ddim_timesteps(8),
     lambda: sigmas_from_alphas_cumprod([0.9, 0.5, 0.1], [2, 1]),
+    lambda: flow_times(8, shift=3.0),
+    lambda: flow_sigmas(flow_times(8)),
+    lambda: flow_sigmas(np.linspace(0, 1, 9)[::-1]),
 ]
 
 
@@ -188,3 +193,8 @@ def test_calibration_takes_noise_that_requires_gradients() -> None:
     options: dict[str, Any] = {"reference_steps": 16, "max_runs": 20}
     usual = calibrate(gaussian(), x, sigmas, **options)
     assert calibrate(gaussian(), x.requires_grad_(), sigmas, **options).values == usual.values
+
+
+@pytest.mark.parametrize("as_given", NUMBERS)
+def test_a_guidance_scale_of_any_kind(as_given: Callable[[float], Any]) -> None:
+    assert ClassifierFreeGuidance(gaussian(), as_given(2.5)).scale == 2.5

@@ -124,7 +124,7 @@ def test_never_applied_twice():
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), "7", None, True])
 def test_bad_scale(scale):
-    with pytest.raises(ValueError, match="scale must be a finite number"):
+    with pytest.raises((TypeError, ValueError), match="scale must be a"):
         ClassifierFreeGuidance(Gaussian(), scale)
 
 
