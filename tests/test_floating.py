@@ -23,7 +23,7 @@ from odesolvers import (
     karras_sigmas,
     stability_report,
 )
-from odesolvers.extend import Combination
+from odesolvers.extend import Combination, SideInformation
 from odesolvers.models import Gaussian
 
 from .problems import gaussian, noise, relative_error
@@ -131,6 +131,10 @@ def test_an_arithmetic_may_store_states_in_a_form_of_its_own() -> None:
 
         def load(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
             return stored.to(dtype)
+
+        def close(self, memory: Any, current: Tensor, partner: Any, index: int) -> SideInformation:
+            none, zero = torch.zeros(0, 1, dtype=torch.int32), torch.zeros((), dtype=torch.int64)
+            return SideInformation(torch.float32, (), none, (), index, zero)
 
         def forward(self, gain, a, rest, memory):  # type: ignore[no-untyped-def]
             return super().forward(gain, a, rest.double(), memory)

@@ -68,7 +68,7 @@ arithmetics = st.one_of(st.just(FloatingPoint()), st.integers(8, 53).map(FixedPo
 solvers = st.one_of(
     methods,
     st.builds(BDIA, methods, st.one_of(shares, rules), arithmetics),
-    st.builds(BELM, st.one_of(st.none(), st.lists(sizes, max_size=5)), arithmetics),
+    st.builds(BELM, st.one_of(st.none(), st.lists(st.floats(0, 1e300), max_size=5)), arithmetics),
     st.builds(EDICT, shares, arithmetics),
     st.builds(McCallumFoster, methods, shares, arithmetics),
     st.builds(Rex, methods, shares, arithmetics),
@@ -179,7 +179,7 @@ def test_a_setting_that_there_is_not_is_named_beside_those_there_are() -> None:
         ("HeunEDM('left')", "second must be"),
         ("FixedPoint(7)", "integer from 8 to 53"),
         ("order_gaining(HeunEDM())", "even order 2"),
-        ("PerStep(5)", "not iterable"),
+        ("PerStep(5)", "one weight for every step"),
         (f"PerStep(({'9' * 400},))", "must be finite"),
         (f"FixedPoint({'9' * 4000})", "integer from 8 to 53"),
         (f"BDIA(Euler(), Calibrated('{'x' * 9000}', (2, 1, 0), (0.5,)))", "calibrated for xxx"),
