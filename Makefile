@@ -10,7 +10,8 @@ demo: $(VENV)/.cli  ## the main job: sample digits, invert them, sample again; t
 	$(BIN)/odesolvers roundtrip --out out/roundtrip.png
 
 test: lint types docs  ## everything CI runs
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto tests
+	$(BIN)/python -m pytest README.md docs odesolvers models  # examples of a page build on each other
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
