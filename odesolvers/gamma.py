@@ -24,6 +24,12 @@ from .settings import Settings
 from .values import number
 
 
+def step_ratios(grid: Grid) -> list[float]:
+    """The ratio ``h_i / h_{i+1}`` of each step but the first to the one before it."""
+    h = [sigma - target for sigma, target in grid.intervals()]
+    return [ahead / behind for behind, ahead in pairwise(h)]
+
+
 class GammaRule(Settings, ABC):
     """Gives g_i for every step but the first from the grid alone."""
 
@@ -127,8 +133,7 @@ class StepRatio(GammaRule):
 
     def weights(self, grid: Grid, scale: Callable[[float], float]) -> list[float]:
         del scale
-        h = [sigma - target for sigma, target in grid.intervals()]
-        return [(ahead / behind) ** self.power for behind, ahead in pairwise(h)]
+        return [r**self.power for r in step_ratios(grid)]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -145,8 +150,7 @@ class HeunStepRatio(GammaRule):
 
     def weights(self, grid: Grid, scale: Callable[[float], float]) -> list[float]:
         del scale
-        h = [sigma - target for sigma, target in grid.intervals()]
-        return [(ahead / behind) ** 2 / (1 + 2 * ahead / behind) for behind, ahead in pairwise(h)]
+        return [r**2 / (1 + 2 * r) for r in step_ratios(grid)]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -182,8 +186,7 @@ class DampedStepRatio(GammaRule):
         del scale
         middles = [(sigma + target) / 2 for sigma, target in grid.intervals()]
         psi = [(1 + (self.cutoff / m) ** 2) ** (-self.power / 2) for m in middles]
-        h = [sigma - target for sigma, target in grid.intervals()]
-        return [b[0] / a[0] * (b[1] / a[1]) for a, b in pairwise(zip(h, psi, strict=True))]
+        return [r * (b / a) for r, (a, b) in zip(step_ratios(grid), pairwise(psi), strict=True)]
 
 
 @dataclass(frozen=True, repr=False, eq=False)

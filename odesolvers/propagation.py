@@ -75,6 +75,11 @@ class LinearRun:
         return cls(linear, grid, data_std, solver)
 
     @property
+    def stages(self) -> list[Stage]:
+        """The stages of all steps, down the grid."""
+        return [stage for step in self.steps for stage in step]
+
+    @property
     def neighbours(self) -> bool:
         """Whether the states of a pair are neighbours on the grid, as in every two-step solver."""
         return self.solver.states == 2 and not self.solver.coupled
@@ -102,22 +107,25 @@ class LinearRun:
 
     def sizes(self) -> Iterator[tuple[float, float, float]]:
         """Root mean squares of the three states of each stage, truncation errors included."""
-        path = [stage for step in self.steps for stage in step]
         if self.neighbours:
-            for stage, errors in zip(path, _do(path), strict=True):
+            for stage, errors in zip(self.stages, _do(self.stages), strict=True):
                 older, here, newer = map(math.hypot, stage.sizes, map(_root, errors))
                 yield older, here, newer
         else:
-            first = second = self.size(0)
-            for stage in path:
-                newer = stage.gain * first + stage.slope * second
-                yield abs(first), abs(second), abs(newer)
-                first, second = second, newer
+            for older, here, newer in self._coupled():
+                yield abs(older), abs(here), abs(newer)
+
+    def _coupled(self) -> Iterator[tuple[float, float, float]]:
+        """The three states of each stage of a coupled solver, from a pair of the exact size."""
+        older = here = self.size(0)
+        for stage in self.stages:
+            newer = stage.gain * older + stage.slope * here
+            yield older, here, newer
+            older, here = here, newer
 
     def round_trip_error(self, last: int, stop: int) -> float:
         """The relative error of the state at `stop`, undone from the pair at `last`, in roundoffs."""
-        stages = (id(stage) for step in self.steps for stage in step)
-        sizes = dict(zip(stages, self.sizes(), strict=True))
+        sizes = dict(zip(map(id, self.stages), self.sizes(), strict=True))
 
         def rounded(stage: Stage, variance: float) -> float:
             return _rounded(stage, sizes[id(stage)], variance)
@@ -145,12 +153,10 @@ class LinearRun:
 
     def sampling_error(self) -> float:
         """The relative error of a sample."""
-        path, size = [stage for step in self.steps for stage in step], self.size(len(self.steps))
+        size = self.size(len(self.steps))
         if self.neighbours:
-            return _root([newer for *_, newer in _do(path)][-1]) / size
-        first = second = self.size(0)
-        for stage in path:
-            first, second = second, stage.gain * first + stage.slope * second
+            return _root([newer for *_, newer in _do(self.stages)][-1]) / size
+        first = [self.size(0), *(here for _, here, _ in self._coupled())][-1]
         return abs(first - size) / size
 
     def amplification_down(self, unit: float) -> float:

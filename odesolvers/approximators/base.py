@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import ClassVar, final
 
+from ..checks import check_is
 from ..formula import Combination, Denoise, Shear
 from ..grids import Grid
 from ..solver import Solver
@@ -101,8 +102,5 @@ def euler(x: Combination, sigma: float, target: float, denoise: Denoise) -> Comb
 
 def check_approximator(solver: object, approximator: object) -> None:
     """An instance of `IntegrationApproximator`, or a TypeError."""
-    if not isinstance(approximator, IntegrationApproximator):
-        raise TypeError(
-            f"{type(solver).__name__} wraps an IntegrationApproximator instance such as HeunEDM(), got "
-            f"{approximator!r}"
-        )
+    what = f"{type(solver).__name__} wraps an IntegrationApproximator instance such as HeunEDM()"
+    check_is(approximator, IntegrationApproximator, what)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..checks import check_is
 from ..grids import Grid
 from ..settings import Settings
 from .stack import SideInformation
@@ -73,7 +74,4 @@ class Arithmetic(Settings, ABC):
 
 def check_arithmetic(arithmetic: object) -> None:
     """An instance of `Arithmetic`, or a TypeError."""
-    if not isinstance(arithmetic, Arithmetic):
-        raise TypeError(
-            f"arithmetic must be an instance such as FloatingPoint(), got {arithmetic!r}"
-        )
+    check_is(arithmetic, Arithmetic, "arithmetic must be an instance such as FloatingPoint()")

@@ -17,14 +17,14 @@ from torch import Tensor
 from ..approximators import RK4, Euler, IntegrationApproximator
 from ..bdia import BDIA
 from ..formula import Combination, Denoise, Shear
-from ..gamma import DampedStepRatio, GammaRule, PerStep, StepRatio, as_rule
+from ..gamma import DampedStepRatio, GammaRule, PerStep, StepRatio, as_rule, step_ratios
 from ..grids import Grid, Sigmas
 from ..progress import progress_bar
 from ..propagation import largest_product
 from ..run import Denoiser, Run
 from ..solver import Solver
 from .objective import Objective, lengths, rows, sketch
-from .rule import Calibrated, CalibrationReport, step_ratios
+from .rule import Calibrated, CalibrationReport
 
 Vector = npt.NDArray[np.float64]
 

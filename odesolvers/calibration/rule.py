@@ -14,7 +14,7 @@ from typing import Any, Final, final
 import numpy as np
 import numpy.typing as npt
 
-from ..gamma import GammaRule, StepRatio
+from ..gamma import GammaRule, step_ratios
 from ..grids import Grid
 
 FORMAT: Final = "odesolvers calibration"
@@ -189,10 +189,6 @@ def _without_nan(report: dict[str, Any]) -> dict[str, Any]:
         return None if isinstance(value, float) and math.isnan(value) else value
 
     return {name: plain(value) for name, value in report.items()}
-
-
-def step_ratios(grid: Grid) -> list[float]:
-    return StepRatio(1).weights(grid, lambda sigma: 1.0)
 
 
 def _log_middles(grid: Grid) -> npt.NDArray[np.float64]:
