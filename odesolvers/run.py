@@ -22,7 +22,7 @@ from .formula import Call, Shear
 from .grids import Grid, Sigmas, level_dtype
 from .progress import progress_bar
 from .propagation import Plan
-from .settings import expression, once
+from .settings import identity, once
 from .state import Convergence, Solution, State
 from .trust import expected_sampling_error
 
@@ -90,8 +90,7 @@ class Run:
                 f"a run in {self.arithmetic} has no gradient, for it rounds every state: use "
                 "arithmetic=FloatingPoint() with differentiable=True"
             )
-        classes: list[Any] = []
-        self.name = expression(solver, classes)
+        self.name, *classes = identity(solver)
         self.state, self.dtype = self._stored(
             x, len(self.grid.levels) - 1 if index is None else index
         )

@@ -29,7 +29,7 @@ class Settings:
     """
 
     def __repr__(self) -> str:
-        return expression(self, [])
+        return identity(self)[0]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Settings):
@@ -45,12 +45,21 @@ def identity(value: object) -> tuple[str, ...]:
 
     The expression alone tells settings apart in another process; the classes tell apart two of one name
     in this process.
+
+    Raises:
+        ValueError: if a setting contains itself.
     """
     classes: list[Any] = []
-    return expression(value, classes), *classes
+    try:
+        return _expression(value, classes), *classes
+    except RecursionError:
+        raise ValueError(
+            f"the settings of {type(value).__name__} contain themselves, or are nested too deeply to be "
+            "written as an expression"
+        ) from None
 
 
-def expression(value: Any, classes: list[Any]) -> str:
+def _expression(value: Any, classes: list[Any]) -> str:
     """A setting as a Python expression; the classes of the objects in it are appended to `classes`."""
     cls = type(value)
     fields = getattr(cls, "__dataclass_fields__", None)
@@ -68,19 +77,19 @@ def expression(value: Any, classes: list[Any]) -> str:
             kind = next(kind for kind in (str, bytes, complex) if isinstance(value, kind))
             return f"{cls.__name__}({kind.__repr__(value)})"
         if isinstance(value, Real):
-            return expression(int(value) if isinstance(value, Integral) else float(value), classes)
+            return _expression(int(value) if isinstance(value, Integral) else float(value), classes)
         if isinstance(value, np.ndarray | np.generic | torch.Tensor):
-            return expression(value.tolist(), classes)
+            return _expression(value.tolist(), classes)
         if isinstance(value, list | tuple):
-            items = [expression(item, classes) for item in value]
+            items = [_expression(item, classes) for item in value]
             return f"({', '.join(items)}{',' * (len(items) == 1)})"
         if isinstance(value, Mapping):
             items = [
-                f"{expression(k, classes)}: {expression(v, classes)}" for k, v in value.items()
+                f"{_expression(k, classes)}: {_expression(v, classes)}" for k, v in value.items()
             ]
             return f"{{{', '.join(sorted(items))}}}"
         if isinstance(value, Set):
-            items = [f"{expression(item, classes)}," for item in value]
+            items = [f"{_expression(item, classes)}," for item in value]
             return f"{cls.__name__}(({' '.join(sorted(items))}))"
         if isinstance(value, torch.nn.Module):  # with the versions of its weights
             weights = (*value.parameters(), *value.buffers())
@@ -100,9 +109,9 @@ def expression(value: Any, classes: list[Any]) -> str:
                 continue
             inner: list[Any] = []
             usual: list[Any] = []
-            text = expression(setting, inner)
+            text = _expression(setting, inner)
             if default is dataclasses.MISSING or (text, inner) != (
-                expression(default, usual),
+                _expression(default, usual),
                 usual,
             ):
                 arguments.append(text if name == next(iter(fields)) else f"{name}={text}")
@@ -111,7 +120,7 @@ def expression(value: Any, classes: list[Any]) -> str:
         names = {*getattr(value, "__dict__", {}), *_slots(cls)} - (fields or {}).keys()
         for name in sorted(names):
             if hasattr(value, name):
-                arguments.append(f"{name}={expression(getattr(value, name), classes)}")  # noqa: PERF401
+                arguments.append(f"{name}={_expression(getattr(value, name), classes)}")  # noqa: PERF401
     return f"{cls.__name__}({', '.join(arguments)})"
 
 

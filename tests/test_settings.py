@@ -407,3 +407,19 @@ def test_a_network_that_learns_is_another_setting() -> None:
     assert not torch.equal(first.x, second.x)
     with pytest.raises(ValueError, match="another solver"):
         BDIA(Euler(), rule).invert(gaussian(), first.state, grid)
+
+
+@pytest.mark.parametrize("holder", [list, dict, SimpleNamespace])
+def test_settings_that_contain_themselves_are_refused(holder: type) -> None:
+    held: Any = holder()
+    rule = Low(held)
+    if isinstance(held, list):
+        held.append(rule)
+    elif isinstance(held, dict):
+        held["rule"] = rule
+    else:
+        held.rule = rule
+    with pytest.raises(ValueError, match="the settings of BDIA contain themselves"):
+        BDIA(Euler(), rule).sample(lambda x, sigma: 0.5 * x, X, GRID)
+    with pytest.raises(ValueError, match="the settings of Low contain themselves"):
+        repr(rule)
