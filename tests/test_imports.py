@@ -33,9 +33,9 @@ FLOORS = (
     ("trust", "propagation"),
     ("state", "files"),
     ("arithmetic",),
-    ("formula", "checks", "grids", "settings", "values", "progress"),
+    ("formula", "checks", "grids", "settings", "values", "progress", "writing"),
 )
-MODELS_MAY_IMPORT = ("models", "grids", "values")  # a denoiser needs no solver
+MODELS_MAY_IMPORT = ("models", "grids", "values", "writing")  # a denoiser needs no solver
 
 HEAVY = ("k_diffusion", "diffusers", "transformers", "sklearn", "matplotlib", "tqdm", "PIL", "rich")
 
