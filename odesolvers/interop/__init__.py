@@ -1,0 +1,1 @@
+"""Solvers where other programs call the sampler: `interop.k_diffusion` and `interop.comfyui`."""
