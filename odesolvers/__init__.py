@@ -4,6 +4,8 @@
 `side_information_bound` can be imported too; few users type them.
 """
 
+from pathlib import Path
+
 from .approximators import (
     DDIM,
     RK3,
@@ -48,6 +50,11 @@ from .state import Solution, State
 from .trust import InversionWarning, StabilityWarning as StabilityWarning
 
 __version__ = "0.1.0"
+
+# An installed package holds `models`; in a clone it stands beside this package. The clone's own is
+# meant there, whatever else is installed.
+if not Path(__file__).with_name("models").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
 
 __all__ = [
     "BDIA",
