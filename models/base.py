@@ -26,6 +26,23 @@ def values_readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def check_levels(sigma: Tensor, low: float, high: float) -> Tensor:
+    """Whether each level lies from `low` to `high`, (B,).
+
+    Raises:
+        ValueError: if the values are readable and one does not.
+    """
+    slack = 1e-6  # errors of float32 levels are about 1e-7
+    inside = (sigma >= low * (1 - slack)) & (sigma <= high * (1 + slack))
+    if values_readable(sigma) and not bool(inside.all()):
+        raise ValueError(
+            f"sigma must lie within the model's training levels, {low:.6g} to {high:.6g}, got "
+            f"{sigma[~inside][0].item():.6g}; model.sigmas(n) is a grid that does, "
+            "karras_sigmas(n, model.sigma_min, model.sigma_max) another"
+        )
+    return inside
+
+
 def check_device(x: Tensor, of_model: Tensor, **others: Tensor | None) -> None:
     """Check that a state and its conditions are on the same device as `of_model`.
 

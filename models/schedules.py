@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, final
 
 import torch
@@ -12,11 +11,9 @@ from torch import Tensor
 
 from odesolvers.grids import Grid, ddim_timesteps, sigmas_from_alphas_cumprod
 
-from .base import append_dims, values_readable
+from .base import check_levels
 from .flow import FLOW_SIGMA_MAX, FlowDenoiser, flow_sigmas, flow_times_of
-
-Network: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""The raw network ``network(z, noise_input) -> output`` under its conditions."""
+from .formulas import Network, edm_denoise, vp_denoise
 
 Spacing: TypeAlias = Literal["leading", "trailing", "linspace"]
 Final: TypeAlias = Literal["zero", "first"]
@@ -83,28 +80,20 @@ class Schedule(ABC):
         Raises:
             ValueError: on the CPU, if one is not.
         """
-        slack = 1e-6  # errors of float32 levels are about 1e-7
-        inside = (sigma >= self.sigma_min * (1 - slack)) & (sigma <= self.sigma_max * (1 + slack))
-        if values_readable(sigma) and not bool(inside.all()):
-            raise ValueError(
-                f"sigma must lie within the model's training levels, {self.sigma_min:.6g} to "
-                f"{self.sigma_max:.6g}, got {sigma[~inside][0].item():.6g}; model.sigmas(n) is a "
-                "grid that does, karras_sigmas(n, model.sigma_min, model.sigma_max) another"
-            )
-        return inside
+        return check_levels(sigma, self.sigma_min, self.sigma_max)
 
 
 @final
 class DiscreteSchedule(Schedule):
     """Discrete timesteps t of a variance-preserving process, ``σ_t = sqrt((1 - ᾱ_t) / ᾱ_t)``.
 
-    The network sees ``z = x / sqrt(1 + σ²)`` and t. At the training levels t is that integer; between
+    The network sees ``z = x / sqrt(1 + σ²)`` and t, see `vp_denoise`. At the training levels t is that integer; between
     them it is interpolated in log σ, as in k-diffusion.
 
     Args:
         alphas_cumprod: ᾱ of every timestep. 0 (zero terminal SNR, an infinite level) becomes 2^-40, the
             level 2^20.
-        prediction_type: "epsilon", "v_prediction" or "sample".
+        prediction_type: "epsilon", "v_prediction", "sample" or "score".
         spacing, offset, final: of the grid of `sigmas`.
 
     Raises:
@@ -138,14 +127,7 @@ class DiscreteSchedule(Schedule):
         self._tables = {torch.device("cpu"): self.log_sigmas}
 
     def denoise(self, network: Network, x: Tensor, sigma: Tensor) -> Tensor:
-        s = append_dims(sigma, x)
-        root = torch.sqrt(1 + s**2)
-        output = network(x / root, self.timestep(sigma))
-        if self.prediction_type == "epsilon":
-            return x - s * output
-        if self.prediction_type == "v_prediction":
-            return (x / root - s * output) / root
-        return output
+        return vp_denoise(self.prediction_type, network, x, sigma, self.timestep(sigma))
 
     def timestep(self, sigma: Tensor) -> Tensor:
         inside = self.check(sigma)
@@ -158,7 +140,7 @@ class DiscreteSchedule(Schedule):
         # Distances between levels are at least 1e-3 in log σ.
         rounding = 1e-6 if table.dtype == torch.float64 else 5e-6
         t = torch.where((table[whole.long()] - log).abs() < rounding, whole, t)
-        return torch.where(inside, t, torch.nan).float()
+        return torch.where(inside, t, torch.nan).to(sigma.dtype)
 
     def sigmas(self, n: int, spacing: Spacing | None, final: Final | None) -> Tensor:
         end = final or self.final
@@ -219,11 +201,9 @@ class SampledSchedule(Schedule):
 
 @final
 class EDMSchedule(SampledSchedule):
-    """The preconditioning of Karras et al. 2022 (arXiv 2206.00364, table 1).
+    """The preconditioning of Karras et al. 2022, `edm_denoise`, with the noise input ``log(σ) / 4``.
 
-    ``D = c_skip x + c_out F(c_in x, log(σ) / 4)`` with ``c_in = 1 / sqrt(σ² + s²)``,
-    ``c_skip = s² / (σ² + s²)`` and ``c_out = ± σ s / sqrt(σ² + s²)``, where s is the standard deviation
-    of the data and the sign is minus for networks that predict v.
+    The sign of c_out is minus for networks that predict v.
     """
 
     def __init__(
@@ -245,10 +225,9 @@ class EDMSchedule(SampledSchedule):
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     def denoise(self, network: Network, x: Tensor, sigma: Tensor) -> Tensor:
-        s, data = append_dims(sigma, x), self.sigma_data
-        root = torch.sqrt(s**2 + data**2)
-        out = s * data / root * (-1 if self.prediction_type == "v_prediction" else 1)
-        return (data / root) ** 2 * x + out * network(x / root, self.timestep(sigma))
+        sign = -1 if self.prediction_type == "v_prediction" else 1
+        t = self.timestep(sigma)
+        return edm_denoise(network, x, sigma, t, sigma_data=self.sigma_data, sign=sign)
 
     def timestep(self, sigma: Tensor) -> Tensor:
         inside = self.check(sigma)

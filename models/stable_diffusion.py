@@ -149,7 +149,7 @@ class StableDiffusion(nn.Module):
     def timestep(self, sigma: Tensor) -> Tensor:
         """The noise input of the network at each noise level, ``(B,)``.
 
-        For schedules of timesteps it is float32, an integer at the training levels.
+        For schedules of timesteps it is an integer at the training levels, in the dtype of `sigma`.
 
         Raises:
             ValueError: if a level is outside the range of the training levels; on a GPU its timestep
