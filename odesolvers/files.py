@@ -1,120 +1,128 @@
-"""Tensors with a JSON header in safetensors files that appear whole or not at all."""
+"""States in safetensors files, which appear whole or not at all and are believed by type alone."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
 
 from .arithmetic import SideInformation
+from .checks import describe, is_finite
+from .typed import each, hexadecimal, optional, parsed, whole
+from .writing import open_regular, replacing
+
+T = TypeVar("T")
 
 FORMAT: Final = "odesolvers state"
-VERSION: Final = "2"
-
-
-def write(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]
-) -> None:
-    """Writes `tensors` and a `header` that JSON can hold to `path`, with their checksum.
-
-    Raises:
-        ImportError: if safetensors is not installed.
-        OSError: if the file cannot be written.
-    """
-    safetensors = _safetensors()
-    # A denoiser may round differently in another memory format, so that is restored too.
-    last = [name for name, tensor in tensors.items() if _is_channels_last(tensor)]
-    stored = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
-    text = json.dumps({**header, "channels_last": last})
-    metadata = {"format": FORMAT, "version": VERSION, "state": text}
-    metadata["sha256"] = _digest(text, stored)
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        safetensors.torch.save_file(stored, partial, metadata=metadata)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the header of a file that `write` wrote.
-
-    Raises:
-        ImportError: if safetensors is not installed.
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is of another kind or version, or does not match its checksum.
-    """
-    safetensors = _safetensors()
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            _check_kind(path, metadata)
-            # Copies, so that a later change of the file does not reach the tensors.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a saved state: not a safetensors file, or a damaged one ({error})"
-        ) from error
-    text = metadata.get("state", "")
-    if metadata.get("sha256") != _digest(text, tensors):
-        raise ValueError(f"{path} is damaged: its contents do not match its checksum")
-    header = json.loads(text)
-    for name in header.pop("channels_last"):
-        tensors[name] = tensors[name].contiguous(memory_format=torch.channels_last)
-    return tensors, header
+VERSION: Final = "3"
+_LONGEST: Final = 100_000_000
+"""Bytes of the longest header that safetensors reads."""
+_FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_HEADER: Final = {
+    "index": whole(0),
+    "solver": str,
+    "coupled": bool,
+    "sigmas": [hexadecimal],  # every bit of them
+    "strides": each([whole(0)]),
+    "side": optional(dict),
+    "notes": dict,
+}
 
 
 def write_state(
     path: str | os.PathLike[str], fields: Mapping[str, Any], notes: Mapping[str, Any] | None
 ) -> None:
     """Writes the fields of a `State` and its notes, see `State.save`."""
-    described, tensors = ({}, {}) if fields["side"] is None else fields["side"].parts()
-    tensors |= {k: fields[k] for k in ("current", "partner") if fields[k] is not None}
+    safetensors = _safetensors()
+    described, tensors = (None, {}) if fields["side"] is None else fields["side"].parts()
+    states = {k: fields[k] for k in ("current", "partner") if fields[k] is not None}
+    # A denoiser may round differently in another memory format, so that is restored too.
+    states = {k: x.detach().to("cpu", copy=True) for k, x in states.items()}  # dense
     header = {k: fields[k] for k in ("index", "solver", "coupled")}
-    header["sigmas"] = [sigma.hex() for sigma in fields["sigmas"]]  # hexadecimal keeps every bit
-    write(path, tensors, {**header, "side": described, "notes": dict(notes or {})})
+    header |= {"side": described, "notes": dict(notes or {})}
+    header["sigmas"] = [sigma.hex() for sigma in fields["sigmas"]]
+    header["strides"] = {k: x.stride() for k, x in states.items()}
+    stored = {
+        k: torch.empty(x.shape, dtype=x.dtype).copy_(x) for k, x in (states | tensors).items()
+    }
+    text = json.dumps(header)
+    metadata = {"format": FORMAT, "version": VERSION, "state": text}
+    metadata["sha256"] = _digest(text, stored)
+    content = safetensors.torch.save(stored, metadata)
+    with replacing(path) as file:
+        file.write(content)
 
 
-def read_state(
-    path: str | os.PathLike[str], device: torch.device | str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields of the `State` in a file, on `device`, and its notes."""
-    tensors, header = read(path)
-    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    fields = {k: header[k] for k in ("index", "solver", "coupled")}
-    fields |= {"current": tensors["current"], "partner": tensors.get("partner")}
-    fields["sigmas"] = tuple(map(float.fromhex, header["sigmas"]))
-    fields["side"] = SideInformation.of_parts(header["side"], tensors) if header["side"] else None
-    return fields, header["notes"]
+def read_state(path: str | os.PathLike[str], make: Callable[..., T]) -> tuple[T, dict[str, Any]]:
+    """What `make` makes of the fields of the `State` in a file, and its notes, see `State.load`."""
+    safetensors = _safetensors()
+    with open_regular(
+        path
+    ) as file:  # not mapped: whoever wrote to it would change or kill a reader
+        length = file.read(8)
+        header = file.read(min(int.from_bytes(length, "little"), _LONGEST))
+        try:
+            text, digest = _metadata(header)
+            tensors = safetensors.torch.load(length + header + file.read())
+            if digest != _digest(text, tensors):
+                raise ValueError("it is damaged: its contents do not match its checksum")
+            fields, notes = _fields(text, tensors)
+            return make(**fields), notes
+        except OSError:
+            raise
+        except Exception as error:  # of a file from anywhere
+            reason = str(error) if isinstance(error, ValueError) else f"it is damaged, {error!r}"
+            raise ValueError(
+                f"{os.fspath(path)} is not a saved state: {ascii(reason)[1:-1]:.300}"
+            ) from error
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    return (
-        x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    )
-
-
-def _check_kind(path: Path, metadata: Mapping[str, str]) -> None:
-    if metadata.get("format") != FORMAT:
+def _metadata(header: bytes) -> tuple[str, str]:
+    """The text that describes the state, and the checksum."""
+    try:
+        found = parsed(header, dict).get("__metadata__", {})
+    except ValueError:
+        raise ValueError("it is no safetensors file, or a damaged one") from None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ValueError("it is a safetensors file, not a state saved by odesolvers (State.save)")
+    if found.get("version") != VERSION:
         raise ValueError(
-            f"{path} is a safetensors file, but not a state saved by odesolvers (State.save)"
+            f"it is in version {found.get('version')} of the state format, this odesolvers reads "
+            f"version {VERSION}: load it with the odesolvers that wrote it"
         )
-    if metadata.get("version") != VERSION:
-        raise ValueError(
-            f"{path} is in version {metadata.get('version')} of the state format, this odesolvers "
-            f"reads version {VERSION}: load it with the odesolvers that wrote it"
-        )
+    return found["state"], found["sha256"]
+
+
+def _fields(text: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
+    fields = parsed(text, _HEADER)
+    strides, notes, described = fields.pop("strides"), fields.pop("notes"), fields["side"]
+    states = {name: _laid_out(tensors.pop(name), strides[name]) for name in strides}
+    if described is not None:
+        fields["side"] = SideInformation.of_parts(described, tensors)
+        fields["side"].check(states["current"].shape)
+    if tensors or not {"current"} <= states.keys() <= {"current", "partner"}:
+        raise ValueError(f"it has the tensors {sorted(states | tensors)}")
+    for x in states.values():
+        if not (x.dtype in _FLOATS or (described and x.dtype == torch.int64)):
+            raise ValueError(f"its states are {describe(x)}")
+        if x.ndim == 0 or x.numel() == 0 or not is_finite(x):
+            raise ValueError(f"its states, {describe(x)}, are empty or not finite")
+    return {"partner": None, **fields, **states}, notes
+
+
+def _laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A tensor of these strides without gaps."""
+    if len(strides) != x.ndim or x.numel() == 0:
+        raise ValueError(f"{describe(x)} has no strides {strides}")
+    if 1 + sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True)) != x.numel():
+        raise ValueError(f"{describe(x)} has no strides {strides}")
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
 
 
 def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:

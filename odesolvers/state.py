@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import files
 from .arithmetic import SideInformation
-from .checks import refuse_pair
+from .checks import describe, refuse_pair
 from .grids import Grid
 
 
@@ -65,6 +65,26 @@ class State:
             side=None if self.side is None else self.side.map(lambda tensor: tensor.to(device)),
         )
 
+    def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> State:
+        """The states of elements of the batch: ``state[2:4]``, ``state[[0, 5]]``, ``state[mask]``."""
+        pick = self.current[rows] if isinstance(rows, slice | list | Tensor) else None
+        if pick is None or pick.ndim != self.current.ndim or not pick.numel():
+            raise IndexError(
+                f"a state is indexed along its batch of {len(self.current)}, and keeps the batch: "
+                f"state[2:4], state[[0, 5]] or state[mask], got {rows!r}"
+            )
+        return replace(
+            self,
+            current=pick,
+            partner=None if self.partner is None else self.partner[rows],
+            side=None if self.side is None else self.side.of_rows(rows, self.current.shape),
+        )
+
+    def __repr__(self) -> str:
+        pair = "" if self.partner is None else "two of "
+        place = f"level {self.index} of {len(self.sigmas) - 1}"
+        return f"State({pair}{describe(self.current)}, {place}, {self.solver:.80})"
+
     def fork(self) -> State:
         """The same pair as the start of a new run, to continue with other ``extra_args``.
 
@@ -79,12 +99,12 @@ class State:
         """Writes a safetensors file, from which `load` reads the state back to the bit.
 
         Args:
-            path: the file, conventionally ``*.safetensors``; replaced if it exists.
+            path: the file, conventionally ``*.safetensors``; replaced whole if it exists.
             notes: anything that JSON can hold, for `load_with_notes`.
 
         Raises:
             ImportError: if safetensors is not installed.
-            OSError: if the file cannot be written.
+            OSError: if the file cannot be written, or `path` is no regular file.
         """
         files.write_state(path, vars(self), notes)
 
@@ -95,8 +115,9 @@ class State:
         Raises:
             ImportError: if safetensors is not installed.
             FileNotFoundError: if there is no such file.
+            OSError: if it is no regular file, or cannot be read.
             ValueError: if the file is not a state, is damaged (its checksum disagrees), or is in
-                another version of the format.
+                another version of the format. No file leads to another error, or runs code.
         """
         return cls.load_with_notes(path, device)[0]
 
@@ -105,8 +126,8 @@ class State:
         cls, path: str | os.PathLike[str], device: torch.device | str = "cpu"
     ) -> tuple[State, dict[str, Any]]:
         """`load`, and the notes that were saved with the state."""
-        fields, notes = files.read_state(path, device)
-        return cls(**fields), notes
+        state, notes = files.read_state(path, cls)
+        return state.to(device), notes
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,3 +161,6 @@ class Solution:
     state: State
     nfe: int
     convergence: tuple[Convergence, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Solution(x={describe(self.x)}, state={self.state}, nfe={self.nfe})"

@@ -67,8 +67,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             raise
 
 
-def read_regular(path: str | os.PathLike[str]) -> bytes:
-    """The content of a regular file.
+def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+    """A regular file, open for reading in binary.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -79,7 +79,12 @@ def read_regular(path: str | os.PathLike[str]) -> bytes:
         raise FileNotFoundError(f"there is no file {path}")
     if not os.path.isfile(path):
         raise OSError(f"{path} is not a regular file")
-    with open(path, "rb") as file:
+    return open(path, "rb")
+
+
+def read_regular(path: str | os.PathLike[str]) -> bytes:
+    """The content of a regular file. Errors as of `open_regular`."""
+    with open_regular(path) as file:
         return file.read()
 
 

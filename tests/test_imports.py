@@ -33,7 +33,7 @@ FLOORS = (
     ("trust", "propagation"),
     ("state", "files"),
     ("arithmetic",),
-    ("formula", "checks", "grids", "settings", "values", "progress", "writing"),
+    ("formula", "checks", "grids", "settings", "values", "progress", "writing", "typed"),
 )
 MODELS_MAY_IMPORT = ("models", "grids", "values", "writing")  # a denoiser needs no solver
 

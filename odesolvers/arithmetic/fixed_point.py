@@ -172,7 +172,7 @@ class FixedPoint(Arithmetic):
         side = memory.pack()
         if index == memory.origin and (
             side.bits_per_element > 0
-            or not bool(checksum(current) + checksum(partner) == memory.checksum)
+            or not torch.equal(checksum(current) + checksum(partner), memory.checksum)
         ):
             raise RuntimeError(
                 "the run was undone to its first pair of states, which is not what it was: "

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from reprlib import repr as short
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..typed import read, whole
+
 _LARGEST: Final = 2**63 - 1
 _LOW_WORD: Final = 2**32 - 1
 _GROUP: Final = 32
+
+
+def _dtype(name: Any) -> torch.dtype:
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    for dtype in dtypes:
+        if f"torch.{name}" == str(dtype):
+            return dtype
+    raise ValueError(f"must be the name of one of {dtypes}, got {short(name)}")
+
+
+_DESCRIBED: Final = {
+    "dtype": _dtype,
+    "words": whole(0),
+    "done": [(whole(-1, 1), whole(1), whole(1), whole(0), whole(0, 2))],  # see `Done`
+    "origin": whole(0),
+    "bound": whole(0),
+}
 
 
 class Done(NamedTuple):
@@ -43,7 +63,9 @@ class SideInformation:
         done: the multiplications that are not undone, in order: see `Done`. The first of `words` are
             those that they put aside.
         origin: the index of the first pair of the run.
-        checksum: of that first pair, an int64 tensor without dimensions.
+        checksum: of that first pair, int64 ``(B,)``.
+        bound: an upper bound of the stacks of the working memory, by which a run that goes on stores
+            what one run would have stored.
     """
 
     dtype: torch.dtype
@@ -52,6 +74,7 @@ class SideInformation:
     done: tuple[Done, ...]
     origin: int
     checksum: Tensor
+    bound: int = 0
 
     @property
     def bits_per_element(self) -> int:
@@ -68,6 +91,35 @@ class SideInformation:
         total = checksum(current) + checksum(partner)
         return Stack(current.shape, index, total, self.dtype).pack()
 
+    def check(self, shape: torch.Size) -> None:
+        """Raises a ValueError if this is no side information of a state of that shape."""
+        n, aside = shape.numel(), sum(done.words for done in self.done)
+        tensors = (*self.words, self.packed)
+        if not (
+            aside <= len(self.words) <= aside + 1
+            and all(word.shape == (n,) for word in self.words)
+            and self.packed.shape == (min(31, len(self.packed)), -(-n // _GROUP))
+            and self.checksum.shape == shape[:1]
+            and {tensor.dtype for tensor in tensors} == {torch.int32}
+            and self.checksum.dtype == torch.int64
+        ):
+            raise ValueError(
+                f"the side information does not belong to a state of shape {tuple(shape)}: it has "
+                f"{aside} words put aside, words and packed bits of shape "
+                f"{[tuple(tensor.shape) for tensor in tensors]} in {self.packed.dtype}, and a "
+                f"checksum of shape {tuple(self.checksum.shape)} in {self.checksum.dtype}"
+            )
+
+    def of_rows(self, rows: Any, shape: torch.Size) -> SideInformation:
+        """The side information of the elements `rows` of the batch of a state of that shape."""
+
+        def pick(z: Tensor) -> Tensor:
+            return z.reshape(shape)[rows].flatten()
+
+        bits = pack_bits(pick(unpack_bits(self.packed, shape.numel())), len(self.packed))
+        words = tuple(map(pick, self.words))
+        return replace(self, words=words, packed=bits, checksum=self.checksum[rows])
+
     def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """A description that JSON can hold, and the tensors by name: see `of_parts`."""
         tensors = {f"side.word.{i}": word for i, word in enumerate(self.words)}
@@ -77,22 +129,22 @@ class SideInformation:
             "words": len(self.words),
             "done": self.done,
             "origin": self.origin,
+            "bound": self.bound,
         }
         return described, tensors
 
     @classmethod
-    def of_parts(
-        cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]
-    ) -> SideInformation:
-        """The side information that `parts` took apart."""
-        return cls(
-            dtype=getattr(torch, described["dtype"]),
-            words=tuple(tensors[f"side.word.{i}"] for i in range(described["words"])),
-            packed=tensors["side.packed"],
-            done=tuple(Done(*done) for done in described["done"]),
-            origin=described["origin"],
-            checksum=tensors["side.checksum"],
-        )
+    def of_parts(cls, described: Any, tensors: dict[str, Tensor]) -> SideInformation:
+        """The side information that `parts` took apart; takes its tensors out of `tensors`.
+
+        Raises:
+            ValueError, KeyError: if the description has another form, or a tensor is not there.
+        """
+        fields = read(described, _DESCRIBED)
+        words = tuple(tensors.pop(f"side.word.{i}") for i in range(fields.pop("words")))
+        done = tuple(Done(*done) for done in fields.pop("done"))
+        packed, total = tensors.pop("side.packed"), tensors.pop("side.checksum")
+        return cls(words=words, packed=packed, done=done, checksum=total, **fields)
 
     def map(self, move: Callable[[Tensor], Tensor]) -> SideInformation:
         """The same with every tensor replaced by `move` of it."""
@@ -240,43 +292,45 @@ class Stack:
             done=tuple(self._done),
             origin=self.origin,
             checksum=self.checksum,
+            bound=self._bound,
         )
+
+    def __copy__(self) -> Stack:
+        """The memory as it is now: what is done with one of the two does not reach the other."""
+        twin = Stack(self._shape, self.origin, self.checksum, self.dtype)
+        twin.overflows, twin.extents = list(self.overflows), list(self.extents)
+        twin._top = None if self._top is None else self._top.clone()
+        twin._bound, twin._done, twin._aside = self._bound, list(self._done), list(self._aside)
+        return twin
 
     @classmethod
     def unpack(cls, side: SideInformation, shape: torch.Size) -> Stack:
         """The stack that `pack` was called on, for a state of that shape."""
-        n = shape.numel()
-        aside = sum(done.words for done in side.done)
-        widths_fit = aside <= len(side.words) <= aside + 1
-        sizes_fit = side.packed.shape[1:] == (-(-n // _GROUP),) and all(
-            word.shape == (n,) for word in side.words
-        )
-        if not (widths_fit and sizes_fit and side.packed.shape[0] < 32):
-            raise ValueError(
-                f"the side information does not belong to a state of shape {tuple(shape)}: it has "
-                f"words of shape {[tuple(word.shape) for word in side.words]}, "
-                f"{aside} of them put aside, and {tuple(side.packed.shape)} packed"
-            )
+        side.check(shape)
+        n, aside = shape.numel(), sum(done.words for done in side.done)
         stack = cls(shape, side.origin, side.checksum, side.dtype)
         words = [word.reshape(shape) for word in side.words]
         stack._done, stack._aside = list(side.done), words[:aside]
-        width = side.packed.shape[0]
-        top = unpack_bits(side.packed, n).reshape(shape) if width else None
+        top = unpack_bits(side.packed, n).reshape(shape) if len(side.packed) else None
         if len(words) > aside:
             low = from_word(words[-1])
-            top, width = low if top is None else top << 32 | low, width + 32
-        stack._top, stack._bound = top, 2**width - 1
+            top = low if top is None else top << 32 | low
+        stack._top, stack._bound = top, side.bound
         return stack
 
 
 def checksum(z: Tensor) -> Tensor:
-    """A number, modulo 2^64, that is certain to change with any one element of int64 `z`.
+    """Of each element of a batch a number, modulo 2^64, that is certain to change with any one integer.
 
-    And all but certain to change with several: the sum of the elements times odd numbers that
+    And all but certain to change with several: the sum of the int64 integers times odd numbers that
     depend on their places.
+
+    Returns:
+        int64 ``(B,)`` for `z` of shape ``(B, ...)``.
     """
-    place = torch.arange(1, 2 * z.numel(), 2, device=z.device).mul_(0x1E3779B97F4A7C15)
-    return place.bitwise_xor_(place >> 29).bitwise_or_(1).mul_(z.flatten()).sum()
+    rows = z.reshape(z.shape[0], -1)
+    place = torch.arange(1, 2 * rows.shape[1], 2, device=z.device).mul_(0x1E3779B97F4A7C15)
+    return place.bitwise_xor_(place >> 29).bitwise_or_(1).mul(rows).sum(1)
 
 
 def low_word(z: Tensor) -> Tensor:
