@@ -2,8 +2,8 @@
 
 A run that was interrupted continues where its last checkpoint stands, and a larger ``--images``
 continues a run that ended. Equal settings give equal images, noise and labels, however often a run was
-interrupted. The learning rate and the averaging of weights depend on no length of the run (Karras et al. 2024, arXiv
-2312.02696, sections 2 and 3), so that any checkpoint is the end of a shorter run.
+interrupted. The learning rate and the averaging of weights depend on no length of the run (Karras et
+al. 2024, arXiv 2312.02696, sections 2 and 3), so that any checkpoint is the end of a shorter run.
 """
 
 from __future__ import annotations
