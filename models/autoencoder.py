@@ -17,6 +17,7 @@ def encode(vae: Any, image: Tensor, factor: int) -> Tensor:
         factor: the side of the square of pixels that becomes one latent.
 
     Raises:
+        FloatingPointError: if the VAE overflows.
         ValueError: if the shape, dtype or range of `image` is wrong.
     """
     channels = vae.config.in_channels
@@ -35,6 +36,7 @@ def encode(vae: Any, image: Tensor, factor: int) -> Tensor:
     latents: Tensor = (  # an `AutoencoderTiny` has no posterior
         encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
     )
+    _check_finite(latents, "encode")
     mean, std = _statistics(vae.config, latents)
     return ((latents - mean) / std).to(image.dtype)
 
@@ -43,15 +45,19 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
     """The images of normalised latents ``(B, C, H, W)``.
 
     Raises:
-        ValueError: if the shape of `latents` is wrong.
+        FloatingPointError: if the VAE overflows.
+        ValueError: if the shape of `latents` is wrong, or they are not finite.
     """
     channels = vae.config.latent_channels
     if latents.ndim != 4 or latents.shape[1] != channels:
         raise ValueError(
             f"latents must have shape (B, {channels}, H, W), got {tuple(latents.shape)}"
         )
+    if not bool(latents.isfinite().all()):
+        raise ValueError("latents must be finite, got NaN or infinity")
     mean, std = _statistics(vae.config, latents)
     image: Tensor = _call(vae, "decode", latents * std + mean).sample
+    _check_finite(image, "decode")
     return image.to(latents.dtype)
 
 
@@ -90,6 +96,15 @@ class _Method(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return getattr(self.vae, self.method)(x)
+
+
+def _check_finite(output: Tensor, method: str) -> None:
+    """Raise an error for an output that would become a black picture."""
+    if not bool(output.isfinite().all()):
+        raise FloatingPointError(
+            f"the VAE's {method} returned NaN or infinity in {output.dtype}, as half precision does "
+            "where activations overflow: convert it with vae.to(torch.float32)"
+        )
 
 
 def _statistics(config: Any, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,8 @@ def join(branches: list[Any], n: int, name: str, shared: Collection[str] = ()) -
             if branch.shape[1:] != first.shape[1:] or branch.dtype != first.dtype:
                 raise ValueError(
                     f"{name} must have one form in both branches, got {first.dtype} "
-                    f"{tuple(first.shape)} and {branch.dtype} {tuple(branch.shape)}"
+                    f"{tuple(first.shape)} and {branch.dtype} {tuple(branch.shape)}: pad the shorter "
+                    "prompt to the tokens of the longer, or convert one to the dtype of the other"
                 )
         return torch.cat([b.expand(n, *b.shape[1:]) for b in branches])
     if isinstance(first, Mapping):

@@ -47,11 +47,26 @@ def test_float16_with_force_upcast_is_float32(folders, diffusers, large):
     torch.testing.assert_close(latents, mode)
 
 
-def test_the_overflow_is_there(folders, diffusers):
+def test_an_overflow_is_no_black_picture(folders, diffusers):
     """Without the setting the same VAE gives NaN: the test above can fail."""
     model = StableDiffusion(half_pipeline(folders["xl"], diffusers, large=True, upcast=False))
-    assert not model.decode(noise(1)).isfinite().all()
-    assert not model.encode(image()).isfinite().all()
+    with pytest.raises(
+        FloatingPointError, match=r"VAE's decode .* torch.float16.* vae.to\(torch.flo"
+    ):
+        model.decode(noise(1))
+    with pytest.raises(FloatingPointError, match="VAE's encode returned NaN or infinity"):
+        model.encode(image())
+    model.vae.to(torch.float32)  # the advice
+    assert model.decode(noise(1)).isfinite().all()
+    assert model.encode(image()).isfinite().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_latents_that_are_not_finite(model, value):
+    latents = noise(2)
+    latents[1, 2, 3, 4] = value
+    with pytest.raises(ValueError, match="latents must be finite"):
+        model.decode(latents)
 
 
 def test_an_outer_autocast_does_not_undo_it(folders, diffusers):

@@ -163,7 +163,15 @@ def test_bad_denoiser():
                 "negative": {"text": torch.zeros(3, 5, 2)},
             },
             ValueError,
-            "text must have one form",
+            r"text must have one form .* \(3, 5, 2\) .* \(3, 4, 2\): pad the shorter prompt",
+        ),
+        (
+            {
+                "positive": {"text": torch.zeros(3, 4, 2).half()},
+                "negative": {"text": torch.zeros(3, 4, 2)},
+            },
+            ValueError,
+            "convert one to the dtype of the other",
         ),
         (
             {

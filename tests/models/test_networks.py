@@ -10,7 +10,7 @@ import odesolvers as ods
 from odesolvers.models import ClassifierFreeGuidance, StableDiffusion, load_stable_diffusion
 
 from .conftest import load_pipeline
-from .pipelines import noise, relative
+from .pipelines import BETAS, noise, relative
 
 
 @pytest.fixture
@@ -71,6 +71,50 @@ def test_parts_of_different_models_are_refused(folders, changed):
     refiner = changed("xl", projection_class_embeddings_input_dim=5 * 8 + 64)
     with pytest.raises(ValueError, match=r"takes 104 features .* have 112: it is another network"):
         load_stable_diffusion(refiner)
+
+
+# Schedulers that were not made from the pipeline's
+
+
+@pytest.mark.parametrize(
+    ("name", "stated", "missing"),
+    [
+        ("DDIMScheduler", (), "beta_start, beta_end, beta_schedule"),
+        ("DPMSolverMultistepScheduler", (), "beta_start, beta_end, beta_schedule"),
+        ("EulerDiscreteScheduler", ("beta_schedule",), "beta_start, beta_end"),
+        ("HeunDiscreteScheduler", (), "beta_start, beta_end, beta_schedule"),
+        ("PNDMScheduler", ("beta_start", "beta_end"), "beta_schedule"),
+        ("UniPCMultistepScheduler", ("beta_start",), "beta_end, beta_schedule"),
+    ],
+)
+def test_betas_that_nobody_stated_are_refused(folders, diffusers, name, stated, missing):
+    """The defaults of the classes are those of DDPM on pixels, or half of these."""
+    scheduler = getattr(diffusers, name)(**{key: BETAS[key] for key in stated})
+    with pytest.raises(ValueError, match=rf"a {name}, was made without {missing}, .*{name}.from_c"):
+        load_stable_diffusion(folders["1.x"], scheduler=scheduler)
+    pipeline = load_pipeline(folders["xl"])
+    pipeline.scheduler = scheduler
+    with pytest.raises(ValueError, match="the published networks have"):
+        StableDiffusion(pipeline)
+
+
+def test_betas_that_are_stated_are_believed(folders, diffusers, tmp_path):
+    pipeline = load_pipeline(folders["xl"])
+    kinds = diffusers.DDIMScheduler, diffusers.UniPCMultistepScheduler
+    pixels = diffusers.DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    pixels.save_pretrained(tmp_path)
+    table = diffusers.DDIMScheduler(trained_betas=[0.1, 0.2, 0.3])
+    flow = diffusers.UniPCMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction"
+    )
+    own = [kind.from_config(pipeline.scheduler.config) for kind in kinds]
+    read = diffusers.DDIMScheduler.from_pretrained(tmp_path)
+    sigmas = []
+    for scheduler in (*own, diffusers.LCMScheduler(), pixels, read, table, flow):
+        pipeline.scheduler = scheduler
+        sigmas.append(StableDiffusion(pipeline).sigma_max)
+    published, ddpm, three = 14.6146, 157.407, (1 / (0.9 * 0.8 * 0.7) - 1) ** 0.5
+    assert sigmas == pytest.approx([published] * 3 + [ddpm] * 2 + [three, 2.0**20], rel=1e-5)
 
 
 @pytest.mark.parametrize("family", ["1.x", "xl"])
