@@ -7,8 +7,7 @@ by the metadata of the file, or by buffers of the training schedule.
 
 from __future__ import annotations
 
-import pickle
-import zipfile
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .reading import read_header
 from .schedules import DISCRETE
 
 PARTS = (
@@ -94,6 +94,11 @@ class SingleFile:
     zero_snr: bool
 
     @property
+    def numel(self) -> int:
+        """How many numbers its tensors have."""
+        return sum(map(math.prod, self.shapes.values()))
+
+    @property
     def is_xl(self) -> bool:
         """Whether it is Stable Diffusion XL."""
         return any(key.startswith("conditioner.") for key in self.shapes)
@@ -109,26 +114,24 @@ def read_single_file(path: Path, *, trust: bool) -> SingleFile:
     """Read what a checkpoint says about itself, without its weights.
 
     Args:
-        path: a ``.safetensors`` or ``.ckpt`` file.
+        path: a safetensors file.
         trust: whether the caller knows what the network predicts, so that unknown names are no reason
             to refuse the file.
 
     Raises:
-        ValueError: if the file is no checkpoint in the original layout, holds other objects than
-            tensors, or says something that is not understood.
+        ValueError: if the file is damaged, is no checkpoint in the original layout, or says something
+            that is not understood.
     """
-    metadata: Mapping[str, str] = {}
-    if path.suffix == ".safetensors":
-        from safetensors import safe_open
+    from safetensors import safe_open
 
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-            values = {key: file.get_tensor(key) for key in shapes if key in KNOWN}
-    else:
-        tensors = _read_pickle(path)
-        shapes = {key: tuple(value.shape) for key, value in tensors.items()}
-        values = {key: value for key, value in tensors.items() if key in KNOWN}
+    metadata, entries = read_header(path)
+    shapes = {key: entry.shape for key, entry in entries.items()}
+    known = [key for key in shapes if key in KNOWN]
+    for key in known:
+        if entries[key].numel > 100_000:
+            raise ValueError(f"its {key} has {entries[key].numel} numbers")
+    with safe_open(path, framework="pt") as file:
+        values = {key: file.get_tensor(key) for key in known}
     if not any(key.startswith("model.diffusion_model.") for key in shapes):
         raise ValueError("it has no model.diffusion_model, so no network in the original layout")
     unknown = [key for key in shapes if not key.startswith(PARTS) and key not in KNOWN]
@@ -279,25 +282,3 @@ def _metadata(metadata: Mapping[str, str], trust: bool) -> set[str]:
                 )
             said.add(meanings[metadata[key]])
     return {meaning for meaning in said if meaning is not None}
-
-
-def _read_pickle(path: Path) -> Mapping[str, Tensor]:
-    try:
-        content: Any = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" not in str(error) and "Unsupported class" not in str(error):
-            raise
-        found = str(error).partition("GLOBAL ")[2].split(" ")[0]
-        raise ValueError(
-            f"it is a pickle that holds objects of other libraries beside tensors ({found}), as PyTorch "
-            "Lightning writes them; loading these could run any code. If you trust its origin, convert "
-            "it once: safetensors.torch.save_file(torch.load(path, weights_only=False)['state_dict'], "
-            "'model.safetensors')"
-        ) from error
-    while isinstance(content, dict) and "state_dict" in content:
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError("it holds no dictionary of tensors, so no checkpoint")
-    return content

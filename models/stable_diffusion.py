@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from . import autoencoder
+from .folders import PIPELINES
 from .networks import check_conditions, check_network, execution_device, expand
 from .schedules import schedule_of
-
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-"""The supported pipeline classes of diffusers."""
 
 
 class StableDiffusion(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,8 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from .archives import read_archive
+from .folders import (
+    PIPELINES,
+    clean_index,
+    copy_folder,
+    inside,
+    parts_of,
+    weight_patterns,
+    write_tensors,
+)
+from .reading import printable, read_json
 from .single_files import read_single_file, set_parts, set_scheduler
-from .stable_diffusion import PIPELINES, StableDiffusion, import_diffusers
+from .stable_diffusion import StableDiffusion, import_diffusers
+
+MESSAGE = 600
+"""The most characters of the reason in a message, which the libraries make as long as a file asks."""
 
 
 def load_stable_diffusion(
@@ -63,11 +78,17 @@ def load_stable_diffusion(
             f"{source} holds no model_index.json, so it is no directory that a diffusers pipeline "
             "was saved to; give the directory above unet/ and vae/, or a single-file checkpoint"
         )
+    if not path.exists():
+        path = _download(source, variant)
     try:
-        if path.is_file():
-            pipeline = _from_single_file(diffusers, path, config, prediction_type, scheduler)
-        else:
-            pipeline = _from_pretrained(diffusers, source, dtype, variant)
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            clean = Path(folder)
+            if path.is_file():
+                pipeline = _from_single_file(
+                    diffusers, path, clean, config, prediction_type, scheduler
+                )
+            else:
+                pipeline = _from_folder(diffusers, path, clean, dtype, variant)
         for name, part in pipeline.components.items():
             if isinstance(part, nn.Module):
                 _check_complete(name, [k for k, p in part.named_parameters() if p.is_meta])
@@ -82,50 +103,69 @@ def load_stable_diffusion(
             autocast=autocast,
             channels_last=channels_last,
         )
-    except Exception as error:  # many types, from three libraries and the connection
-        if path.exists() or type(error) is ValueError:  # the hub's own are of other classes
+    except Exception as error:  # many types, from three libraries
+        raise ValueError(
+            f"{source} could not be read as a Stable Diffusion checkpoint: "
+            f"{printable(str(error), MESSAGE)}"
+        ) from error
+    return model.to(device)
+
+
+def _download(source: str, variant: str | None, *, weights: bool = True) -> Path:
+    """The snapshot of a repository on the hub, with what is read of it alone.
+
+    Raises:
+        FileNotFoundError: if the hub does not provide it.
+        ValueError: if it is no pipeline that is supported.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    try:
+        folder = Path(hf_hub_download(source, "model_index.json")).parent
+        parts = parts_of(clean_index(read_json(inside(folder, "model_index.json"))))
+        wanted = [f"{part}/{name}" for part in parts for name in ("*.json", "merges.txt")]
+        # The folder of a snapshot has the name of its commit: all files are of that of the index.
+        snapshot_download(source, revision=folder.name, allow_patterns=wanted)
+        for ending in ("safetensors", "bin") if weights else ():
+            names = weight_patterns(folder, parts, variant, ending)
+            if names:
+                snapshot_download(source, revision=folder.name, allow_patterns=names)
+    except Exception as error:  # many types, of the hub and of the connection
+        if type(error) is ValueError:  # ours: those of the hub are of other classes
             raise ValueError(
                 f"{source} could not be read as a Stable Diffusion checkpoint: {error}"
             ) from error
         raise FileNotFoundError(
             f"{source} is no local path, and the Hugging Face hub did not provide it: {error}"
         ) from error
-    return model.to(device)
+    return folder
 
 
-def _from_pretrained(diffusers: Any, source: str, dtype: torch.dtype, variant: str | None) -> Any:
-    """Load a pipeline from a directory in diffusers' layout or from the hub."""
+def _from_folder(
+    diffusers: Any, path: Path, clean: Path, dtype: torch.dtype, variant: str | None
+) -> Any:
+    """Load a pipeline from a folder in diffusers' layout, by way of a clean copy."""
     import transformers
 
-    index = diffusers.DiffusionPipeline.load_config(source)
-    kind = index.get("_class_name")
-    if kind not in PIPELINES:
-        raise ValueError(f"it is a {kind}; supported are {' and '.join(PIPELINES)}")
-    encoders = ("text_encoder", "text_encoder_2")[: 1 + (kind == PIPELINES[1])]
-    for name in ("unet", "vae", "scheduler", *encoders, *map(_tokenizer_of, encoders)):
-        if not index.get(name) or index[name][1] is None:
-            raise ValueError(
-                f"its model_index.json names no {name}, so the pipeline was saved without it: save it "
-                "with all parts, or give the parts to a pipeline and that to StableDiffusion"
-            )
-    parts: dict[str, Any] = {"variant": variant}
-    if kind == PIPELINES[0]:
-        parts |= {"safety_checker": None, "requires_safety_checker": False}
+    index = copy_folder(path, clean, variant=variant)
+    parts: dict[str, Any] = {}
     with _torch_dtype_warning_ignored():
-        for name in ("unet", "vae", *encoders):
+        for name in parts_of(index):
+            library, kind = index[name]
+            options: dict[str, Any] = {"local_files_only": True}
+            if library == "transformers":
+                options["trust_remote_code"] = False
+            found = getattr(diffusers if library == "diffusers" else transformers, kind)
+            if name == "scheduler" or name.startswith("tokenizer"):
+                parts[name] = found.from_pretrained(clean / name, **options)
+                continue
             # The pipeline itself would initialise missing weights at random.
-            library = transformers if name in encoders else diffusers
-            found = getattr(library, index[name][1], None)
-            if found is None:
-                raise ValueError(
-                    f"its {name} is a {index[name][1]}, no class of {library.__name__}"
-                )
             parts[name], report = found.from_pretrained(
-                source,
-                subfolder=name,
+                clean / name,
                 torch_dtype=torch.float32 if name == "vae" else dtype,
-                variant=variant,
+                use_safetensors=True,
                 output_loading_info=True,
+                **options,
             )
             _check_complete(name, report["missing_keys"])
             if name == "unet" and report["unexpected_keys"]:
@@ -134,29 +174,43 @@ def _from_pretrained(diffusers: Any, source: str, dtype: torch.dtype, variant: s
                     f"{sorted(report['unexpected_keys'])[0]}: it is another network than its "
                     "config.json says"
                 )
-        return getattr(diffusers, kind).from_pretrained(source, torch_dtype=dtype, **parts)
-
-
-def _tokenizer_of(encoder: str) -> str:
-    return encoder.replace("text_encoder", "tokenizer")
+    if index["_class_name"] == PIPELINES[1]:
+        parts["force_zeros_for_empty_prompt"] = index["force_zeros_for_empty_prompt"]
+    else:
+        parts |= dict.fromkeys(("safety_checker", "feature_extractor"))
+        parts["requires_safety_checker"] = False
+    return getattr(diffusers, index["_class_name"])(**parts)
 
 
 def _from_single_file(
     diffusers: Any,
     path: Path,
+    clean: Path,
     config: str | Path | None,
     prediction_type: str | None,
     scheduler: Any,
 ) -> Any:
     """Load a pipeline from a single file in the original layout."""
     said = prediction_type is not None or scheduler is not None
+    if path.suffix != ".safetensors":
+        tensors = read_archive(path)
+        path = clean / "model.safetensors"
+        write_tensors(tensors, path)
+        del tensors
     file = read_single_file(path, trust=said)
     if file.is_2 and not said and config is None and file.prediction_type is None:
         raise ValueError(
             "it is a Stable Diffusion 2, which was published with epsilon and with v prediction, and "
             "does not say which: pass prediction_type='v_prediction' (of 768 pixels) or 'epsilon' (512)"
         )
-    options = {} if config is None else {"config": str(config)}
+    options = {}
+    if config is not None:
+        folder = (
+            Path(config) if Path(config).is_dir() else _download(str(config), None, weights=False)
+        )
+        (clean / "config").mkdir()
+        copy_folder(folder, clean / "config", held=file.numel)
+        options["config"] = str(clean / "config")
     kind = getattr(diffusers, PIPELINES[file.is_xl])
     try:
         pipeline = kind.from_single_file(str(path), **options)

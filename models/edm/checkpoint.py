@@ -17,6 +17,7 @@ from urllib.parse import urlparse
 import torch
 
 from ..base import check_floating_dtype
+from ..reading import Entry, header_length, parse_header
 from .checks import brief
 from .dhariwal import DhariwalConfig, DhariwalUNet
 from .pickles import Record, module_states, module_tensors, read_pickle
@@ -37,8 +38,6 @@ _NETWORKS: dict[str, tuple[type[UNetConfig], Callable[[Any], UNet]]] = {
     "DhariwalUNet": (DhariwalConfig, DhariwalUNet),
 }
 _SAFETENSORS_KEY = "odesolvers.edm"
-HEADER = 2**22
-"""The most bytes in the header of safetensors; that of the largest published network has 58,000."""
 
 
 def load_edm(
@@ -259,24 +258,13 @@ def _read_safetensors(data: memoryview) -> Preconditioner:
 
     The format is eight bytes for the length of the header, the header in JSON, and the numbers.
     """
-    length = int.from_bytes(data[:8], "little")
-    if not 2 <= length <= min(HEADER, len(data) - 8):
-        raise CheckpointError(
-            f"it is damaged: no header of 2 to {HEADER} bytes, as safetensors have"
-        )
     try:
-        header = dict(json.loads(str(data[8 : 8 + length], "utf-8")))
-        notes = dict(header.pop("__metadata__", {}))
-        numbers = data[8 + length :]
-        tensors = {name: _safe_tensor(entry, numbers) for name, entry in header.items()}
-        spans = sorted(tuple(entry["data_offsets"]) for entry in header.values())
-    except CheckpointError:
-        raise
-    except Exception as error:  # of JSON of any form
-        raise CheckpointError(f"its header is damaged: {type(error).__name__}: {error}") from error
-    ends = [0, *(end for _, end in spans), len(numbers)]
-    if [begin for begin, _ in spans] + ends[-1:] != ends[:-1]:
-        raise CheckpointError("it is damaged: its tensors overlap, or leave a gap")
+        start = 8 + header_length(data, len(data))
+        notes, entries = parse_header(data[8:start], len(data) - start)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    numbers = data[start:]
+    tensors = {name: _safe_tensor(entry, numbers) for name, entry in entries.items()}
     if _SAFETENSORS_KEY not in notes:
         raise CheckpointError("it was not written by save_edm: its metadata is missing")
     try:
@@ -289,21 +277,15 @@ def _read_safetensors(data: memoryview) -> Preconditioner:
     return _fill(_build(class_name, arguments, tensors), tensors, len(data))
 
 
-def _safe_tensor(entry: Any, numbers: memoryview) -> StoredTensor:
+def _safe_tensor(entry: Entry, numbers: memoryview) -> StoredTensor:
     """The tensor that an entry of the header of safetensors describes."""
-    begin, end = entry["data_offsets"]
-    dtype, shape = FLOATING.get(entry["dtype"]), tuple(entry["shape"])
+    dtype, shape = FLOATING.get(entry.dtype), entry.shape
     if dtype is None:
         raise CheckpointError(
-            f"the file holds a tensor of {brief(entry['dtype'])}, not a floating point tensor"
+            f"the file holds a tensor of {entry.dtype}, not a floating point tensor"
         )
-    if not (type(begin) is type(end) is int and 0 <= begin <= end <= len(numbers)):
-        raise CheckpointError(f"it is damaged: it ends before byte {brief(end)} of its tensors")
-    stride = tuple(math.prod(shape[k + 1 :]) for k in range(len(shape[:9])))
-    tensor = StoredTensor(Storage(numbers[begin:end], dtype), 0, shape, stride)
-    if tensor.nbytes != end - begin:
-        raise CheckpointError("it is damaged: the shape of a tensor does not fit its bytes")
-    return tensor
+    stride = tuple(math.prod(shape[k + 1 :]) for k in range(len(shape)))
+    return StoredTensor(Storage(numbers[entry.begin : entry.end], dtype), 0, shape, stride)
 
 
 def _safetensors() -> Any:

@@ -24,6 +24,22 @@ LONG_TEXT = 2**20
 
 
 @final
+class UnknownName(CheckpointError):
+    """Error for a file that asks for a name without a handler.
+
+    Attributes:
+        name: the beginning of the name, in printable characters.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = ascii(name[:100])[1:-1]
+        super().__init__(
+            f"refused: the file asks for {self.name}, which no EDM checkpoint needs; loading it could "
+            "run code of its author's choice"
+        )
+
+
+@final
 class Budget:
     """What the pickles of one file may still do.
 
@@ -212,10 +228,7 @@ class Machine:
         full = f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else ""
         handler = self._names.get(full) if len(full) < 200 else None
         if handler is None:
-            raise CheckpointError(
-                f"refused: the file asks for {ascii(full[:100])[1:-1]}, which no EDM checkpoint needs; "
-                "loading it could run code of its author's choice"
-            )
+            raise UnknownName(full)
         self._push(handler)
 
     def _reduce(self) -> None:

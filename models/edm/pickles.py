@@ -22,6 +22,9 @@ from .stored import CheckpointError, Storage, StoredTensor
 ENTRIES = 2**16
 """The most entries of all modules; the largest published file has about 900."""
 
+MAGIC = 0x1950A86A20F9469CFC6C
+"""The first number in files of `torch.save` that are no archives."""
+
 PATH_LENGTH = 200
 """The most characters in the name of a tensor; the published ones have at most 44."""
 
@@ -81,7 +84,7 @@ class _NumpyDtype(Stateful):
         self.order = order
 
 
-class _Function(Handler):
+class Function(Handler):
     """A function that a pickle can call."""
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
@@ -91,7 +94,7 @@ class _Function(Handler):
         return self._function(*args)
 
 
-class _Class(Handler):
+class Class(Handler):
     """A class of which a pickle can make objects, by any of three ways."""
 
     def __init__(self, name: str, make: Callable[[], Any]) -> None:
@@ -107,7 +110,7 @@ class _Class(Handler):
 
 
 @final
-class _Marker(Handler):
+class Marker(Handler):
     """A name that is only passed to others."""
 
     def __init__(self, name: str, value: Any = None) -> None:
@@ -154,13 +157,13 @@ def _construct(cls: Any, *_: Any) -> Any:
     return cls.new()
 
 
-def _names(*handlers: Handler) -> dict[str, Handler]:
+def handlers(*handlers: Handler) -> dict[str, Handler]:
     return {handler.name: handler for handler in handlers}
 
 
-_STORAGE_NAMES = _names(
+STORAGE_NAMES = handlers(
     *(
-        _Marker(f"torch.{kind}Storage", getattr(torch, dtype))
+        Marker(f"torch.{kind}Storage", getattr(torch, dtype))
         for kind, dtype in {
             "Half": "float16",
             "BFloat16": "bfloat16",
@@ -185,8 +188,8 @@ class _Reader:
         self._budget = Budget(size)
         table = "torch_utils.persistence._reconstruct_persistent_obj"
         rebuild = "torch._utils._rebuild_"
-        tensor = _Function(f"{rebuild}tensor_v2", _tensor)
-        tensor_class = _Marker("torch.Tensor")
+        tensor = Function(f"{rebuild}tensor_v2", _tensor)
+        tensor_class = Marker("torch.Tensor")
 
         def from_type(function: Any, kind: Any, args: Any, _: Any) -> StoredTensor:
             """Read a tensor with attributes, as `torch.compile` leaves them."""
@@ -194,31 +197,28 @@ class _Reader:
                 raise CheckpointError("refused: the file holds a tensor of an unknown class")
             return _tensor(*args)
 
-        self.names = _names(
-            _Function(table, _record),
+        self.names = handlers(
+            Function(table, _record),
             tensor,
             tensor_class,
-            _Function("torch._tensor._rebuild_from_type_v2", from_type),
-            _Function(f"{rebuild}parameter", lambda data, *_: data),
-            _Function(f"{rebuild}parameter_with_state", lambda data, *_: data),
-            _Function("torch.storage._load_from_bytes", self.storage),
-            _Class("torch.nn.modules.container.ModuleDict", ModuleDict),
-            _Class("collections.OrderedDict", dict),
-            _Function("numpy.dtype", _dtype),
-            *(_Function(f"numpy.{core}.multiarray.scalar", _scalar) for core in ("core", "_core")),
+            Function("torch._tensor._rebuild_from_type_v2", from_type),
+            Function(f"{rebuild}parameter", lambda data, *_: data),
+            Function(f"{rebuild}parameter_with_state", lambda data, *_: data),
+            Function("torch.storage._load_from_bytes", self.storage),
+            Class("torch.nn.modules.container.ModuleDict", ModuleDict),
+            Class("collections.OrderedDict", dict),
+            Function("numpy.dtype", _dtype),
+            *(Function(f"numpy.{core}.multiarray.scalar", _scalar) for core in ("core", "_core")),
             # Protocols 2 and 3, the first with the names of Python 2.
-            _Function("_codecs.encode", self.encode),
+            Function("_codecs.encode", self.encode),
             *(
-                _Function(f"{module}.set", lambda items=(): items)
+                Function(f"{module}.set", lambda items=(): items)
                 for module in ("builtins", "__builtin__")
             ),
+            *(Function(f"{m}.bytes", lambda: memoryview(b"")) for m in ("builtins", "__builtin__")),
+            *(Marker(f"{module}.object") for module in ("builtins", "__builtin__")),
             *(
-                _Function(f"{m}.bytes", lambda: memoryview(b""))
-                for m in ("builtins", "__builtin__")
-            ),
-            *(_Marker(f"{module}.object") for module in ("builtins", "__builtin__")),
-            *(
-                _Function(f"{module}.{name}", _construct)
+                Function(f"{module}.{name}", _construct)
                 for module in ("copyreg", "copy_reg")
                 for name in ("_reconstructor", "__newobj__")
             ),
@@ -246,15 +246,15 @@ class _Reader:
             raise CheckpointError(
                 "the file holds a storage in an archive, as no EDM checkpoint does"
             )
-        machine = Machine(data, _STORAGE_NAMES, self._budget, _reference)
+        machine = Machine(data, STORAGE_NAMES, self._budget, read_reference)
         magic, version, system, reference, keys = (machine.run() for _ in range(5))
-        if magic != 0x1950A86A20F9469CFC6C or version != 1001 or not isinstance(system, dict):
+        if magic != MAGIC or version != 1001 or not isinstance(system, dict):
             raise CheckpointError(
                 "the file holds a storage that is damaged: it does not begin as one"
             )
         if system.get("little_endian") is not True:
             raise CheckpointError("the file holds a storage that is not little-endian")
-        if not isinstance(reference, _Reference) or not _only(keys, reference.key):
+        if not isinstance(reference, Reference) or not _only(keys, reference.key):
             raise CheckpointError("the file holds a storage that is damaged: its key is missing")
         content = data[machine.position + 8 :]
         count = int.from_bytes(data[machine.position :][:8], "little")
@@ -268,7 +268,7 @@ class _Reader:
 
 
 @final
-class _Reference:
+class Reference:
     """The reference to a storage of `count` elements."""
 
     def __init__(self, dtype: torch.dtype, key: str, count: int) -> None:
@@ -276,12 +276,13 @@ class _Reference:
         self.itemsize = dtype.itemsize
 
 
-def _reference(pid: Any) -> _Reference:
-    if isinstance(pid, tuple) and len(pid) == 6:
-        what, kind, key, _, count, view = pid
-        named = isinstance(what, str) and what == "storage" and isinstance(kind, _Marker)
-        if named and isinstance(key, str) and type(count) is int and view is None:
-            return _Reference(kind.value, key, count)
+def read_reference(pid: Any) -> Reference:
+    # The last item, the part of a storage that is meant, is not written in archives.
+    if isinstance(pid, tuple) and len(pid) in (5, 6) and pid[5:] in ((), (None,)):
+        what, kind, key, _, count = pid[:5]
+        named = isinstance(what, str) and what == "storage" and isinstance(kind, Marker)
+        if named and isinstance(key, str) and type(count) is int and count >= 0:
+            return Reference(kind.value, key, count)
     raise CheckpointError(
         "the file holds a storage that is damaged: its reference has another form"
     )

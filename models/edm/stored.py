@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..reading import open_regular, printable
 from .checks import brief
 
 LENGTH = 300
@@ -27,9 +26,7 @@ class CheckpointError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        text = message[:LENGTH]
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-        super().__init__(text if len(text) <= LENGTH else f"{text[: LENGTH - 3]}...")
+        super().__init__(printable(message, LENGTH))
 
 
 @final
@@ -94,7 +91,7 @@ class StoredTensor:
         dtype, size = self.storage.dtype, self.storage.dtype.itemsize
         array: np.ndarray[Any, Any] = np.ndarray(
             self.shape,
-            dtype={2: "<i2", 4: "<i4", 8: "<i8"}[
+            dtype={1: "i1", 2: "<i2", 4: "<i4", 8: "<i8"}[
                 size
             ],  # the same bits, which numpy has no bfloat16 for
             buffer=self.storage.data,
@@ -124,16 +121,8 @@ def read_file(path: Path) -> memoryview:
         OSError: if it cannot be read.
         CheckpointError: if it is a folder, a device or a pipe, which may have no end.
     """
-    with open(path, "rb", opener=_open) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise CheckpointError(f"{path.name} is not a file")
-        return memoryview(file.read())
-
-
-def _open(path: str, flags: int) -> int:
-    """Opens without waiting for the other end of a pipe."""
-    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-    if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise CheckpointError(f"{os.path.basename(path)} is a folder, not a file")
-    return descriptor
+    try:
+        with open_regular(path) as file:
+            return memoryview(file.read())
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error

@@ -132,7 +132,7 @@ def test_pipelines_saved_without_a_part(folders, tmp_path, family, how):
     changed = {**index, "text_encoder": ["transformers", "CLIPTextModelOfMine"]}
     path.write_text(json.dumps(changed), encoding="utf-8")
     with pytest.raises(
-        ValueError, match="text_encoder is a CLIPTextModelOfMine, no class of transf"
+        ValueError, match="'text_encoder' is 'CLIPTextModelOfMine' of 'transformers', which is not"
     ):
         load_stable_diffusion(tmp_path / "m")
     del index["_class_name"]
