@@ -18,9 +18,7 @@ def load_digits() -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits as load
     except ImportError as error:
-        raise ImportError(
-            "the digits need scikit-learn: pip install 'odesolvers[digits]'"
-        ) from error
+        raise ImportError("the digits need scikit-learn: pip install scikit-learn") from error
     data = load()
     images = torch.as_tensor(data.images, dtype=torch.float32) / 8 - 1
     return images.unsqueeze(1), torch.as_tensor(data.target, dtype=torch.int64)

@@ -193,7 +193,7 @@ def _font(index: int, height: int) -> FreeTypeFont:
         from PIL import ImageFont
     except ImportError as error:
         raise ImportError(
-            "rendering letters needs Pillow and matplotlib's fonts: pip install 'odesolvers[letters]'"
+            "rendering letters needs Pillow and matplotlib's fonts: pip install pillow matplotlib"
         ) from error
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{FONTS[index]}.ttf"
     probe = ImageFont.truetype(path, 1000).getbbox("H", anchor="ls")

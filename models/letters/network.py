@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base import check_device, check_floating_dtype, values_readable
-from ..kdiffusion import import_k_diffusion
+from ..base import append_dims, check_device, check_floating_dtype, values_readable
+from ..edm.stored import CheckpointError, read_weights
+from ..reading import printable
 from .data import LETTERS, SIZE
+from .unet import LettersUNet
 
 WEIGHTS = Path(__file__).parent / "letters.safetensors"
 LOG = Path(__file__).parent / "letters.json"
@@ -26,28 +28,13 @@ UNCONDITIONAL = -1
 class LettersDenoiser(nn.Module):
     """The denoiser ``D(x, σ) = c_skip x + c_out F(c_in x, σ, label)`` of images of letters.
 
-    This is equation 7 of Karras et al. 2022. The preconditioner and the network F are those of
-    k-diffusion (`layers.Denoiser`, `ImageDenoiserModelV1`). The network computes in the dtype of its
-    weights, the preconditioner in that of the state.
-
-    Raises:
-        ImportError: if k-diffusion is not installed.
+    This is the preconditioner of Karras et al. 2022 (equation 7, the last column of table 1). The
+    network F computes in the dtype of its weights, the preconditioner in that of the state.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        k_diffusion = import_k_diffusion()
-        layers, models = k_diffusion.layers, k_diffusion.models
-        network = models.ImageDenoiserModelV1(
-            c_in=3,
-            feats_in=128,
-            depths=[1, 1, 1],
-            channels=[64, 96, 128],
-            self_attn_depths=[False, True, True],
-            mapping_cond_dim=len(LETTERS) + 1,
-            patch_size=2,
-        )
-        self.denoiser = layers.Denoiser(_InWeightDtype(network), sigma_data=SIGMA_DATA)
+        self.network = LettersUNet(len(LETTERS) + 1)
 
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """The posterior mean ``E[x0 | x, label]``.
@@ -80,15 +67,22 @@ class LettersDenoiser(nn.Module):
             )
         if values_readable(sigma) and not bool((sigma > 0).all()):
             raise ValueError(f"sigma must be above 0, got {sigma.min().item()}")
-        condition = self._condition(x, class_labels)
-        denoised: Tensor = self.denoiser(x, sigma, mapping_cond=condition)
-        return denoised.to(x.dtype)
+        c_skip, c_out, c_in = _coefficients(sigma, x)
+        raw = self._raw(c_in * x, sigma, class_labels)
+        return (c_skip * x + c_out * raw).to(x.dtype)
 
     def loss(self, x: Tensor, noise: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
         """Mean squared error of F for each image, ``(B,)``; about 1 for F = 0."""
+        c_skip, c_out, c_in = _coefficients(sigma, x)
+        noisy = x + append_dims(sigma, x) * noise
+        raw = self._raw(c_in * noisy, sigma, class_labels)
+        return ((raw - (x - c_skip * noisy) / c_out) ** 2).flatten(1).mean(1)
+
+    def _raw(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
+        dtype = self.network.proj_in.weight.dtype
         condition = self._condition(x, class_labels)
-        loss: Tensor = self.denoiser.loss(x, noise, sigma, mapping_cond=condition)
-        return loss
+        out: Tensor = self.network(x.to(dtype), sigma.to(dtype), condition.to(dtype))
+        return out.to(x.dtype)
 
     def _condition(self, x: Tensor, class_labels: Tensor | None) -> Tensor:
         if class_labels is None:
@@ -112,17 +106,11 @@ class LettersDenoiser(nn.Module):
         return torch.where(known_labels, rows.to(torch.float32), torch.nan)
 
 
-class _InWeightDtype(nn.Module):
-    """Converts the input of a network to the dtype of its weights, and the output back."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor, sigma: Tensor, mapping_cond: Tensor) -> Tensor:
-        dtype = next(self.network.parameters()).dtype
-        out: Tensor = self.network(x.to(dtype), sigma.to(dtype), mapping_cond.to(dtype))
-        return out.to(x.dtype)
+def _coefficients(sigma: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """c_skip, c_out and c_in, each ``(B, 1, 1, 1)``."""
+    sigma = append_dims(sigma, x)
+    variance = sigma**2 + SIGMA_DATA**2
+    return SIGMA_DATA**2 / variance, sigma * SIGMA_DATA / variance.sqrt(), 1 / variance.sqrt()
 
 
 def load_letters(
@@ -139,24 +127,19 @@ def load_letters(
             the weights in the package.
 
     Raises:
-        ImportError: if k-diffusion or safetensors is not installed.
+        OSError: if the file at `path` cannot be read.
         TypeError: if `dtype` is not a floating point dtype.
-        ValueError: if the file at `path` does not contain the weights of this network.
+        ValueError: if it does not contain the weights of this network, floating point and finite.
     """
     check_floating_dtype(dtype)
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ImportError(
-            "the weights of the letters need safetensors: pip install 'odesolvers[letters]'"
-        ) from error
     path = WEIGHTS if path is None else Path(path)
     model = LettersDenoiser()
     try:
-        model.denoiser.inner_model.network.load_state_dict(load_file(path))
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path} does not hold the weights of the letters network") from error
+        model.network.load_state_dict(read_weights(path))
+    except (RuntimeError, CheckpointError) as error:
+        raise ValueError(
+            f"{path} does not hold the weights of the letters network: {printable(str(error), 300)}"
+        ) from error
     return model.eval().requires_grad_(False).to(device, dtype)
 
 

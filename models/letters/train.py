@@ -59,19 +59,15 @@ def train(args: argparse.Namespace) -> None:
     model = LettersDenoiser()
     # Label embeddings start as large as those of the noise level. With the default initialisation,
     # six times smaller, the network learns to ignore them.
-    torch.nn.init.normal_(model.denoiser.inner_model.network.mapping_cond.weight)
+    torch.nn.init.normal_(model.network.mapping_cond.weight)
     averaged = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.95, 0.999))
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume")}
     log: dict[str, Any] = {"runs": [], "history": []}
     step, seconds = 0, 0.0
-    checkpoint = args.out / "checkpoint.pt"
+    checkpoint = args.out / "checkpoint.safetensors"
     if args.resume and checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(saved["model"])
-        averaged.load_state_dict(saved["averaged"])
-        optimizer.load_state_dict(saved["optimizer"])
-        step = saved["step"]
+        step = _restore(checkpoint, model, averaged, optimizer)
         log = json.loads((args.out / "letters.json").read_text())
     elif args.resume:
         weights = load_letters().state_dict()
@@ -115,15 +111,7 @@ def train(args: argparse.Namespace) -> None:
                 losses.clear()
                 log["history"].append(entry)
                 bar.set_postfix(held_out=f"{entry['held_out']:.4f}")
-                torch.save(
-                    {
-                        "model": model.state_dict(),
-                        "averaged": averaged.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "step": step,
-                    },
-                    checkpoint,
-                )
+                _keep(checkpoint, model, averaged, optimizer, step)
                 write(averaged, log, args.out)
     letters, letter_labels = random_letters(4 * args.held_out, HELD_OUT_SEED)
     for name, given in (("held_out", letter_labels), ("held_out_without_label", None)):
@@ -156,9 +144,48 @@ def write(model: LettersDenoiser, log: dict[str, Any], out: Path) -> None:
     """Write the weights, in float16, and the log."""
     from safetensors.torch import save_file
 
-    weights = model.denoiser.inner_model.network.state_dict()
+    weights = model.network.state_dict()
     save_file({k: v.half().contiguous() for k, v in weights.items()}, out / "letters.safetensors")
     (out / "letters.json").write_text(json.dumps(log, indent=1) + "\n")
+
+
+def _keep(
+    path: Path,
+    model: LettersDenoiser,
+    averaged: LettersDenoiser,
+    optimizer: torch.optim.AdamW,
+    step: int,
+) -> None:
+    """Write all that a training continues from: tensors named ``model.*``, ``averaged.*``, and so on."""
+    from safetensors.torch import save_file
+
+    moments = optimizer.state_dict()["state"]
+    parts: dict[str, dict[str, Tensor]] = {
+        "model": model.state_dict(),
+        "averaged": averaged.state_dict(),
+        **{f"optimizer.{k}": tensors for k, tensors in moments.items()},
+        "training": {"step": torch.tensor(step)},
+    }
+    tensors = {f"{part}.{k}": v for part, named in parts.items() for k, v in named.items()}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path)
+
+
+def _restore(
+    path: Path, model: LettersDenoiser, averaged: LettersDenoiser, optimizer: torch.optim.AdamW
+) -> int:
+    """Read what `_keep` wrote, and return the step."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+    model.load_state_dict(part("model."))
+    averaged.load_state_dict(part("averaged."))
+    moments = {k: part(f"optimizer.{k}.") for k in range(len(list(model.parameters())))}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    return int(tensors["training.step"])
 
 
 def _batch(

@@ -1,0 +1,175 @@
+"""Installs into fresh environments: seconds, sizes, import times, and tests, for each Python.
+
+For each Python, a fresh clone of the last commit is installed (not editable) into an empty environment:
+first alone, then with the extras `cli`, `edm`, `letters` and `stable-diffusion`, then with `k-diffusion`
+where that can be had. Every module is imported away from the clone, and tests run in it. Seconds contain
+downloads that pip has not cached. An environment takes 5 to 7 GB and is deleted afterwards.
+
+    python -m benchmarks.installs python3.10 python3.11 python3.12 python3.13 --write
+    python -m benchmarks.installs python3.10 --lowest    # `make lowest`: at the lower bounds, tests only
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+CLONE = Path(__file__).resolve().parents[1]
+TABLE = CLONE / "docs" / "tables" / "installs.md"
+RESULTS = CLONE / "out" / "installs.json"
+
+EXTRAS = "cli,edm,letters,stable-diffusion"
+TOOLS = ("pytest>=8", "sybil>=9", "hypothesis>=6.100", "scipy", "build")
+CORE = ("run", "bdia", "fixed_point", "grids", "inversion", "imports", "files", "cli")
+"""Tests of the core and of the command line."""
+
+IMPORTS = """
+import json, pkgutil, importlib, sys, time, warnings
+import torch
+start = time.perf_counter()
+import odesolvers
+seconds = time.perf_counter() - start
+names = [m.name for m in pkgutil.walk_packages(odesolvers.__path__, "odesolvers.")]
+names = [name for name in names if not name.endswith("__main__")]
+missing = {}
+for name in names:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        missing[name] = (error.name or str(error)).split(".")[0]
+versions = {name: importlib.import_module(name).__version__ for name in ("torch", "numpy")}
+print(json.dumps(dict(seconds=seconds, modules=len(names), missing=missing, **versions)))
+"""
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("pythons", nargs="*", help="interpreters (those of the table)")
+    parser.add_argument("--lowest", action="store_true", help="tests at the lower bounds")
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(CLONE)}")
+    args = parser.parse_args()
+    failed = False
+    for python in args.pythons:
+        with tempfile.TemporaryDirectory() as folder:
+            clone = Path(folder) / "clone"
+            subprocess.run(["git", "clone", "-q", CLONE, clone], check=True)
+            env = environment(python, Path(folder) / "env")
+            if args.lowest:
+                failed |= not lowest(env, clone)
+                continue
+            row = measure(env, clone)
+        rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        rows[row["python"]] = row
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+        failed |= not row["passed"]
+    if not args.lowest:
+        text = report(json.loads(RESULTS.read_text()))
+        print(text)
+        if args.write:
+            TABLE.write_text(text + "\n")
+    sys.exit(failed)
+
+
+def measure(env: Path, clone: Path) -> dict[str, Any]:
+    """Install `clone` stage by stage, and run the tests."""
+    row: dict[str, Any] = {"python": output(env, "import platform as p; print(p.python_version())")}
+    row["core"] = install(env, str(clone))
+    row["alone"] = json.loads(output(env, IMPORTS))
+    row["extras"] = install(env, f"{clone}[{EXTRAS}]")
+    row["modules"] = json.loads(output(env, IMPORTS))
+    install(env, *TOOLS)
+    row["tests"] = test(env, clone, [*(f"tests/test_{name}.py" for name in CORE), "tests/models"])
+    row["passed"] = "failed" not in row["tests"] and "error" not in row["tests"]
+    wrapped = install(env, f"{clone}[k-diffusion]")
+    call = "from odesolvers.models import import_k_diffusion as k; print(k().__name__)"
+    row["k_diffusion"] = wrapped if output(env, call, check=False) else None
+    if row["k_diffusion"]:
+        row["k_diffusion"]["tests"] = test(env, clone, ["tests/models/test_kdiffusion.py"])
+        row["passed"] &= "failed" not in row["k_diffusion"]["tests"]
+    return row
+
+
+def lowest(env: Path, clone: Path) -> bool:
+    """Whether tests pass at the lowest versions that pyproject.toml allows."""
+    metadata = (clone / "pyproject.toml").read_text()
+    names = "torch|numpy|scikit-learn|safetensors|pillow|matplotlib|tqdm|rich"
+    pins = sorted({f"{a}=={b}" for a, b in re.findall(rf'"({names})>=([\d.]+)', metadata)})
+    print("lowest versions:", *pins, flush=True)
+    install(env, *pins, *TOOLS[:3], "scipy<1.15")
+    install(env, "--no-deps", "--no-build-isolation", str(clone))
+    summary = test(
+        env, [*(f"tests/test_{name}.py" for name in CORE), "tests/models/test_letters.py"]
+    )
+    print(summary)
+    return "failed" not in summary and "error" not in summary
+
+
+def environment(python: str, folder: Path) -> Path:
+    """An empty environment, of which the interpreter is returned."""
+    subprocess.run([python, "-m", "venv", folder], check=True)
+    env = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    install(env, "--upgrade", "pip", "setuptools", "wheel")
+    return env
+
+
+def install(env: Path, *packages: str) -> dict[str, float]:
+    """Seconds that pip takes, and GB in site-packages after."""
+    start = time.perf_counter()
+    subprocess.run([env, "-m", "pip", "install", "-q", *packages], check=True)
+    seconds = time.perf_counter() - start
+    files = [path for path in env.parents[1].rglob("*") if path.is_file() and not path.is_symlink()]
+    return {"seconds": seconds, "gb": sum(path.stat().st_size for path in files) / 1e9}
+
+
+def output(env: Path, code: str, *, check: bool = True) -> str:
+    """What Python prints, away from the clone: there, the clone's own files would be imported."""
+    result = subprocess.run(
+        [env, "-W", "ignore", "-c", code], cwd=env.parent, check=check, stdout=-1, text=True
+    )
+    return result.stdout.strip()
+
+
+def test(env: Path, clone: Path, paths: Sequence[str]) -> str:
+    """The last line of pytest, run in the clone."""
+    command = [env, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths]
+    threads = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=clone, env=threads, stdout=-1, text=True)
+    lines = result.stdout.strip().splitlines()
+    print(*(line for line in lines if re.match("FAILED|ERROR|SKIPPED", line)), sep="\n", flush=True)
+    return lines[-1].strip("= ") if lines else "error: pytest printed nothing"
+
+
+def report(rows: dict[str, dict[str, Any]]) -> str:
+    """The table of all measured Pythons, in Markdown."""
+    from .common import table
+
+    header = ("Python", "torch", "numpy", "core", "GB", "import, s", "with extras", "GB")
+    header += ("modules", "tests", "k-diffusion")
+    lines = []
+    for row in sorted(rows.values(), key=lambda row: [int(k) for k in row["python"].split(".")]):
+        alone, modules = row["alone"], row["modules"]
+        total = row["core"]["seconds"] + row["extras"]["seconds"]
+        line = [row["python"], alone["torch"], alone["numpy"]]
+        line += [f"{row['core']['seconds']:.0f} s", f"{row['core']['gb']:.1f}"]
+        line += [f"{alone['seconds']:.2f}", f"{total:.0f} s", f"{row['extras']['gb']:.1f}"]
+        line += [f"{modules['modules'] - len(modules['missing'])} of {modules['modules']}"]
+        line += [re.sub(" in .*", "", row["tests"])]
+        wrapped = row["k_diffusion"]
+        line += [re.sub(" in .*", "", wrapped["tests"]) if wrapped else "cannot be installed"]
+        lines.append(line)
+    return table(header, lines, words=(0, 9, 10))
+
+
+if __name__ == "__main__":
+    main()
