@@ -113,7 +113,7 @@ def clean_index(index: Mapping[str, Any]) -> dict[str, Any]:
     """
     kind = index.get("_class_name")
     if not isinstance(kind, str) or kind not in PIPELINES:
-        found = kind if isinstance(kind, str) else brief(kind)
+        found = kind if isinstance(kind, str) else brief(kind).removeprefix("a ")
         raise ValueError(f"it is a {found}; supported are {' and '.join(PIPELINES)}")
     clean: dict[str, Any] = {"_class_name": kind}
     for name, value in index.items():

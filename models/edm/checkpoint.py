@@ -6,24 +6,26 @@ import dataclasses
 import hashlib
 import inspect
 import json
-import math
 import os
+import sys
 from collections.abc import Callable
+from http.client import HTTPResponse
 from pathlib import Path
-from typing import Any
-from urllib.error import URLError
+from typing import IO, Any
 from urllib.parse import urlparse
+from urllib.request import urlopen
 
 import torch
 
+from odesolvers.writing import replacing
+
 from ..base import check_floating_dtype
-from ..reading import Entry, header_length, parse_header
 from .checks import brief
 from .dhariwal import DhariwalConfig, DhariwalUNet
 from .pickles import Record, module_states, module_tensors, read_pickle
 from .preconditioning import EDMPrecond, IDDPMPrecond, Preconditioner, VEPrecond, VPPrecond
 from .song import SongConfig, SongUNet
-from .stored import FLOATING, CheckpointError, Storage, StoredTensor, read_file
+from .stored import FLOATING, CheckpointError, StoredTensor, read_file, read_safetensors
 from .unet import UNet, UNetConfig
 
 # The class names in the files, each with its default network.
@@ -38,6 +40,8 @@ _NETWORKS: dict[str, tuple[type[UNetConfig], Callable[[Any], UNet]]] = {
     "DhariwalUNet": (DhariwalConfig, DhariwalUNet),
 }
 _SAFETENSORS_KEY = "odesolvers.edm"
+DOWNLOAD = 2**32
+"""The most bytes of a download; the largest published network has 1.2e9."""
 
 
 def load_edm(
@@ -53,7 +57,7 @@ def load_edm(
 
     Args:
         path_or_url: path or URL of a ``.pkl`` or ``.safetensors`` file. A URL is downloaded once, to
-            ``torch.hub.get_dir()``.
+            ``torch.hub.get_dir()``, if it has at most 4 GiB.
         device: device of the network.
         dtype: dtype that the network computes in. The state of a solver, the preconditioning and the
             noise embedding are not affected.
@@ -63,7 +67,7 @@ def load_edm(
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ConnectionError: if the file cannot be downloaded.
+        ConnectionError: if the file cannot be downloaded, or saved.
         TypeError: if `dtype` is not a floating point dtype.
         CheckpointError: if the file is damaged, unsupported or refused.
     """
@@ -92,6 +96,7 @@ def save_edm(denoiser: Preconditioner, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ImportError: if safetensors is not installed.
+        OSError: if the file cannot be written; an older one of its name stays as it was.
         ValueError: if `path` does not end in ``.safetensors``.
     """
     path = Path(path)
@@ -99,7 +104,9 @@ def save_edm(denoiser: Preconditioner, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"save_edm writes safetensors: name the file so, got {path.name!r}")
     metadata = json.dumps(_describe(denoiser))
     tensors = {name: t.contiguous() for name, t in denoiser.state_dict().items()}
-    _safetensors().torch.save_file(tensors, path, metadata={_SAFETENSORS_KEY: metadata})
+    data = _safetensors().torch.save(tensors, metadata={_SAFETENSORS_KEY: metadata})
+    with replacing(path) as file:
+        file.write(data)
 
 
 def _describe(denoiser: Preconditioner) -> dict[str, Any]:
@@ -254,17 +261,8 @@ def _same(name: str, a: float, b: float) -> bool:
 
 
 def _read_safetensors(data: memoryview) -> Preconditioner:
-    """Read a file written by `save_edm`.
-
-    The format is eight bytes for the length of the header, the header in JSON, and the numbers.
-    """
-    try:
-        start = 8 + header_length(data, len(data))
-        notes, entries = parse_header(data[8:start], len(data) - start)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    numbers = data[start:]
-    tensors = {name: _safe_tensor(entry, numbers) for name, entry in entries.items()}
+    """Read a file written by `save_edm`."""
+    notes, tensors = read_safetensors(data)
     if _SAFETENSORS_KEY not in notes:
         raise CheckpointError("it was not written by save_edm: its metadata is missing")
     try:
@@ -275,17 +273,6 @@ def _read_safetensors(data: memoryview) -> Preconditioner:
             f"its metadata is damaged: {type(error).__name__}: {error}"
         ) from error
     return _fill(_build(class_name, arguments, tensors), tensors, len(data))
-
-
-def _safe_tensor(entry: Entry, numbers: memoryview) -> StoredTensor:
-    """The tensor that an entry of the header of safetensors describes."""
-    dtype, shape = FLOATING.get(entry.dtype), entry.shape
-    if dtype is None:
-        raise CheckpointError(
-            f"the file holds a tensor of {entry.dtype}, not a floating point tensor"
-        )
-    stride = tuple(math.prod(shape[k + 1 :]) for k in range(len(shape)))
-    return StoredTensor(Storage(numbers[entry.begin : entry.end], dtype), 0, shape, stride)
 
 
 def _safetensors() -> Any:
@@ -308,10 +295,32 @@ def _local(path_or_url: str) -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(path_or_url, str(path))
-        except (URLError, OSError) as error:
+            with urlopen(path_or_url, timeout=60) as response, replacing(path) as file:
+                _copy(response, file, path_or_url)
+        except OSError as error:  # of the connection, or of the disk
             raise ConnectionError(
                 f"could not download {path_or_url}: {error}; without a connection, bring the file "
                 f"here by other means and pass its path, or put it at {path}"
             ) from error
     return path
+
+
+def _copy(response: HTTPResponse, file: IO[bytes], url: str) -> None:
+    """Copy a download of at most `DOWNLOAD` bytes, and show its progress in a terminal.
+
+    Raises:
+        CheckpointError: if it is longer.
+        OSError: if it ends early.
+    """
+    total, done, shown = int(response.headers.get("Content-Length") or 0), 0, -1
+    while chunk := response.read(2**20):
+        done += len(chunk)
+        if done > DOWNLOAD:
+            raise CheckpointError(f"refused: {url[:100]} has more than {DOWNLOAD} bytes")
+        file.write(chunk)
+        if sys.stderr.isatty() and done >> 24 > shown:
+            shown = done >> 24
+            of = f" of {total / 1e6:.0f}" if total else ""
+            print(f"\r{done / 1e6:.0f}{of} MB of {url[-60:]}", end="", file=sys.stderr)
+    if done < total:
+        raise OSError(f"the connection ended after {done} of {total} bytes")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..reading import open_regular, printable
+from ..reading import header_length, open_regular, parse_header, printable
 from .checks import brief
 
 LENGTH = 300
@@ -126,3 +126,44 @@ def read_file(path: Path) -> memoryview:
             return memoryview(file.read())
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+
+
+def read_safetensors(data: memoryview) -> tuple[dict[str, str], dict[str, StoredTensor]]:
+    """The metadata and the tensors of safetensors, which are floating point.
+
+    The format is eight bytes for the length of the header, the header in JSON, and the numbers.
+
+    Raises:
+        CheckpointError: if they are damaged or of other dtypes.
+    """
+    try:
+        start = 8 + header_length(data, len(data))
+        metadata, entries = parse_header(data[8:start], len(data) - start)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    tensors = {}
+    for name, entry in entries.items():
+        dtype, shape = FLOATING.get(entry.dtype), entry.shape
+        if dtype is None:
+            raise CheckpointError(
+                f"the file holds a tensor of {entry.dtype}, not a floating point tensor"
+            )
+        storage = Storage(data[start + entry.begin : start + entry.end], dtype)
+        stride = tuple(math.prod(shape[k + 1 :]) for k in range(len(shape)))
+        tensors[name] = StoredTensor(storage, 0, shape, stride)
+    return metadata, tensors
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of safetensors, floating point and finite.
+
+    Raises:
+        CheckpointError: if they are not, or the file is damaged or no regular file.
+        OSError: if it cannot be read.
+    """
+    weights = {}
+    for name, stored in read_safetensors(read_file(path))[1].items():
+        weights[name] = stored.load()
+        if not bool(weights[name].isfinite().all()):
+            raise CheckpointError(f"{brief(name)} in the file is not finite")
+    return weights
