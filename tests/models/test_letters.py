@@ -281,10 +281,29 @@ class TestLoading:
         with pytest.raises(TypeError, match=r"floating point dtype, got torch\.int64"):
             load_letters(dtype=torch.int64)
 
-    def test_a_missing_library_is_named(self, monkeypatch):
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda w: torch.full_like(w, torch.nan), "not finite"),
+            (lambda w: w.index_fill(0, torch.tensor(0), torch.inf), "not finite"),
+            (lambda w: w.to(torch.int8), "a tensor of I8"),
+            (lambda w: w.to(torch.complex64), "a tensor of 'C64'"),
+            (lambda w: w.to(torch.float8_e4m3fn), "a tensor of F8_E4M3"),
+            (lambda w: w[:1].clone(), "size mismatch"),
+        ],
+    )
+    def test_weights_that_are_no_finite_numbers_are_refused(self, tmp_path, change, message):
+        from safetensors.torch import load_file, save_file
+
+        weights = load_file(WEIGHTS)
+        weights["proj_out.bias"] = change(weights["proj_out.bias"])
+        save_file(weights, tmp_path / "w.safetensors")
+        with pytest.raises(ValueError, match=f"does not hold the weights .*{message}"):
+            load_letters(path=tmp_path / "w.safetensors")
+
+    def test_no_library_is_needed(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "safetensors", None)
-        with pytest.raises(ImportError, match="pip install safetensors"):
-            load_letters()
+        assert load_letters().network.proj_out.bias.isfinite().all()
 
 
 def test_training_resumes_where_it_stopped(tmp_path):
