@@ -2,9 +2,10 @@
 # with Python, git and make alone.
 PYTHON ?= python3
 VENV ?= .venv
+LOWEST ?= python3.10
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types docs slow bench clean
+.PHONY: demo test lint types docs slow bench lowest release clean
 
 demo: $(VENV)/.cli  ## the main job: sample digits, invert them, sample again; table and picture
 	$(BIN)/odesolvers roundtrip --out out/roundtrip.png
@@ -30,15 +31,28 @@ slow: $(VENV)/.dev  ## the long tests
 bench: $(VENV)/.dev  ## samplers and inverters side by side: tables and plots in docs; hours, resumable
 	$(BIN)/python -m benchmarks.suite
 
+lowest: $(VENV)/.dev  ## tests of the core at the lowest versions that pyproject.toml allows
+	$(BIN)/python -m benchmarks.installs --lowest $(LOWEST)
+
+release:  ## a checked wheel and sdist in dist; uploads nothing
+	rm -rf dist build
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install -q build twine
+	build/release/bin/python -m build
+	build/release/bin/twine check --strict dist/*
+	@echo "To upload them, with a token of PyPI: build/release/bin/twine upload dist/*"
+
 $(VENV)/.cli: pyproject.toml
+	@echo "Installing torch and the command line into $(VENV): 5 GB, up to 3 GB of them downloads; silent for minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -e '.[cli]'
 	touch $@
 
 $(VENV)/.dev: pyproject.toml
+	@echo "Installing torch and all that the tests need into $(VENV): 7 GB, up to 3.5 GB of them downloads; silent for minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@ $(VENV)/.cli
 
 clean:
-	rm -rf $(VENV) build docs/_build out *.egg-info
+	rm -rf $(VENV) build dist docs/_build out *.egg-info
