@@ -38,6 +38,29 @@ def is_finite(x: Tensor | None) -> bool:
     return math.isfinite(total.item()) or bool(torch.isfinite(x).all())
 
 
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one dtype have an element of one storage in common."""
+    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+    spans = [
+        (t.storage_offset(), sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)))
+        for t in (a, b)
+    ]
+    (i, m), (j, n) = spans
+    if i + m < j or j + n < i:
+        return False
+    # Parts may be interleaved, as the halves of the channels of a batch are.
+    low = min(i, j)
+    places = torch.arange(max(i + m, j + n) - low + 1)
+    parts = [places.as_strided(t.shape, t.stride(), t.storage_offset() - low) for t in (a, b)]
+    return bool(torch.isin(*parts).any())
+
+
+def version(x: Tensor) -> int:
+    """A number that a write to `x` changes; of what was made in inference mode none is kept."""
+    return -1 if x.is_inference() else x._version
+
+
 def place(sigma: float, k: int) -> str:
     """A level of the grid in words."""
     return f"at level {k} of the grid, sigma = {sigma:.6g}"
@@ -111,17 +134,11 @@ def check_origin(state: Any, grid: Grid, solver: Any, name: str) -> None:
         )
 
 
-def refuse_stop(stop: object, start: int, end: int) -> NoReturn:
-    """An error for a level that a run from the index `start` towards `end` does not reach."""
-    down = end > 0
-    if start == end:
-        edge, verb = ("last", "sample") if down else ("first", "invert")
-        raise ValueError(
-            f"the state stands at the {edge} level already (index {start}): nothing to {verb}"
-        )
+def refuse_stop(stop: object, nearest: int, end: int) -> NoReturn:
+    """An error for a level that a run towards `end` does not reach; `nearest` is the first it does."""
     raise ValueError(
-        f"{'sampling' if down else 'inverting'} goes {'down' if down else 'up'} the grid: from "
-        f"level {start} it can stop at {start + 1 if down else start - 1} to {end}, got stop = {stop}"
+        f"{'sampling goes down' if end > 0 else 'inverting goes up'} the grid: it can stop at {nearest} "
+        f"to {end}, got stop = {stop}"
     )
 
 

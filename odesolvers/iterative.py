@@ -53,6 +53,7 @@ class IterativeSolver(Solver):
                 run.convergence.append(outcome)
                 if not bool(outcome.converged.all()):
                     failed.append((float(outcome.residual.max()), levels[k]))
+            run.reach(k, (None, x))
         if failed:
             worst, sigma = max(failed)
             warnings.warn(
@@ -60,7 +61,7 @@ class IterativeSolver(Solver):
                 f"worst is that from sigma = {sigma:.6g}, with a relative residual of {worst:.3g}: take "
                 "shorter steps, more iterations, or a solver that is exact; see solution.convergence",
                 InversionWarning,
-                stacklevel=5,  # past the walk, the end of the run, and `invert`
+                stacklevel=6,  # past the walk, the run, and `invert`
             )
         return None, x
 
@@ -73,7 +74,7 @@ class IterativeSolver(Solver):
         ratio = scale(target) / scale(sigma)
 
         def residual(y: Tensor) -> Tensor:
-            _, reached = run.walk([(k, shears)], (None, y))
+            _, reached = run.step(k, shears, (None, y))
             assert reached is not None
             return after - reached
 

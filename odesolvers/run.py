@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from copy import copy
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -10,13 +12,16 @@ from torch import Tensor
 
 from .checks import (
     OVERFLOW,
+    check_differentiable,
     check_origin,
     check_same,
     is_finite,
+    overlap,
     place,
     refuse_call,
     refuse_output,
     refuse_start,
+    version,
 )
 from .formula import Call, Shear
 from .grids import Grid, Sigmas, level_dtype
@@ -46,6 +51,21 @@ class Denoiser(Protocol):
     def __call__(self, x: Tensor, sigma: Tensor, /, **extra_args: Any) -> Tensor: ...
 
 
+@contextmanager
+def modes(differentiable: object) -> Iterator[Callable[[Any], Any]]:
+    """The modes of torch in a run; yields a wrapper that puts a function back in the caller's."""
+    if differentiable is not False:
+        check_differentiable(differentiable)
+    inference = torch.is_inference_mode_enabled()
+
+    def given(function: Any) -> Any:
+        return torch.inference_mode()(function) if inference and callable(function) else function
+
+    # What is made in inference mode has no version, by which a write to it would be noticed.
+    with torch.inference_mode(False), torch.set_grad_enabled(differentiable is True):
+        yield given
+
+
 class Run:
     """One run of a solver: its state to start from, and the denoiser calls, checked and counted.
 
@@ -70,8 +90,8 @@ class Run:
         self,
         solver: Any,
         denoiser: Denoiser,
-        x: Tensor | State,
-        sigmas: Sigmas,
+        x: Tensor | State | Solution,
+        sigmas: Sigmas | None,
         index: int | None = 0,
         extra_args: Mapping[str, Any] | None = None,
         callback: Callback | None = None,
@@ -80,11 +100,10 @@ class Run:
         if not callable(denoiser) or not (extra_args is None or isinstance(extra_args, Mapping)):
             refuse_call(denoiser, extra_args)
         self.solver, self.arithmetic, self.denoiser = solver, solver.arithmetic, denoiser
-        self.extra_args, self.callback, self.grid = (
-            dict(extra_args or {}),
-            callback,
-            Grid.of(sigmas),
-        )
+        self.extra_args, self.callback = dict(extra_args or {}), callback
+        if isinstance(x, Solution):
+            x = x.state
+        self.grid = _grid(x, sigmas)
         if differentiable and self.arithmetic.exact:
             raise ValueError(
                 f"a run in {self.arithmetic} has no gradient, for it rounds every state: use "
@@ -144,64 +163,107 @@ class Run:
         walk: Callable[[Steps, Pair], Pair],
         progress: bool,
         origin: int,
-        index: int,
         stop: int,
     ) -> Solution:
-        """Walks `steps` from the state; the solution at level `stop`, of a pair that stands at `index`.
+        """Walks `steps` from the state; the solution at level `stop`.
 
         `origin` is the index of the first pair of the run, see `Arithmetic.open`.
         """
-        state, coupled = self.state, self.solver.coupled
-        start: Pair = (state.partner, state.current)
-        if coupled:
-            start = start[::-1]
-        if self.arithmetic.exact:
-            self.memory = self.arithmetic.open(state, origin, self.dtype)
         bar = progress_bar(steps, desc=type(self.solver).__name__) if progress else steps
-        a, b = walk(bar, start)
-        if not (is_finite(a) and is_finite(b)):
+        index, pair = self._through(walk, bar, origin)
+        if not (is_finite(pair[0]) and is_finite(pair[1])):
             # What is not finite stays so: it is found at the end, and named by a second run.
-            if self.arithmetic.exact:
-                self.memory = self.arithmetic.open(state, origin, self.dtype)
             self.check, self.callback = True, None
-            a, b = walk(steps, start)
+            _, pair = self._through(walk, steps, origin)
             raise FloatingPointError(
                 "the run ended with a state that is not finite, and made again it did not: the "
                 "denoiser does not return the same output for the same input"
-                if is_finite(a) and is_finite(b)
+                if is_finite(pair[0]) and is_finite(pair[1])
                 else f"the final state is not finite; {OVERFLOW}"
             )
-        current, partner = (a, b) if coupled else (b, a if self.solver.states == 2 else None)
-        x, side = current if index == stop else partner, None
-        assert current is not None
+        state = self._state(index, pair, self.memory)
+        x = state.current if index == stop else state.partner
         assert x is not None
-        if self.memory is None:
-            x = x.clone()  # the caller may write to it
-        else:
-            side = self.arithmetic.close(self.memory, current, partner, index)
-            x = self.arithmetic.load(x, self.dtype)
-        state = State(current, partner, index, state.sigmas, state.solver, side, coupled)
+        # The caller may write to it.
+        x = x.clone() if state.side is None else self.arithmetic.load(x, self.dtype)
         return Solution(x, state, self.nfe, tuple(self.convergence))
 
-    def walk(self, steps: Steps, pair: Pair, *, undo: bool = False) -> Pair:
-        """Applies `steps` to the pair (a, b).
+    def _through(
+        self, walk: Callable[[Steps, Pair], Pair], steps: Steps, origin: int
+    ) -> tuple[int, Pair]:
+        """Where `steps` lead from the state. An exception on the way carries the last whole state."""
+        state, exact = self.state, self.arithmetic.exact
+        start: Pair = (state.partner, state.current)
+        if self.solver.coupled:
+            start = start[::-1]
+        self.memory = self.arithmetic.open(state, origin, self.dtype) if exact else None
+        self.reach(state.index, start)
+        try:
+            pair = walk(steps, start)
+        except BaseException as error:
+            self._hand_over(error, *self._reached)
+            raise
+        return self._reached[0], pair
 
-        A shear maps (a, b) to (b, c) with c = gain · a + rest(b). To undo it the pair comes in reverse,
-        and goes from (c, b) to (b, a): the denoiser is called at b either way.
+    def reach(self, index: int, pair: Pair) -> None:
+        """Notes that a step is done: the pair (a, b) stands at `index`."""
+        self._reached = index, pair, _versions(pair), copy(self.memory)
+
+    def _hand_over(
+        self, error: BaseException, index: int, pair: Pair, versions: list[int], memory: Any
+    ) -> None:
+        """Sets ``error.state``, unless a denoiser wrote to the pair, or it is of no use."""
+        with suppress(Exception):
+            if versions == _versions(pair) and is_finite(pair[0]) and is_finite(pair[1]):
+                error.state = self._state(index, pair, memory)  # type: ignore[attr-defined]
+                if index != self.state.index and hasattr(error, "add_note"):
+                    error.add_note(
+                        f"error.state is the state at level {index} of the grid, from which the run "
+                        "can go on: pass it in place of x"
+                    )
+
+    def _state(self, index: int, pair: Pair, memory: Any) -> State:
+        """The pair at `index`, as it is given to the caller."""
+        if not torch.is_grad_enabled():  # a denoiser may have asked for a gradient
+            a, b = (x.detach() if x is not None and x.requires_grad else x for x in pair)
+            pair = a, b
+        current, partner = pair if self.solver.coupled else pair[::-1]
+        partner, side = partner if self.solver.states == 2 else None, None
+        assert current is not None
+        if memory is not None:
+            if partner is None:
+                current = self.arithmetic.load(current, self.dtype)
+            else:
+                side = self.arithmetic.close(memory, current, partner, index)
+        return State(
+            current, partner, index, self.grid.levels, self.name, side, self.solver.coupled
+        )
+
+    def walk(self, steps: Steps, pair: Pair, *, undo: bool = False) -> Pair:
+        """The pair (a, b) that `steps` lead to, or undone came from."""
+        for k, shears in steps:
+            pair = self.step(k, shears, pair, undo)
+            self.reach(k if undo else k + 1, pair)
+        return pair
+
+    def step(self, k: int, shears: tuple[Shear, ...], pair: Pair, undo: bool = False) -> Pair:
+        """`walk` of the one step `k`.
+
+        A shear maps (a, b) to (b, c) with c = gain · a + rest(b). To undo it the denoiser is called at
+        b as well.
         """
         apply: Any = self.arithmetic.inverse if undo else self.arithmetic.forward
-        far, near = pair
+        far, near = pair[::-1] if undo else pair
         assert near is not None
-        for k, shears in steps:
-            for shear in shears:
-                if shear.gain == 1.0 and not shear.rest.terms:  # only exchanges the two
-                    far, near = near, far
-                else:
-                    new = apply(shear.gain, far, self.rest(shear, near, k), self.memory)
-                    if new.dtype is not near.dtype:  # half precision is summed in float32
-                        new = new.to(near.dtype)
-                    far, near = near, new
-        return far, near
+        for shear in shears:
+            if shear.gain == 1.0 and not shear.rest.terms:  # only exchanges the two
+                far, near = near, far
+            else:
+                new = apply(shear.gain, far, self.rest(shear, near, k), self.memory)
+                if new.dtype is not near.dtype:  # half precision is summed in float32
+                    new = new.to(near.dtype)
+                far, near = near, new
+        return (near, far) if undo else (far, near)
 
     def rest(self, shear: Shear, stored: Tensor, k: int) -> Tensor:
         """``rest(b)`` for the stored state b, in new storage; `k` is the number of the step.
@@ -214,18 +276,18 @@ class Run:
         if self.memory is not None:
             self.memory.sigma, x = self.grid.levels[k], self.arithmetic.load(stored, self.dtype)
         values, last, self._last = [x], self._last, None
-        pointers: list[int] = []
+        pointers: list[int] = []  # of the storages of the outputs
         if last is not None and shear.calls and last[0] is stored and last[1] == shear.calls[0]:
             values.append(last[2])
             pointers.append(last[2].untyped_storage().data_ptr())
         del last  # an output less while the next is made
         for point, sigma in shear.calls[len(values) - 1 :]:
             y = x if point.terms == {0: 1.0} else point.of(values).to(x.dtype)
-            version = -1 if y.is_inference() else y._version  # inference tensors have none
+            before = version(y)
             level = self._levels.new_full(x.shape[:1], sigma)
             output = self.denoiser(y, level, **self.extra_args)
             self.nfe += 1
-            if version >= 0 and y._version != version:
+            if version(y) != before:
                 raise ValueError(
                     f"the denoiser wrote to its input {place(sigma, k)}: work on a copy, x.clone()"
                 )
@@ -234,7 +296,10 @@ class Run:
                 or output.shape != x.shape
                 or output.dtype is not x.dtype
                 or output.device != x.device
-                or (pointer := output.untyped_storage().data_ptr()) in pointers
+                or (
+                    (pointer := output.untyped_storage().data_ptr()) in pointers
+                    and any(overlap(output, value) for value in values[1:])
+                )
             ):
                 refuse_output(output, y, sigma, k)
             if self.check and not is_finite(output):
@@ -243,8 +308,8 @@ class Run:
                 )
                 raise FloatingPointError(f"{what} is not finite {place(sigma, k)}; {OVERFLOW}")
             if self._twice:  # of the first shear that calls at all
-                before, self.nfe = output.clone(), self.nfe + 1
-                check_same(before, self.denoiser(y, level, **self.extra_args), sigma, k)
+                first, self.nfe = output.clone(), self.nfe + 1
+                check_same(first, self.denoiser(y, level, **self.extra_args), sigma, k)
             values.append(output)
             pointers.append(pointer)
         if len(values) > 1:
@@ -258,3 +323,19 @@ class Run:
                 shown = {"x": y, "denoised": values[1].clone()}  # it may write to them
                 self.callback({**shown, "i": k, "sigma": level, "sigma_hat": level.clone()})
         return shear.rest.of(values)
+
+
+def _versions(pair: Pair) -> list[int]:
+    return [version(x) for x in pair if x is not None]
+
+
+def _grid(x: object, sigmas: Sigmas | None) -> Grid:
+    """The grid of a run; a state's own, where `sigmas` is left out or is a float32 copy of it."""
+    own = Grid(x.sigmas) if isinstance(x, State) else None
+    grid = own if sigmas is None else Grid.of(sigmas)
+    if grid is None:
+        raise TypeError("sigmas, the grid of noise levels, is needed: only a State has its own")
+    if own is not None and len(own.levels) == len(grid.levels) and grid != own:
+        a, b = (torch.tensor(g.levels, dtype=torch.float32) for g in (own, grid))
+        return own if torch.equal(a, b) else grid
+    return grid

@@ -6,15 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, final
 
-import torch
 from torch import Tensor
 
 from .arithmetic import Arithmetic, FloatingPoint
-from .checks import check_differentiable, refuse_gain, refuse_stop
+from .checks import refuse_gain, refuse_stop
 from .formula import Shear
 from .grids import Grid, Sigmas
 from .propagation import Plan
-from .run import Callback, Denoiser, Pair, Run, Steps
+from .run import Callback, Denoiser, Pair, Run, Steps, modes
 from .settings import Settings
 from .state import Solution, State
 from .trust import SAMPLING_LIMIT, warn_before_inverting, warn_of_samples
@@ -50,7 +49,7 @@ class Solver(Settings, ABC):
 
     def undo(self, run: Run, steps: Steps, pair: Pair) -> Pair:
         """The pair (a, b) from which `steps`, here in reverse, led to `pair`."""
-        return run.walk(steps, pair[::-1], undo=True)[::-1]
+        return run.walk(steps, pair, undo=True)
 
     def encoding_error(self, grid: Grid) -> float | None:
         """Measured relative error of codes on `grid`, or None."""
@@ -61,8 +60,8 @@ class Solver(Settings, ABC):
     def sample(
         self,
         denoiser: Denoiser,
-        x: Tensor | State,
-        sigmas: Sigmas,
+        x: Tensor | State | Solution,
+        sigmas: Sigmas | None = None,
         *,
         extra_args: Mapping[str, Any] | None = None,
         callback: Callback | None = None,
@@ -100,28 +99,28 @@ class Solver(Settings, ABC):
             FloatingPointError: if the state or an output of the denoiser is not finite; names the
                 step and the noise level.
         """
-        if differentiable is not False:
-            check_differentiable(differentiable)
-        with torch.set_grad_enabled(differentiable):
+        with modes(differentiable) as given:
+            denoiser, callback = given(denoiser), given(callback)
             run = Run(self, denoiser, x, sigmas, 0, extra_args, callback, differentiable)
             levels, first, end = run.grid.levels, run.state.index, len(run.plan)
             stop = end if stop is None else count("stop", stop)
-            if not first < stop <= end:
-                refuse_stop(stop, first, end)
+            nearest = first + isinstance(x, Tensor)  # a state may stay where it is
+            if not nearest <= stop <= end:
+                refuse_stop(stop, nearest, end)
             if stop == end and not run.sampling_error <= SAMPLING_LIMIT:
                 warn_of_samples(self, run.sampling_error, end)
             lone = self.states == 2 and run.state.partner is None
             steps = run.plan[first:stop]
-            if lone and first > 0:
+            if lone and 0 < first < stop:
                 steps[0] = first, (self.start(levels[first], levels[first + 1]),)
-            return run.finish(steps, run.walk, progress, first + lone, stop, stop)
+            return run.finish(steps, run.walk, progress, first + lone, stop)
 
     @final
     def invert(
         self,
         denoiser: Denoiser,
-        x: Tensor | State,
-        sigmas: Sigmas,
+        x: Tensor | State | Solution,
+        sigmas: Sigmas | None = None,
         *,
         extra_args: Mapping[str, Any] | None = None,
         callback: Callback | None = None,
@@ -165,14 +164,14 @@ class Solver(Settings, ABC):
             TypeError, FloatingPointError: as for `sample`.
             ValueError: as for `sample`; and if a step on the way has the gain 0, which nothing undoes.
         """
-        if differentiable is not False:
-            check_differentiable(differentiable)
-        with torch.set_grad_enabled(differentiable):
+        with modes(differentiable) as given:
+            denoiser, callback = given(denoiser), given(callback)
             run = Run(self, denoiser, x, sigmas, None, extra_args, callback, differentiable)
             levels, last = run.grid.levels, run.state.index
             stop = 0 if stop is None else count("stop", stop)
-            if not 0 <= stop < last:
-                refuse_stop(stop, last, 0)
+            nearest = last - isinstance(x, Tensor)
+            if not 0 <= stop <= nearest:
+                refuse_stop(stop, nearest, 0)
             lone = self.states == 2 and run.state.partner is None
             end = stop if self.coupled or self.states == 1 else stop + 1  # the lower of two levels
             steps = [(k, shears[::-1]) for k, shears in run.plan[end:last][::-1]]
@@ -181,6 +180,7 @@ class Solver(Settings, ABC):
                     if 0.0 in [shear.gain for shear in shears]:
                         refuse_gain(self, run.grid, k)
                 warn_before_inverting(self, run.plan, run.grid, run.state, stop, run.dtype)
+            lone = lone and stop < last
             if lone:  # one step up supplies the neighbour
                 steps.insert(0, (last, (self.start(levels[last], levels[last - 1]),)))
             run.check |= self.iterative
@@ -188,10 +188,11 @@ class Solver(Settings, ABC):
             def walk(steps: Steps, pair: Pair) -> Pair:
                 steps = iter(steps)
                 if lone:
-                    pair = run.walk([next(steps)], pair)[::-1]
+                    pair = run.step(*next(steps), pair)[::-1]
+                    run.reach(last, pair)
                 return self.undo(run, steps, pair)
 
-            return run.finish(steps, walk, progress, last, end, stop)
+            return run.finish(steps, walk, progress, last, stop)
 
     @final
     def plan(self, grid: Grid) -> Plan:

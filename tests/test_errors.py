@@ -207,12 +207,15 @@ def test_stops_outside_the_grid(state: State) -> None:
             SOLVER.sample(gaussian(), X, GRID, stop=stop)
     for stop in (6, 7, -1):
         with pytest.raises(ValueError, match=f"can stop at 5 to 0, got stop = {stop}"):
+            SOLVER.invert(gaussian(), X, GRID, stop=stop)
+    for stop in (7, -1):
+        with pytest.raises(ValueError, match=f"can stop at 6 to 0, got stop = {stop}"):
             SOLVER.invert(gaussian(), state, GRID, stop=stop)
     for stop in (2.0, True, "2"):
         with pytest.raises(TypeError, match="stop must be an integer"):
             SOLVER.sample(gaussian(), X, GRID, stop=stop)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="last level already"):
-        SOLVER.sample(gaussian(), state, GRID)
+    with pytest.raises(ValueError, match="can stop at 6 to 6, got stop = 5"):
+        SOLVER.sample(gaussian(), state, GRID, stop=5)
 
 
 @final
