@@ -63,3 +63,14 @@ def test_an_installed_package_holds_no_packages_of_others(tmp_path: Path) -> Non
         cwd=tmp_path,
     )
     assert "No module named 'odesolvers.stranger'" in result.stderr
+
+
+def test_pyproject_names_every_package_for_the_wheel() -> None:
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    found = set()
+    for top, name in ((PACKAGE, "odesolvers"), (MODELS, "odesolvers.models")):
+        for file in top.rglob("__init__.py"):
+            found.add(".".join((name, *file.parent.relative_to(top).parts)))
+    named = set(settings["tool"]["setuptools"]["packages"])
+    assert named == found, "give tool.setuptools.packages in pyproject.toml the same packages"
