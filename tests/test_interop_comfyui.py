@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import inspect
+import json
+import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -238,3 +242,73 @@ def test_previews_and_interruptions(
     monkeypatch.setattr(sys.modules["latent_preview"], "prepare_callback", lambda *_: stop)
     with pytest.raises(Interrupted):
         nodes.SampleNode().sample(guider, noise)
+
+
+DOCS = Path(__file__).parents[1] / "docs"
+STOCK = {  # nodes of ComfyUI: their inputs, None for a widget, and their outputs
+    "CheckpointLoaderSimple": ({"ckpt_name": None}, ("MODEL", "CLIP", "VAE")),
+    "LoadImage": ({"image": None}, ("IMAGE", "MASK")),
+    "VAEEncode": ({"pixels": "IMAGE", "vae": "VAE"}, ("LATENT",)),
+    "VAEDecode": ({"samples": "LATENT", "vae": "VAE"}, ("IMAGE",)),
+    "CLIPTextEncode": ({"text": None, "clip": "CLIP"}, ("CONDITIONING",)),
+    "CFGGuider": (
+        {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "cfg": None},
+        ("GUIDER",),
+    ),
+    "BasicScheduler": (
+        {"model": "MODEL", "scheduler": None, "steps": None, "denoise": None},
+        ("SIGMAS",),
+    ),
+    "SaveImage": ({"images": "IMAGE", "filename_prefix": None}, ()),
+}
+
+
+def form(nodes: Any, name: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The inputs and outputs of a node, as in `STOCK`."""
+    if name in STOCK:
+        return STOCK[name]
+    node = nodes.NODE_CLASS_MAPPINGS[name]
+    given = node.INPUT_TYPES()
+    inputs = {
+        key: None if isinstance(kind, list) or kind == "STRING" else kind
+        for key, (kind, *_) in {**given["required"], **given.get("optional", {})}.items()
+    }
+    return inputs, node.RETURN_TYPES
+
+
+def test_the_workflow_of_the_docs_is_made_of_nodes_that_exist(nodes: Any) -> None:
+    workflow = json.loads((DOCS / "workflows" / "comfyui_edit.json").read_text())
+    for node in workflow.values():
+        inputs, _ = form(nodes, node["class_type"])
+        assert node["inputs"].keys() == inputs.keys(), node["class_type"]
+        for key, value in node["inputs"].items():
+            if not isinstance(value, list):
+                assert inputs[key] is None
+                continue
+            origin, output = value
+            assert form(nodes, workflow[origin]["class_type"])[1][output] == inputs[key]
+    used = {node["class_type"] for node in workflow.values()}
+    assert set(nodes.NODE_CLASS_MAPPINGS) < used
+    [chosen] = [n["inputs"] for n in workflow.values() if n["class_type"] == "ODESolversSampler"]
+    assert chosen["solver"] in nodes.SOLVERS
+
+
+def test_the_file_of_the_docs_registers_the_nodes(nodes: Any, tmp_path: Path) -> None:
+    page = (DOCS / "comfyui.md").read_text()
+    [text] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert text.strip() in re.sub(r"(?m)^ {4}", "", nodes.__doc__)
+    file = tmp_path / "exact_inversion.py"
+    file.write_text(text)
+    spec = importlib.util.spec_from_file_location(str(file.with_suffix("")), file)
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.NODE_CLASS_MAPPINGS is nodes.NODE_CLASS_MAPPINGS
+    assert module.NODE_DISPLAY_NAME_MAPPINGS.keys() == module.NODE_CLASS_MAPPINGS.keys()
+    for node in module.NODE_CLASS_MAPPINGS.values():
+        inputs = [key for group in node.INPUT_TYPES().values() for key in group]
+        assert list(inspect.signature(getattr(node(), node.FUNCTION)).parameters) == inputs
+        assert len(node.RETURN_TYPES) == 1
+    for name in module.NODE_DISPLAY_NAME_MAPPINGS.values():
+        assert f"**{name}**" in page

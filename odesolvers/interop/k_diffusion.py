@@ -46,18 +46,18 @@ def as_sampler(solver: Solver, on_end: Callable[[Solution], object] | None = Non
         image = sampler(model, noise, sigmas)
         back = sampler(model, solutions[-1].state, sigmas.flip(0))  # exact
 
-    Args of the function:
-        model: k-diffusion's contract and that of `Denoiser`, ``model(x, sigma, **extra_args)``.
-        x: floating point tensor ``(B, ...)`` at level ``sigmas[0]``, not modified; or a `State`.
-        sigmas: levels that fall or rise strictly, of any floating point dtype, on any device.
-        extra_args: keyword arguments for every call of the model.
-        callback: called once a step with k-diffusion's dictionary, where ``i`` counts the intervals of
-            `sigmas` in their own order, and ``sigma`` is ``sigmas[i]``. A run from a pair begins with
-            ``i = 1``, for the pair stands at both ends of the first interval. Inversions differ from
-            that where `Solver.invert` says so: in the ``sigma`` of a step from level 0, and of coupled
-            solvers.
-        disable: k-diffusion's switch of the progress bar: True for none, False for one, None for one
-            on a terminal only. The bar needs tqdm.
+    The arguments of the function:
+
+    - ``model``: k-diffusion's contract and that of `Denoiser`, ``model(x, sigma, **extra_args)``.
+    - ``x``: floating point tensor ``(B, ...)`` at level ``sigmas[0]``, not modified; or a `State`.
+    - ``sigmas``: levels that fall or rise strictly, of any floating point dtype, on any device.
+    - ``extra_args``: keyword arguments for every call of the model.
+    - ``callback``: called once a step with k-diffusion's dictionary, where ``i`` counts the intervals
+      of `sigmas` in their own order, and ``sigma`` is ``sigmas[i]``. A run from a pair begins with
+      ``i = 1``, for the pair stands at both ends of the first interval. Inversions differ from that
+      where `Solver.invert` says so: in the ``sigma`` of a step from level 0, and of coupled solvers.
+    - ``disable``: k-diffusion's switch of the progress bar: True for none, False for one, None for one
+      on a terminal only. The bar needs tqdm.
 
     Args:
         solver: any solver of this package; an approximator alone samples, and is not inverted.
