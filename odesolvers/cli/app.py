@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import torch
-from rich.console import Console
+from rich.text import Text
 from tqdm import tqdm
 
 from .. import InversionWarning, Solution, State, calibrate as learn
@@ -19,29 +19,30 @@ from ..extend import IntegrationApproximator
 from ..models import ClassifierFreeGuidance
 from . import choices, pictures, report, work
 from .choices import DEFAULT, DTYPES, GRIDS, MODELS
+from .report import Report
 from .work import Setup
 
 SUFFIX: Final = ".safetensors"
+MOST: Final = 10_000
+"""Images and steps that are taken for no slip of the keyboard."""
 
 
-def roundtrip(args: Namespace) -> None:
+def roundtrip(args: Namespace) -> Report:
     """Compare solvers on a round trip from noise, and draw one."""
     setup = Setup.of(args)
     noun, solvers = setup.model.noun, work.compared(setup.solver)
     compared = work.compare(setup, solvers, args.count, args.seed)
     rows = list(tqdm(compared, desc="solvers", total=len(solvers)))
-    console = Console(highlight=False)
-    console.print(report.comparison(rows, setup))
-    console.print(f"\n{report.legend(args.count, noun)}", style="dim")
-    for sentence in report.findings(rows, setup):
-        console.print(f"\n{sentence}", markup=False)
     chosen = next(row for row in rows if row.solver == setup.solver)
     title = f"From noise to {noun}s and back: {work.short(setup.solver)}"
-    pictures.draw_round_trip(chosen, setup.sigmas[0].item(), args.out, title, noun)
-    _wrote(args.out, "picture")
+    figure = pictures.draw_round_trip(chosen, setup.sigmas[0].item(), title, noun)
+    wrote = _write(args.out, "picture", lambda path: pictures.save(path, figure))
+    legend = Text(f"\n{report.legend(args.count, noun)}", style="dim")
+    findings = [Text(f"\n{sentence}") for sentence in report.findings(rows, setup)]
+    return [report.comparison(rows, setup), legend, *findings, *wrote]
 
 
-def sample(args: Namespace) -> None:
+def sample(args: Namespace) -> Report:
     """Sample images; --save keeps the state that leads back to noise."""
     start: State | torch.Tensor
     if file := getattr(args, "from"):
@@ -50,17 +51,18 @@ def sample(args: Namespace) -> None:
         setup = Setup.of(args, sampled=True)
         start = setup.noise(args.count, args.seed)
     solution = setup.run(start, down=True)
-    pictures.save(args.out, pictures.contact_sheet(solution.x))
+    wrote = _save(solution, setup, args.save)
+    sheet = pictures.side_by_side(pictures.contact_sheet(solution.x))
+    wrote += _write(args.out, "contact sheet", lambda path: pictures.save(path, sheet))
     noun = setup.model.noun
-    print(f"{solution.nfe} evaluations of the denoiser for {len(solution.x)} {noun}s")
+    lines = [f"{solution.nfe} evaluations of the denoiser for {len(solution.x)} {noun}s"]
     if setup.model.finite:
         distance = setup.distance(solution.x)
-        print(f"distance to the nearest real {noun}, per pixel, median: {distance:.1e}")
-    _wrote(args.out, "contact sheet")
-    _save(solution, setup, args.save)
+        lines.append(f"distance to the nearest real {noun}, per pixel, median: {distance:.1e}")
+    return [*lines, *wrote]
 
 
-def invert(args: Namespace) -> None:
+def invert(args: Namespace) -> Report:
     """Invert a saved state exactly, or a lone image approximately.
 
     A state brings its solver, grid, model and labels; options that say otherwise are refused.
@@ -73,14 +75,14 @@ def invert(args: Namespace) -> None:
         images = pictures.read_images(args.file, setup.images.shape[1:])
         start = images = setup.at_last_level(images)
     solution = setup.run(start, down=False)
-    _print_code(setup, solution.x, solution.nfe)
+    wrote = _save(solution, setup, args.save)
     noise = pictures.noise_in_view(solution.x, setup.sigmas[0].item())
-    pictures.save(args.out, pictures.contact_sheet(images), pictures.contact_sheet(noise))
-    _wrote(args.out, "images and their noise")
-    _save(solution, setup, args.save)
+    sheets = pictures.side_by_side(pictures.contact_sheet(images), pictures.contact_sheet(noise))
+    wrote += _write(args.out, "images and their noise", lambda path: pictures.save(path, sheets))
+    return [*_about_code(setup, solution.x, solution.nfe), *wrote]
 
 
-def edit(args: Namespace) -> None:
+def edit(args: Namespace) -> Report:
     """Invert images under their label, and sample under others.
 
     Without FILE the images are real ones, which the letters' network was not trained on.
@@ -105,71 +107,86 @@ def edit(args: Namespace) -> None:
         branches = {"positive": setup.extra_args((target,), count), "negative": own}
         options: Any = {"extra_args": branches, "progress": True}
         runs.append(setup.solver.sample(guided, code.state.fork(), setup.sigmas, **options))
-    _print_code(setup, code.x, sum(run.nfe for run in runs))
-    print(f"back under its own label to {work.relative(runs[1].x, images):.1e}")
     noise = pictures.noise_in_view(code.x, setup.sigmas[0].item())
     columns = {"image": images, "code": noise, "back": runs[1].x}
     columns |= {f"as {names[k]}": run.x for k, run in zip(targets, runs[2:], strict=True)}
     rows = [names[k] for k in own["class_labels"]]
     title = f"The same code under another label, guidance {args.guidance:g}"
-    pictures.draw_edit(columns, rows, args.out, title)
-    _wrote(args.out, "edits")
+    figure = pictures.draw_edit(columns, rows, title)
+    wrote = _write(args.out, "edits", lambda path: pictures.save(path, figure))
+    back = f"back under its own label to {work.relative(runs[1].x, images):.1e}"
+    return [*_about_code(setup, code.x, sum(run.nfe for run in runs)), back, *wrote]
 
 
-def calibrate(args: Namespace) -> None:
+def calibrate(args: Namespace) -> Report:
     """Learn weights of BDIA for a model and a grid, for --weights."""
     base = choices.read("--base", args.base, IntegrationApproximator, "a method such as Euler()")
     setup = Setup.of(args, base, sampled=True)
     denoiser, extra = setup.condition(args.count)
     noise, options = setup.noise(args.count, args.seed), {"max_runs": args.runs, "progress": True}
     rule = learn(denoiser, noise, setup.sigmas, base=base, extra_args=extra, **options)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    rule.save(args.out)
-    print(rule.report)
-    _wrote(args.out, "weights")
+    return [str(rule.report), *_write(args.out, "weights", rule.save)]
 
 
-def list_(args: Namespace) -> None:
+def list_(args: Namespace) -> Report:
     """List solvers, gamma rules, grids, models and what they need."""
     del args
-    console = Console(highlight=False)
-    for table in report.catalogue():
-        console.print(table, "")
-    print(report.HINTS)
+    return [*(part for table in report.catalogue() for part in (table, "")), report.HINTS]
 
 
-def _print_code(setup: Setup, code: torch.Tensor, evaluations: int) -> None:
+def _about_code(setup: Setup, code: torch.Tensor, evaluations: int) -> list[str]:
     mean, std = setup.latent(code)
-    print(f"{evaluations} evaluations of the denoiser")
-    print(f"latent mean {mean:.4f}, standard deviation {std:.4f} (of noise: 0 and 1)")
+    return [
+        f"{evaluations} evaluations of the denoiser",
+        f"latent mean {mean:.4f}, standard deviation {std:.4f} (of noise: 0 and 1)",
+    ]
 
 
-def _save(solution: Solution, setup: Setup, path: Path | None) -> None:
-    if path is not None:
+def _save(solution: Solution, setup: Setup, path: Path | None) -> list[str]:
+    """Writes the state if a path is given: before its picture, for it is worth more."""
+    if path is None:
+        return []
+    return _write(path, "state", lambda path: solution.state.save(path, setup.notes()))
+
+
+def _write(path: Path, what: str, write: Callable[[Path], object]) -> list[str]:
+    """Lets `write` write a file, in a folder that is made if need be; the line that reports it."""
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        solution.state.save(path, setup.notes())
-        _wrote(path, "state")
-
-
-def _wrote(path: Path, what: str) -> None:
-    print(f"wrote {path} ({what})")
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(
+            f"{path} cannot be written: {error.filename} is no folder"
+        ) from None
+    write(path)
+    return [f"{report.WROTE}{path} ({what})"]
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"must be a whole number, 1 or more, got {text!r}")
-    return int(text)
+    return _whole(text, 1, MOST, str(MOST))
 
 
 def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise ArgumentTypeError(f"must be a whole number from 0 to 2^63 - 1, got {text!r}")
+    return _whole(text, 0, 2**63 - 1, "2^63 - 1")
+
+
+def _whole(text: str, least: int, most: int, name: str) -> int:
+    """A whole number in a range, whose end has a `name`."""
+    if not text.isdecimal() or len(text) > 40 or not least <= int(text) <= most:
+        found = repr(text) if len(text) <= 40 else f"{len(text)} characters"
+        raise ArgumentTypeError(f"must be a whole number from {least} to {name}, got {found}")
     return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        return choices.finite(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from error
 
 
 def _device(text: str) -> torch.device:
     try:
-        return torch.empty(0, device=text).device
+        return torch.tensor([0], device=text).cpu().to(text).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ArgumentTypeError(f"the device {text!r} cannot be used here: {reason}") from error
@@ -207,14 +224,14 @@ OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "--weights": _option(_input, "FILE", "BDIA with weights that `odesolvers calibrate` wrote"),
     "--model": _choice(MODELS, "letters if installed; roundtrip: digits"),
     "--labels": _option(str, "LABELS", "3 or 1,4,7 or 0-9 or A-E (none; sampled letters: A-Z)"),
-    "--guidance": _option(float, "X", "classifier-free guidance (1; edit, sampled letters: 3)"),
+    "--guidance": _option(_number, "X", "classifier-free guidance (1; edit, sampled letters: 3)"),
     "--count": _option(_count, "N", "how many images (%(default)s)"),
     "--seed": _option(_seed, "N", "seed of the noise and of the choice of images (%(default)s)"),
     "--grid": _choice(GRIDS, "karras"),
     "--steps": _option(_count, "N", "steps of the grid (18; letters: 24)"),
-    "--sigma-min": _option(float, "X", "lowest noise level above 0 (0.002; letters: 0.02)"),
-    "--sigma-max": _option(float, "X", "highest noise level (80)"),
-    "--rho": _option(float, "X", "how much the levels crowd at the lower end (karras: 7)"),
+    "--sigma-min": _option(_number, "X", "lowest noise level above 0 (0.002; letters: 0.02)"),
+    "--sigma-max": _option(_number, "X", "highest noise level (80)"),
+    "--rho": _option(_number, "X", "how much the levels crowd at the lower end (karras: 7)"),
     "--dtype": _choice(DTYPES, "float32"),
     "--device": _option(_device, "NAME", "cpu, cuda, cuda:1, mps (%(default)s)"),
     "--out": _option(Path, "FILE", "the file to write (%(default)s)"),
@@ -228,7 +245,7 @@ ALL: Final = f"{SOLVER} {MODEL} {NOISE} {RUN}"
 
 DEFAULTS: Final = {"base": "Euler()", "runs": 80, "count": 36, "seed": 0, "device": "cpu"}
 LEARNING: Final = {"count": 16, "seed": 1000}  # so that learning and sampling see other noise
-COMMANDS: Final[tuple[tuple[Callable[[Namespace], None], str, str, Mapping[str, Any]], ...]] = (
+COMMANDS: Final[tuple[tuple[Callable[[Namespace], Report], str, str, Mapping[str, Any]], ...]] = (
     (roundtrip, "", ALL, {"out": "out/roundtrip.png", "model": "digits"}),
     (sample, "", f"--from {ALL} --save", {"out": "out/samples.png"}),
     (invert, "FILE", f"file {SOLVER} {MODEL} {RUN} --save", {"out": "out/inverted.png"}),
@@ -236,11 +253,14 @@ COMMANDS: Final[tuple[tuple[Callable[[Namespace], None], str, str, Mapping[str, 
     (calibrate, "", f"--base --runs {MODEL} {NOISE} {RUN}", {"out": "out/gamma.json", **LEARNING}),
     (list_, "", "", {}),
 )
-"""The commands: function, operand, names of the options, and defaults other than `DEFAULTS`."""
+"""The commands: function, operand, names of the options, and defaults other than `DEFAULTS`.
+
+A function writes its files, and then returns what is to be printed.
+"""
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that takes options in full only, and raises its errors."""
+    """A parser that takes options in full only, and raises its errors, those of printing too."""
 
     def __init__(self, **settings: Any) -> None:
         def formatter(prog: str) -> argparse.HelpFormatter:
@@ -250,6 +270,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see `{self.prog} --help`")
+
+    def print_help(self, file: object = None) -> None:
+        del file
+        report.show([self.format_help().rstrip("\n")])
 
 
 def parser() -> Parser:
@@ -284,4 +308,4 @@ def run(argv: Sequence[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("always", InversionWarning)
         warnings.showwarning = lambda message, *_: print(f"Warning: {message}", file=sys.stderr)
-        args.function(args)
+        report.show(args.function(args))

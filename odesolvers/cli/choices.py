@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import math
 import re
+import reprlib
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -150,6 +152,17 @@ def solver(args: Namespace) -> Solver | None:
     return found
 
 
+def finite(value: object) -> float:
+    """A number, or the text of one, that is neither infinite nor NaN."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"must be a finite number, got {reprlib.repr(value)}")
+    return number
+
+
 def grid(args: Namespace, model: Model) -> Tensor:
     """Noise levels of the grid options, with the defaults of `model` for those not given."""
     name = args.grid or "karras"
@@ -161,4 +174,8 @@ def grid(args: Namespace, model: Model) -> Tensor:
             raise ValueError(f"the grid {name} takes no --{option.replace('_', '-')}: leave it out")
     options = {k: v for k, v in model.grid.items() if k in known} | given
     steps = args.steps or model.steps
-    return make(steps if options.get("append_zero", True) else steps + 1, **options)
+    try:
+        return make(steps if options.get("append_zero", True) else steps + 1, **options)
+    except ArithmeticError as error:  # not of numbers that anybody means
+        found = ", ".join(f"{k} = {v:g}" for k, v in given.items())
+        raise ValueError(f"the grid {name} cannot be computed for {found}: {error}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from ..writing import replacing
 from .work import Row
 
 Pixels = npt.NDArray[np.uint8]
@@ -60,15 +61,29 @@ def noise_in_view(x: Tensor, sigma: float) -> Tensor:
     return x / (3 * sigma)
 
 
-def save(path: Path, *sheets: Pixels) -> None:
-    """Writes sheets of one height, left to right, to an image file, and makes its folder."""
+def side_by_side(*sheets: Pixels) -> Image.Image:
+    """Sheets of one height, left to right."""
     between = np.full((sheets[0].shape[0], 4 * GAP, 3), 255, np.uint8)
     parts = [part for sheet in sheets for part in (between, sheet)][1:]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        Image.fromarray(np.concatenate(parts, axis=1)).save(path)
-    except ValueError as error:  # Pillow takes the format from the ending
-        raise ValueError(f"{path} does not end as an image file does: use .png") from error
+    return Image.fromarray(np.concatenate(parts, axis=1))
+
+
+def save(path: Path, picture: Image.Image | Figure) -> None:
+    """Writes a picture whole or not at all, in the format that the ending of `path` names.
+
+    Raises:
+        ValueError: if it names none that can be written.
+        OSError: if the file cannot be written.
+    """
+    ending = path.suffix.lower()
+    write: Callable[..., object] = (
+        picture.save if isinstance(picture, Image.Image) else picture.savefig
+    )
+    with replacing(path) as file:
+        try:
+            write(file, format=Image.registered_extensions().get(ending, ending[1:]) or "none")
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} does not end as an image file does: use .png") from error
 
 
 def read_images(path: Path, shape: Sequence[int]) -> Tensor:
@@ -241,7 +256,7 @@ def signed_colours(x: Tensor) -> Tensor:
     return 2 * torch.cat(colours, 1) - 1
 
 
-def draw_round_trip(row: Row, sigma: float, path: Path, title: str, noun: str) -> None:
+def draw_round_trip(row: Row, sigma: float, title: str, noun: str) -> Figure:
     """The figure of a round trip: noise of level `sigma`, samples, both again, and the differences."""
     noise_gap, noise_power, noise_note = _difference(row.recovered / sigma, row.noise / sigma)
     sample_gap, sample_power, sample_note = _difference(row.resampled, row.samples)
@@ -275,11 +290,10 @@ def draw_round_trip(row: Row, sigma: float, path: Path, title: str, noun: str) -
         _say(above, 0.84, -0.115, f"sample, {there} calls", ha="right", color=ACCENT)
     _arrow(second, (1.05, 0.8), third, (-0.05, 0.2))
     _say(second, 1.15, 0.62, f"invert,\n{back} calls", ha="center", color=ACCENT)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    return figure
 
 
-def draw_edit(columns: Mapping[str, Tensor], rows: Sequence[str], path: Path, title: str) -> None:
+def draw_edit(columns: Mapping[str, Tensor], rows: Sequence[str], title: str) -> Figure:
     """The figure of an edit: images in `columns` by their headings, one in each of the named rows."""
     images = torch.stack([column.cpu() for column in columns.values()], 1).flatten(0, 1)
     sheet = contact_sheet(images, len(columns))
@@ -295,8 +309,7 @@ def draw_edit(columns: Mapping[str, Tensor], rows: Sequence[str], path: Path, ti
     ax.set_frame_on(False)
     style = {"fontsize": min(15, 2.2 * across), "weight": "bold", "color": INK}
     figure.suptitle(title, x=0.02, ha="left", **style)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    return figure
 
 
 def _arrow(tail: Any, start: Place, head: Any, end: Place) -> None:

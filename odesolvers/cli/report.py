@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from inspect import signature
-from typing import Final
+from typing import Final, TypeAlias
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 import odesolvers as ode
 
 from .choices import GRIDS, LEVELS, LISTED, LOADERS, METHODS, MODELS, installed
 from .work import Row, Setup, short
 
+Report: TypeAlias = Sequence[str | Table | Text]
+"""What a command prints when its files are written: a string is printed as it is, others are wrapped."""
+
+WROTE: Final = "wrote "
+"""Begins the line that reports a file."""
 GOOD: Final = 0.05
 """A sample nearer than this to a real image, per pixel, counts as that image."""
 
@@ -23,6 +33,31 @@ HINTS: Final = """\
   "BDIA(HeunEDM(), gamma=StepRatio(1), arithmetic=FixedPoint())"; in it,
   load('FILE.json') is the rule that `odesolvers calibrate` wrote.
 An extra is installed by: pip install 'odesolvers[extra]'"""
+
+
+def show(report: Report) -> None:
+    """Prints `report`.
+
+    Raises:
+        OSError: if stdout takes it no more; the message names the files that were written before.
+    """
+    console = Console(highlight=False)
+    with console.capture() as captured:
+        for part in report:
+            if isinstance(part, str):
+                console.out(part, highlight=False)
+            else:
+                console.print(part)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        print(captured.get().encode(encoding, "replace").decode(encoding), end="", flush=True)
+    except OSError as error:
+        with suppress(
+            OSError, ValueError
+        ):  # or Python prints the rest when it ends, and fails again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        wrote = [part for part in report if isinstance(part, str) and part.startswith(WROTE)]
+        raise OSError("; ".join([f"printing failed ({error})", *wrote])) from error
 
 
 def comparison(rows: Sequence[Row], setup: Setup) -> Table:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .. import InversionWarning, Solution, State, parse
 from ..extend import Solver
 from ..models import ClassifierFreeGuidance
+from ..typed import optional, read, whole
 from . import choices
 
 Labels = tuple[int, ...] | None
@@ -64,12 +65,21 @@ class Setup:
         """
         state, notes = State.load_with_notes(file, args.device)
         name = notes.get("model", args.model)
-        if name not in choices.MODELS:
-            found, known = f"the model {name}" if name else "no model", " or ".join(choices.MODELS)
+        if not isinstance(name, str) or name not in choices.MODELS:
+            found = "no model" if name is None else f"the model {str(name)[:80]}"
+            known = " or ".join(choices.MODELS)
             raise ValueError(f"{file} names {found}; the commands need --model {known}")
         model = choices.MODELS[name]
         stored: dict[str, Any] = {"model": name, "labels": None, "guidance": 1.0} | notes
-        stored["labels"] = stored["labels"] and tuple(stored["labels"])
+        try:
+            stored["labels"] = read(stored["labels"], optional([whole(0, len(model.names) - 1)]))
+            stored["guidance"] = choices.finite(stored["guidance"])
+            if stored["labels"] == ():
+                raise ValueError("it names no label")
+        except ValueError as error:
+            raise ValueError(
+                f"{file} has notes that do not suit the model {name}: {error}"
+            ) from error
         given = {"model": args.model, "guidance": args.guidance}
         given["labels"] = None if args.labels is None else model.labels(args.labels)
         changed = {k: v for k, v in given.items() if v is not None and v != stored[k]}
