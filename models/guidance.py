@@ -42,7 +42,8 @@ class ClassifierFreeGuidance(nn.Module):
         denoiser: a conditional denoiser, called once as ``denoiser(x, sigma, **arguments)``, with the
             negative branch in the first half of the batch and the positive one in the second.
         scale: the guidance scale, 0 for the negative prediction and 1 for the positive one. At 1 the
-            negative branch has no effect and is not evaluated.
+            negative branch has no effect and is not evaluated. (Pipelines of diffusers do not guide
+            below 1: their ``guidance_scale=0.0`` is 1 here.)
         shared: names of conditions without a batch, which must be the same in both branches; inside
             mappings with dots, such as ``"added_cond_kwargs.ids"``.
 
