@@ -22,13 +22,14 @@ MODELS = ROOT.parent / "models"  # installs as `odesolvers.models`
 
 # From the top. A file imports files of its own floor or of lower ones, and never in a circle.
 FLOORS = (
-    ("cli", "interop"),
+    ("cli", "interop", "schedulers"),
     ("__init__", "extend"),
     ("parsing", "named"),
-    ("calibration", "stability"),
+    ("calibration", "stability", "stepwise"),
     ("bdia", "coupled", "iterative"),
     ("gamma", "approximators"),
     ("solver",),
+    ("gradients",),
     ("run",),
     ("trust", "propagation"),
     ("state", "files"),

@@ -1,0 +1,130 @@
+"""Noise levels of the schedulers of diffusers, and the evaluations of a network at them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+from torch import Tensor
+
+from odesolvers.models.schedules import (
+    DISCRETE,
+    EDM,
+    FLOW,
+    DiscreteSchedule,
+    FlowSchedule,
+    SampledSchedule,
+    Schedule,
+)
+
+from ..approximators import DDIM, FlowEuler
+from ..grids import Grid, sigmas_from_alphas_cumprod
+from ..values import count
+
+
+class Call(NamedTuple):
+    """One evaluation of the network, at a noise level σ.
+
+    Latents are ``z = scale · x``, the network gets ``input · z``, and with its output F the denoised
+    state is ``D = skip · x + out · F``.
+    """
+
+    sigma: float
+    timestep: float
+    scale: float
+    input: float
+    skip: float
+    out: float
+
+
+def class_name(config: Mapping[str, Any]) -> str | None:
+    """The class of a scheduler by its config; one made by its constructor does not name it."""
+    if "_class_name" in config:
+        return str(config["_class_name"])
+    settings = {"self", *(name for name in config if not name.startswith("_"))}
+    known = sorted((*DISCRETE, *EDM, *FLOW), key=len)  # the inverse and parallel ones last
+    alike = (name for name in known if set(_parameters(name)) == settings)
+    return next(alike, None)
+
+
+def _parameters(name: str) -> Iterable[str]:
+    return inspect.signature(getattr(diffusers, name).__init__).parameters
+
+
+def latent_scale(schedule: Schedule, sigma: float) -> float:
+    """The factor s(σ) of latents, ``z = s(σ) x``: 1 at the level 0."""
+    return (FlowEuler() if isinstance(schedule, FlowSchedule) else DDIM()).scale(sigma)
+
+
+def calls_at(
+    schedule: Schedule, sigmas: Sequence[float], timesteps: Mapping[float, float]
+) -> tuple[Call, ...]:
+    """The evaluations at some levels, with the timesteps of those for which they are given.
+
+    Raises:
+        ValueError: if a level is outside of the training levels.
+    """
+    sigma = torch.tensor(sigmas, dtype=torch.float64)
+    one, inputs = sigma.new_ones(len(sigma), 1), list[Tensor]()
+
+    def zero(z: Tensor, t: Tensor) -> Tensor:
+        inputs.append(z)
+        return torch.zeros_like(z)
+
+    # The denoised state is affine in x and F: two values tell the coefficients.
+    skip = schedule.denoise(zero, one, sigma)
+    out = schedule.denoise(lambda z, t: torch.ones_like(z), torch.zeros_like(one), sigma)
+    columns = (
+        column.flatten().tolist() for column in (schedule.timestep(sigma), *inputs, skip, out)
+    )
+    return tuple(
+        Call(level, timesteps.get(level, t), scale, z / scale, c_skip, c_out)
+        for level, t, z, c_skip, c_out in zip(sigmas, *columns, strict=True)
+        for scale in [latent_scale(schedule, level)]
+    )
+
+
+def grid_of(
+    base: Any,
+    schedule: Schedule,
+    n: int | None,
+    timesteps: Sequence[float] | None,
+    sigmas: Sequence[float] | None,
+    mu: float | None,
+) -> tuple[Grid, dict[float, float]]:
+    """The grid of a scheduler of diffusers, and the timesteps of its levels, as far as it gives any.
+
+    Args:
+        base: the scheduler; its timesteps are set.
+        schedule: the schedule that it describes.
+        n: number of steps; None where levels are given.
+        timesteps: as for the scheduler, or whole training timesteps for one that has no `sigmas`, such
+            as `DDIMScheduler`.
+        sigmas: as for the scheduler, or noise levels with the last one of the run.
+        mu: as for the scheduler.
+
+    Raises:
+        ValueError: if the levels do not decrease.
+    """
+    if not hasattr(base, "sigmas"):
+        assert isinstance(schedule, DiscreteSchedule)
+        if sigmas is not None:
+            return Grid.of(sigmas), {}
+        if timesteps is not None:
+            whole = [count("a timestep", t) for t in timesteps]
+            alphas, end = schedule.alphas_cumprod, schedule.final
+            return Grid.of(sigmas_from_alphas_cumprod(alphas, whole, final=end)), {}
+        return Grid.of(schedule.sigmas(count("num_inference_steps", n), None, None)), {}
+    given = {"timesteps": timesteps, "sigmas": sigmas, "mu": mu}
+    base.set_timesteps(n, device="cpu", **{k: v for k, v in given.items() if v is not None})
+    # Two-stage schedulers list levels twice; a final sigma_min may repeat the last one.
+    levels = torch.unique_consecutive(base.sigmas.double())
+    if isinstance(schedule, SampledSchedule):
+        levels = schedule.levels(levels)
+    times = torch.unique_consecutive(base.timesteps).tolist()
+    if not len(levels) - 1 <= len(times) <= len(levels):  # there are others in between
+        times = []
+    return Grid.of(levels), dict(zip(levels.tolist(), times, strict=False))
