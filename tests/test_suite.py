@@ -1,13 +1,10 @@
-"""The benchmark suite: what it measures is right, what it drives is driven as published, it resumes."""
+"""The benchmark suite: what it measures is right, and what it drives is driven as published."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,16 +14,15 @@ from scipy.stats import norm
 from torch import Tensor
 
 from benchmarks.common import Problem, Reference, Upwards, reference, relative_errors
-from benchmarks.suite import __main__ as suite, measures, report, run as suite_run, solvers
+from benchmarks.suite import measures, run as suite_run, solvers
 from benchmarks.suite.data import fine_distance
-from benchmarks.suite.peers import Diffusers, KDiffusion, Sample, Sampler
-from benchmarks.suite.results import Results
-from benchmarks.suite.rows import Row, Rows
-from benchmarks.suite.solvers import Entry, plain
-from odesolvers import BDIA, DDIM, Denoiser, Euler, StepRatio, calibrate
+from benchmarks.suite.peers import Diffusers, KDiffusion, Sampler
+from benchmarks.suite.solvers import Entry
+from odesolvers import BDIA, DDIM, Euler, StepRatio, calibrate
 from odesolvers.models import Gaussian
 
 from .problems import gaussian, mixture, noise, relative_error
+from .suite_runs import Lost, measure, tiny
 
 # Measures.
 
@@ -151,11 +147,6 @@ def test_steps_are_the_most_within_the_budget() -> None:
 # Fine solutions.
 
 
-def tiny(**changes: Any) -> Problem:
-    problem = Problem("tiny", lambda device: gaussian(), (5,), 4, fine=400, version=0)
-    return replace(problem, **changes)
-
-
 def test_fine_solution_is_the_exact_flow_and_is_solved_once(tmp_path: Path) -> None:
     problem = tiny()
     solved = reference(problem, 3, tmp_path)
@@ -185,14 +176,6 @@ def test_fine_solution_is_compared_with_data() -> None:
 
 
 # Rows.
-
-
-def measure(solver: Sampler, problem: Problem | None = None, budget: int = 12) -> Row:
-    problem = problem or tiny()
-    x = problem.noise(0)
-    truth = Reference(x, gaussian().flow(x, 80.0, 0.02), 0.0)
-    run = suite_run.Run(problem, plain("solver", "test", solver), budget, 0)
-    return suite_run.measure(run, truth, None)
 
 
 def test_row_of_an_invertible_solver_against_the_exact_flow() -> None:
@@ -231,27 +214,6 @@ def test_row_of_a_sampler_has_no_code() -> None:
     assert row.round_trip is None
     assert row.sampling_median is not None
     assert row.sampling_median < measure(DDIM()).sampling_median  # type: ignore[operator]
-
-
-@dataclass(frozen=True)
-class Lost:
-    """Leaves the numbers, with an error or without."""
-
-    error: type[Exception] | None
-
-    def sample(
-        self,
-        denoiser: Denoiser,
-        x: Tensor,
-        sigmas: Tensor,
-        *,
-        extra_args: Mapping[str, Any] | None = None,
-    ) -> Sample:
-        if self.error is not None and len(x) > 2:  # the count of evaluations goes well
-            raise self.error
-        for sigma in sigmas[:-1]:
-            denoiser(x, sigma.expand(len(x)))
-        return Sample(x * math.nan)
 
 
 @pytest.mark.parametrize("error", [FloatingPointError, OverflowError, None])
@@ -309,163 +271,3 @@ def test_ddim_upwards_asks_for_the_noise_where_it_stands() -> None:
 def test_other_errors_are_not_swallowed() -> None:
     with pytest.raises(TypeError):
         measure(Lost(TypeError))
-
-
-def test_rows_come_back_from_the_file(tmp_path: Path) -> None:
-    row = measure(BDIA(Euler(), StepRatio(1)))
-    lost = replace(measure(Lost(None)), solver="lost")
-    rows = Rows(tmp_path)
-    rows.append(row)
-    rows.append(lost)
-    again = {found.solver: found for found in Rows(tmp_path)}
-    assert again["lost"] == replace(lost, **shortened(lost))
-    assert again["solver"] == replace(row, **shortened(row))
-
-
-def shortened(row: Row) -> dict[str, float]:
-    """Its numbers in the six digits of the file."""
-    return {key: float(f"{v:.6g}") for key, v in vars(row).items() if isinstance(v, float)}
-
-
-def test_a_row_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
-    rows = Rows(tmp_path)
-    rows.append(measure(DDIM()))
-    whole = rows.path.read_text()
-    rows.path.write_text(whole + whole.splitlines()[1][:-5])
-    again = Rows(tmp_path)
-    assert len(list(again)) == 1
-    again.append(replace(measure(DDIM()), solver="next"))
-    assert [row.solver for row in Rows(tmp_path)] == ["solver", "next"]
-
-
-def test_a_file_with_other_columns_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "suite.csv").write_text("problem,solver\nmixture,DDIM\n")
-    with pytest.raises(ValueError, match="has the columns"):
-        Rows(tmp_path)
-
-
-# All of it.
-
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Names and budgets of the rows that are measured."""
-    calls: list[tuple[str, int]] = []
-    original = suite_run.measure
-
-    def counting(run: suite_run.Run, *rest: Any) -> Row:
-        calls.append((run.entry.name, run.budget))
-        return original(run, *rest)
-
-    monkeypatch.setattr(suite_run, "measure", counting)
-    return calls
-
-
-def test_end_to_end_and_again(
-    tmp_path: Path, counted: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, cache = tmp_path / "out", tmp_path / "cache"
-    command = ["--quick", "--problems", "mixture", "--solvers", "DDIM", "BDIA Euler StepRatio(1)"]
-    command += ["--out", str(out), "--cache", str(cache)]
-    suite.main(command)
-    names = ["DDIM", "BDIA Euler StepRatio(1)"]
-    assert counted == [(name, budget) for budget in (10, 20) for name in names]
-    text = (out / "tables" / "suite.md").read_text()
-    for name in ("suite_mixture_errors.png", "suite_mixture_pareto.png"):
-        assert name in text
-        assert (out / "images" / name).stat().st_size > 1000
-    notes = json.loads((out / "tables" / "suite_references.json").read_text())
-    assert [note["convergence"] < 1e-3 for note in notes.values()] == [True]
-
-    monkeypatch.setattr(suite, "report", lambda *arguments: None)  # once is enough
-    counted.clear()
-    suite.main(command)
-    assert counted == []
-    suite.main([*command, "--budgets", "10", "15"])
-    assert counted == [(name, 15) for name in names]
-
-    counted.clear()
-    changed = plain("BDIA Euler StepRatio(1)", "BDIA", BDIA(Euler(), StepRatio(1.5)))
-    entries = [plain("DDIM", "one-step", DDIM()), changed]
-    monkeypatch.setattr(suite, "entries", lambda: entries)
-    suite.main(command)
-    assert counted == [(changed.name, budget) for budget in (10, 20)]
-
-    counted.clear()
-    problems = [replace(problem, version=99) for problem in suite.PROBLEMS]
-    monkeypatch.setattr(suite, "PROBLEMS", problems)
-    suite.main(command)
-    assert len(counted) == 4
-
-
-def test_unknown_names_are_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"no solver is called 'DDPM'; there are: .*DDIM"):
-        suite.main(["--quick", "--solvers", "DDPM", "--out", str(tmp_path)])
-
-
-# The report.
-
-
-def synthetic(name: str, budget: int, sampling: float, encoding: float | None, **more: Any) -> Row:
-    values = {"evaluations": budget, "encoding_evaluations": budget, **more}
-    values.update(sampling_median=sampling, encoding_median=encoding)
-    return Row("tiny", tiny().setting, name, "s", budget, values.pop("seed", 0), 4, 5, **values)
-
-
-@pytest.fixture
-def results(tmp_path: Path) -> Results:
-    rows = Rows(tmp_path)
-    for row in (
-        synthetic("DDIM", 10, 0.2, None),
-        synthetic(solvers.RECOMMENDED, 10, 0.1, 0.3),
-        synthetic("ahead", 10, 0.04, 0.2),
-        synthetic("ahead", 10, 0.06, 0.2, seed=1),
-        synthetic("ahead", 10, 0.05, 0.2, seed=2),
-        synthetic("dear", 10, 0.01, 0.01, encoding_evaluations=90),
-        replace(synthetic("ahead", 10, 9.0, 9.0), solver_setting="of yesterday"),
-    ):
-        rows.append(row)
-    names = ("DDIM", solvers.RECOMMENDED, "ahead", "dear")
-    entries = [replace(plain(name, "test", DDIM()), setting="s") for name in names]
-    return Results(rows, [tiny()], entries)
-
-
-def test_tables_mark_the_best_within_the_budget(results: Results) -> None:
-    assert report.by_budget(results, tiny(), "encoding_median") == [
-        [solvers.RECOMMENDED, "3.0e-01"],
-        ["ahead", "**2.0e-01 ±0%**"],
-        ["dear", "1.0e-02 (90)"],
-    ]
-    sampling = dict(report.by_budget(results, tiny(), "sampling_median"))
-    assert sampling["ahead"] == "5.0e-02 ±20%"
-    assert sampling["dear"] == "**1.0e-02**"
-
-
-def test_summary_counts_and_names(results: Results) -> None:
-    lines = report.summary(results).splitlines()[2:]
-    cells = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:] for line in lines}
-    assert cells["ahead"] == ["test", "1 of 1", "", "", "tiny 10 |"]
-    assert cells["dear"] == ["test", "1 of 1", "", "", " |"]  # its encoding costs too much
-    assert "DDIM" not in cells
-
-
-def test_worst_cases_are_the_largest_ratios_and_say_where(results: Results) -> None:
-    (line,) = report.worst_cases(results).splitlines()[2:]
-    cells = line.strip("| ").split(" | ")
-    assert cells[:3] == [solvers.RECOMMENDED, "tiny", "0.500 (at 10)"]
-    assert "DPM" not in line
-
-
-def test_ratios_are_best_near_one() -> None:
-    assert report.off(1.1, True) < report.off(0.8, True)
-    assert report.off(1.1, True) > report.off(0.95, True)
-    assert report.off(math.inf, True) == math.inf
-
-
-def test_settings_name_what_changes() -> None:
-    assert tiny().setting != tiny(version=2).setting
-    assert tiny().setting != tiny(fine=401).setting
-    names = [entry.name for entry in solvers.entries()]
-    assert len(names) == len(set(names))
-    assert {*report.BASELINES, solvers.RECOMMENDED} <= set(names)
-    assert Row.__dataclass_fields__.keys() >= {"encoding_median", "code_std"}

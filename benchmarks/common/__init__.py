@@ -14,6 +14,7 @@ from .errors import (
     sampling_error,
     solve,
 )
+from .files import claimed, locked, save
 from .problems import (
     DIGITS,
     EXACT_PROBLEMS,
@@ -43,15 +44,18 @@ __all__ = [
     "Upwards",
     "Watch",
     "bare",
+    "claimed",
     "encoding_error",
     "invertible",
     "k_diffusion",
+    "locked",
     "machine",
     "median_error",
     "one_step",
     "reference",
     "relative_errors",
     "sampling_error",
+    "save",
     "seconds",
     "shown",
     "solve",

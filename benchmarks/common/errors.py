@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from odesolvers import RK4, IntegrationApproximator, State
+from odesolvers.writing import replacing
 
 from .problems import Denoiser, Problem
 
 CACHE = Path(__file__).resolve().parents[1] / "cache"
 """The folder of fine solutions and learned weights, which git ignores."""
+
+UNREADABLE = (FileNotFoundError, EOFError, KeyError, ValueError, BadZipFile, zlib.error)
+"""Errors of numpy for a file that is not there, is empty, cut or something else."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +47,16 @@ def reference(problem: Problem, seed: int, cache: Path = CACHE) -> Reference:
     """The fine solution of a problem by RK4, kept in the folder `cache`."""
     name = f"{problem.name.replace(' ', '_')}-v{problem.version}-{problem.states}x{problem.fine}"
     path = cache / f"{name}-seed{seed}.npz"
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        noise = problem.noise(seed)
-        clean, half = (solve(problem, noise, n) for n in (problem.fine, problem.fine // 2))
-        convergence = median_error(half, clean)
-        part = path.with_name(
-            f"part-{path.name}"
-        )  # so that an interrupted run leaves no broken file
-        np.savez(part, noise=noise.numpy(), clean=clean.numpy(), convergence=convergence)
-        part.replace(path)
-    stored = np.load(path)
-    noise, clean = (torch.from_numpy(stored[key]) for key in ("noise", "clean"))
-    return Reference(noise, clean, float(stored["convergence"]))
+    with suppress(*UNREADABLE), path.open("rb") as file, np.load(file) as stored:
+        arrays = (torch.from_numpy(stored[key]) for key in ("noise", "clean"))
+        return Reference(*arrays, float(stored["convergence"]))
+    cache.mkdir(parents=True, exist_ok=True)
+    noise = problem.noise(seed)
+    clean, half = (solve(problem, noise, n) for n in (problem.fine, problem.fine // 2))
+    convergence = median_error(half, clean)
+    with replacing(path) as file:
+        np.savez(file, noise=noise.numpy(), clean=clean.numpy(), convergence=convergence)
+    return Reference(noise, clean, convergence)
 
 
 def solve(problem: Problem, noise: Tensor, steps: int) -> Tensor:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from .files import save
+
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 TABLES, IMAGES = DOCS / "tables", DOCS / "images"
 
@@ -19,10 +21,9 @@ def table(
 
 
 def write(path: Path, text: str) -> None:
-    """Prints `text` and writes it to `path`."""
+    """Writes `text` to `path`, and prints it."""
+    save(path, text)
     print(text)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n")
 
 
 def shown(value: object) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from odesolvers.writing import replacing
+
 from ..common import Problem
 from .results import Results
 from .solvers import Entry
@@ -48,7 +50,8 @@ def plot_errors(results: Results, problem: Problem, path: Path) -> bool:
     panels[1].set_title("encoding error")
     panels[0].set_ylabel("relative to the fine solution")
     legend(figure, results)
-    figure.savefig(path, dpi=150)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=150)
     plt.close(figure)
     return True
 
@@ -87,7 +90,8 @@ def plot_pareto(results: Results, problem: Problem, path: Path) -> bool:
         axes.grid(alpha=0.3)
     row[0][0].set_ylabel("encoding error")
     legend(figure, results, others="other invertible")
-    figure.savefig(path, dpi=150)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=150)
     plt.close(figure)
     return True
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..common import Problem, table
+from ..common import Problem, save, table
 from .plots import plot_errors, plot_pareto
 from .results import Results, number
 from .rows import Row, Rows
@@ -34,8 +34,8 @@ def report(rows: Rows, problems: Sequence[Problem], solvers: Sequence[Entry], ou
             if plot(results, problem, path):
                 parts.append(f"![{plot.__doc__}](../images/{path.name})")
         parts.append(problem_tables(results, problem))
-    (out / "tables" / "suite.md").write_text("\n\n".join(parts) + "\n")
-    (out / "tables" / "suite_worst.md").write_text(worst_cases(results) + "\n")
+    save(out / "tables" / "suite.md", "\n\n".join(parts))
+    save(out / "tables" / "suite_worst.md", worst_cases(results))
 
 
 def slug(problem: Problem) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from ..common import Problem
+from ..common import Problem, locked, save
 
 Key = tuple[str, str, str, str, int, int]
 
@@ -76,23 +78,26 @@ class Rows:
         self.notes_path = folder / "suite_references.json"
         self._columns = [column.name for column in fields(Row)]
         self._rows: dict[Key, Row] = {}
-        if self.path.exists():
-            self._read()
+        self.read()
 
-    def _read(self) -> None:
-        text = self.path.read_text()
-        if not text.endswith("\n"):  # the row of an interrupted run is measured again
-            text = text[: text.rfind("\n") + 1]
-            self.path.write_text(text)
-        reader = csv.DictReader(text.splitlines())
-        if text and list(reader.fieldnames or []) != self._columns:
+    def read(self) -> None:
+        """Reads the rows of the file, those of other processes too.
+
+        A line that is no row, because a disk was full or a process was killed, is passed over: the row
+        is measured again.
+        """
+        text = self.path.read_bytes() if self.path.exists() else b""
+        header, *lines = text.split(b"\n")[:-1] or [b""]  # what has no end is no line
+        names = header.decode(errors="replace").split(",")
+        if header and names != self._columns:
             raise ValueError(
-                f"{self.path} has the columns {reader.fieldnames}, this version of the suite "
-                f"{self._columns}: move the file away, or add what is missing"
+                f"{self.path} has the columns {names}, this version of the suite {self._columns}: move "
+                "the file away, or add what is missing"
             )
-        for values in reader:
-            row = Row(**{c.name: _parse(values[c.name], str(c.type)) for c in fields(Row)})  # type: ignore[arg-type]
-            self._rows[row.key] = row
+        for line in lines:
+            with suppress(ValueError, csv.Error):
+                row = _row(line)
+                self._rows[row.key] = row
 
     def __contains__(self, key: Key) -> bool:
         return key in self._rows
@@ -102,30 +107,43 @@ class Rows:
 
     def append(self, row: Row) -> None:
         """Adds a row, to the file too."""
-        begin = not self.path.exists() or self.path.stat().st_size == 0
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, self._columns, lineterminator="\n")
-            if begin:
+        lines = io.StringIO()
+        writer = csv.DictWriter(lines, self._columns, lineterminator="\n")
+        with locked(self.path) as file:
+            whole = file.read().rfind(b"\n") + 1
+            file.truncate(whole)  # the row that a process could not finish
+            if whole == 0:
                 writer.writeheader()
             writer.writerow({name: _text(value) for name, value in asdict(row).items()})
+            file.write(lines.getvalue().encode())
         self._rows[row.key] = row
 
     def note(self, problem: Problem, seed: int, convergence: float, frechet: float | None) -> None:
         """Records the convergence of a fine solution and its Fréchet distance to data."""
-        notes = self.notes()
-        notes[note_name(problem, seed)] = {"convergence": convergence, "frechet": frechet}
-        self.notes_path.write_text(json.dumps(notes, indent=1, sort_keys=True) + "\n")
+        with locked(self.path):  # against another process that adds a note
+            notes = self.notes()
+            notes[note_name(problem, seed)] = {"convergence": convergence, "frechet": frechet}
+            save(self.notes_path, json.dumps(notes, indent=1, sort_keys=True))
 
     def notes(self) -> dict[str, dict[str, float | None]]:
-        """All notes, by `note_name`."""
-        if not self.notes_path.exists():
-            return {}
-        notes: dict[str, dict[str, float | None]] = json.loads(self.notes_path.read_text())
+        """All notes, by `note_name`; none if the file is damaged, since all can be made again."""
+        notes: dict[str, dict[str, float | None]] = {}
+        if self.notes_path.exists():
+            with suppress(ValueError):
+                notes = json.loads(self.notes_path.read_text("utf-8"))
         return notes
 
 
 def note_name(problem: Problem, seed: int) -> str:
     return f"{problem.name}, {problem.setting}, seed {seed}"
+
+
+def _row(line: bytes) -> Row:
+    """The row in a line of the file, or a ValueError."""
+    (values,) = csv.reader([line.decode()], strict=True)
+    columns = fields(Row)
+    parsed = (_parse(v, str(c.type)) for v, c in zip(values, columns, strict=True))
+    return Row(*parsed)  # type: ignore[arg-type]
 
 
 def _text(value: object) -> str:

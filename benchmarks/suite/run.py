@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..common import Problem, Reference, invertible, reference, relative_errors
+from ..common import Problem, Reference, claimed, invertible, reference, relative_errors
 from .data import data, fine_distance, larger_batch
 from .measures import Meter, frechet_distance, normality, percentile, relative_distance
 from .rows import Key, Row, Rows, note_name
@@ -149,22 +149,29 @@ def missing(
 
 
 def measure_all(runs: Sequence[Run], rows: Rows, cache: Path) -> None:
-    """Measures and appends row by row, so that an interrupted run loses only one row."""
+    """Measures and appends row by row, so that an interrupted run loses only one row.
+
+    Several processes may run at once: rows that another one has measured, or is at, are passed over.
+    """
     bar = tqdm(total=len(runs), desc="suite")
     for problem, own in grouped(runs):
         real = data(problem) if problem.data is not None else None
         truths: dict[int, Reference] = {}
         for run in own:
-            if run.seed not in truths:
-                truth = truths[run.seed] = reference(problem, run.seed, cache)
-                if note_name(problem, run.seed) not in rows.notes():
-                    distance = fine_distance(problem, run.seed)
-                    rows.note(problem, run.seed, truth.convergence, distance)
             bar.set_postfix_str(f"{problem.name}, {run.entry.name}, {run.budget}, seed {run.seed}")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about inversions that amplify errors
-                rows.append(measure(run, truths[run.seed], real))
             bar.update()
+            with claimed(cache, f"{rows.path.resolve()} {run.key}") as ours:
+                rows.read()
+                if run.key in rows or not ours:
+                    continue
+                if run.seed not in truths:
+                    truth = truths[run.seed] = reference(problem, run.seed, cache)
+                    if note_name(problem, run.seed) not in rows.notes():
+                        distance = fine_distance(problem, run.seed)
+                        rows.note(problem, run.seed, truth.convergence, distance)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # about inversions that amplify errors
+                    rows.append(measure(run, truths[run.seed], real))
     bar.close()
 
 

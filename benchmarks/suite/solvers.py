@@ -6,6 +6,7 @@ Add an entry to `entries`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 
@@ -111,7 +112,7 @@ class CalibratedBDIA:
         x = problem.calibration_noise()[: self.states]
         name = f"{problem.name.replace(' ', '_')}-v{problem.version}"
         path = CACHE / f"{name}-weights-{steps}-of-{len(x)}-in-{runs}.json"
-        if kept and path.exists():
+        with suppress(FileNotFoundError, ValueError):  # not there, or damaged
             return Calibrated.load(path)
         rule = calibrate(
             problem.denoiser,
