@@ -145,7 +145,7 @@ def _not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
         ("tqdm", "'odesolvers[cli]'"),
         ("PIL", "'odesolvers[cli]'"),
         ("matplotlib.figure", "'odesolvers[cli]'"),
-        ("safetensors.torch", "'odesolvers[cli]'"),
+        ("safetensors.torch", "safetensors"),
         ("sklearn.datasets", "scikit-learn"),
     ],
 )
