@@ -52,8 +52,10 @@ def overlap(a: Tensor, b: Tensor) -> bool:
     # Parts may be interleaved, as the halves of the channels of a batch are.
     low = min(i, j)
     places = torch.arange(max(i + m, j + n) - low + 1)
-    parts = [places.as_strided(t.shape, t.stride(), t.storage_offset() - low) for t in (a, b)]
-    return bool(torch.isin(*parts).any())
+    first, second = (
+        places.as_strided(t.shape, t.stride(), t.storage_offset() - low).flatten() for t in (a, b)
+    )
+    return bool(torch.isin(first, second).any())
 
 
 def version(x: Tensor) -> int:
@@ -154,6 +156,21 @@ def refuse_gain(solver: Any, grid: Grid, k: int) -> NoReturn:
         f"sigmas[{k + 1}] = {grid.levels[k + 1]:.6g} has the weight g = 0 and keeps nothing of the "
         f"state before; {remedy}"
     )
+
+
+def check_coefficients(plan: Any, grid: Grid, dtype: torch.dtype) -> None:
+    """Levels and coefficients that `dtype`, in which steps are summed, can hold, or a ValueError."""
+    for k, shears in plan:
+        for shear in shears:
+            sums = [shear.rest, *(call.point for call in shear.calls)]
+            numbers = [grid.levels[k], shear.gain, *(c for s in sums for c in s.terms.values())]
+            largest = max(map(abs, numbers))
+            if not largest <= torch.finfo(dtype).max:
+                raise ValueError(
+                    f"the step from sigmas[{k}] = {grid.levels[k]:.6g} to sigmas[{k + 1}] = "
+                    f"{grid.levels[k + 1]:.6g} has the coefficient {largest:.3g}, which {dtype} does "
+                    "not hold: leave out levels that nearly coincide or are nearly 0, or use float64"
+                )
 
 
 def refuse_output(output: object, x: Tensor, sigma: float, k: int) -> NoReturn:

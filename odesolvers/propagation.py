@@ -151,11 +151,11 @@ class LinearRun:
             here, newer = (newer - stage.slope * here) / stage.gain, here
         return abs(here) if math.isfinite(here) else math.inf
 
-    def sampling_error(self) -> float:
-        """The relative error of a sample."""
+    def sampling_error(self, roundoff: float = 0.0) -> float:
+        """The relative error of a sample, by truncation and, in a two-step solver, by rounding."""
         size = self.size(len(self.steps))
         if self.neighbours:
-            return _root([newer for *_, newer in _do(self.stages)][-1]) / size
+            return _root([newer for *_, newer in _do(self.stages, roundoff)][-1]) / size
         first = [self.size(0), *(here for _, here, _ in self._coupled())][-1]
         return abs(first - size) / size
 
@@ -229,8 +229,8 @@ def _undo(
     return _root(hh)
 
 
-def _do(path: Iterable[Stage]) -> Iterator[tuple[float, float, float]]:
-    """Variances of the truncation errors of older, here and newer, stage by stage down the grid:
+def _do(path: Iterable[Stage], roundoff: float = 0.0) -> Iterator[tuple[float, float, float]]:
+    """Variances of the errors of older, here and newer, stage by stage down the grid:
 
     newer = gain · older + slope · here
     """
@@ -238,7 +238,9 @@ def _do(path: Iterable[Stage]) -> Iterator[tuple[float, float, float]]:
     for stage in path:
         older, here, newer = stage.sizes
         r, g = stage.slope, stage.gain
-        local = g * older + r * here - newer
+        # A product and a sum are rounded: errors of their terms, which may be larger than the sum.
+        rounding = roundoff * math.hypot(newer, g * older, math.sqrt(stage.spread) * here)
+        local = math.hypot(g * older + r * here - newer, rounding)
         nn = max(g * g * oo + 2.0 * g * r * oh + r * r * hh, 0.0) + local * local
         yield oo, hh, nn
         oo, oh, hh = hh, g * oh + r * hh, nn

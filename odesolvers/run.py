@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .checks import (
     OVERFLOW,
+    check_coefficients,
     check_differentiable,
     check_origin,
     check_same,
@@ -113,14 +114,16 @@ class Run:
         self.state, self.dtype = self._stored(
             x, len(self.grid.levels) - 1 if index is None else index
         )
-        key = self.name, *classes, self.grid.levels
+        dtype = level_dtype(self.dtype)
+        key = self.name, *classes, self.grid.levels, dtype
 
         def planned() -> tuple[Plan, float]:
             plan = solver.plan(self.grid)
-            return plan, expected_sampling_error(solver, plan, self.grid)
+            check_coefficients(plan, self.grid, dtype)
+            return plan, expected_sampling_error(solver, plan, self.grid, dtype)
 
         self.plan, self.sampling_error = once(key, planned)
-        self._levels = self.state.current.new_empty(0, dtype=level_dtype(self.dtype))
+        self._levels = self.state.current.new_empty(0, dtype=dtype)
         self._twice = self.arithmetic.check_determinism
         self._last: tuple[Tensor, Call, Tensor] | None = None
         self._reported = -1
@@ -170,15 +173,15 @@ class Run:
         `origin` is the index of the first pair of the run, see `Arithmetic.open`.
         """
         bar = progress_bar(steps, desc=type(self.solver).__name__) if progress else steps
-        index, pair = self._through(walk, bar, origin)
-        if not (is_finite(pair[0]) and is_finite(pair[1])):
+        index, pair, finite = self._through(walk, bar, origin)
+        if not finite:
             # What is not finite stays so: it is found at the end, and named by a second run.
             self.check, self.callback = True, None
-            _, pair = self._through(walk, steps, origin)
+            *_, finite = self._through(walk, steps, origin)
             raise FloatingPointError(
                 "the run ended with a state that is not finite, and made again it did not: the "
                 "denoiser does not return the same output for the same input"
-                if is_finite(pair[0]) and is_finite(pair[1])
+                if finite
                 else f"the final state is not finite; {OVERFLOW}"
             )
         state = self._state(index, pair, self.memory)
@@ -190,8 +193,11 @@ class Run:
 
     def _through(
         self, walk: Callable[[Steps, Pair], Pair], steps: Steps, origin: int
-    ) -> tuple[int, Pair]:
-        """Where `steps` lead from the state. An exception on the way carries the last whole state."""
+    ) -> tuple[int, Pair, bool]:
+        """The index and the pair that `steps` lead to, and whether it is finite.
+
+        An exception on the way carries the last whole state.
+        """
         state, exact = self.state, self.arithmetic.exact
         start: Pair = (state.partner, state.current)
         if self.solver.coupled:
@@ -200,14 +206,18 @@ class Run:
         self.reach(state.index, start)
         try:
             pair = walk(steps, start)
+            return self._reached[0], pair, is_finite(pair[0]) and is_finite(pair[1])  # waits
         except BaseException as error:
             self._hand_over(error, *self._reached)
             raise
-        return self._reached[0], pair
 
     def reach(self, index: int, pair: Pair) -> None:
         """Notes that a step is done: the pair (a, b) stands at `index`."""
         self._reached = index, pair, _versions(pair), copy(self.memory)
+
+    def forget(self) -> None:
+        """Lets the next shear evaluate for itself what the one before may have evaluated."""
+        self._last = None
 
     def _hand_over(
         self, error: BaseException, index: int, pair: Pair, versions: list[int], memory: Any

@@ -37,25 +37,29 @@ def roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-def expected_sampling_error(solver: Any, plan: Plan, grid: Grid) -> float:
+def expected_sampling_error(
+    solver: Any, plan: Plan, grid: Grid, dtype: torch.dtype = torch.float64
+) -> float:
     """The relative error of samples, if the data are Gaussian of standard deviation 0.5.
 
+    That of rounding in `dtype` is in it: a step after levels that nearly coincide amplifies it.
     0 of a solver of one state: nothing carries the errors of its steps further than its flow does.
     """
     if solver.states == 1:
         return 0.0
-    return LinearRun.of(solver, plan, grid, grid.steps).sampling_error()
+    return LinearRun.of(solver, plan, grid, grid.steps).sampling_error(roundoff(dtype))
 
 
 def warn_of_samples(solver: Any, error: float, steps: int) -> None:
     """Warns that samples are expected to be off by `error`, above `SAMPLING_LIMIT`."""
     _warn(
-        f"samples are expected to be off by {error:.2g} times the size of the data, by truncation "
-        f"errors that {solver} amplifies over the {steps} steps down this grid. Use more and shorter "
+        f"samples are expected to be off by {error:.2g} times the size of the data, by errors that "
+        f"{solver} amplifies over the {steps} steps down this grid. Leave out levels that nearly "
+        "coincide, if there are; use more and shorter steps, or "
         + (
-            "steps, or BDIA"
+            "BDIA"
             if solver.coupled
-            else "steps, or another rule: StepRatio(1), over two-stage methods HeunStepRatio()"
+            else "another rule: StepRatio(1), over two-stage methods HeunStepRatio()"
         ),
         StabilityWarning,
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from odesolvers import (
     BDIA,
     EDICT,
+    RK3,
     RK4,
     Euler,
     FixedPoint,

@@ -12,12 +12,14 @@ from odesolvers import (
     BDIA,
     DDIM,
     EDICT,
+    RK4,
     Euler,
     FixedPoint,
     HeunEDM,
     HeunStepRatio,
     InversionWarning,
     McCallumFoster,
+    SmoothedOutput,
     StabilityWarning,
     StepRatio,
     karras_sigmas,
@@ -125,3 +127,53 @@ def test_round_trips_off_the_flow_are_expected_to_lose_what_they_lose(
     measured = float((back - x).double().norm() / x.double().norm())
     expected = stability_report(solver, sigmas).round_trip_error(dtype)
     assert measured / 30 < expected < 1e4 * measured  # at g = 1 roundings cancel
+
+
+COINCIDENT = [
+    BDIA(HeunEDM(), StepRatio(2)),
+    BDIA(RK4(), SmoothedOutput(StepRatio(2.9))),
+    BDIA(Euler(), StepRatio(2)),
+    BDIA(DDIM(), StepRatio(2), FixedPoint()),
+]
+
+
+@pytest.mark.parametrize("solver", COINCIDENT, ids=repr)
+@pytest.mark.parametrize("gap", [1e-7, 1e-8, 1e-9, 1e-10, 1e-12])
+@pytest.mark.parametrize("place", [2, 9, 17])
+def test_levels_that_nearly_coincide_are_warned_of_where_they_spoil_the_sample(
+    solver: Solver, gap: float, place: int
+) -> None:
+    """Merged or rounded grids: a step after a tiny one weighs the state before it by 1e9 and more."""
+    levels = karras_sigmas(20).tolist()
+    levels.insert(place + 1, levels[place] * (1 - gap))
+    denoiser, x = Gaussian(0.0, STD), noise(64, 4, sigma=80.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            sampled = solver.sample(denoiser, x, levels).x
+        except (OverflowError, ValueError):
+            return  # refused aloud
+    right = x * math.sqrt(0.25 / (0.25 + 6400))
+    if relative_error(sampled, right) > 3:
+        assert "nearly coincide" in str(caught[0].message)
+
+
+@pytest.mark.parametrize(
+    ("solver", "levels"),
+    [
+        (BDIA(Euler()), [1.0, 1e-44, 0.0]),
+        (BDIA(Euler(), arithmetic=FixedPoint(53)), [1.0, 1e-46, 1e-47]),
+        (BDIA(Euler(), StepRatio(3)), [1.0, 1.0 - 1e-14, 0.5, 0.0]),
+        (DDIM(), [1e39, 1e38, 1.0]),
+        (EDICT(), [1e39, 1e38, 1.0]),
+    ],
+    ids=str,
+)
+def test_coefficients_that_a_dtype_does_not_hold_are_named(
+    solver: Solver, levels: list[float]
+) -> None:
+    x = noise(2, 3, dtype=torch.float32)
+    with pytest.raises(
+        ValueError, match=r"which torch.float32 does not hold|does not fit the grid"
+    ):
+        solver.sample(Gaussian(0.0, STD), x, levels)
