@@ -243,19 +243,142 @@ def test_a_denoiser_that_writes_does_not_reach_states_that_a_caller_holds() -> N
         assert torch.equal(state.partner, kept[1])
 
 
-def test_outputs_that_share_one_buffer_are_refused() -> None:
-    buffer = torch.empty(4, 3)
-    calls = [0]
+WRITES: dict[str, Callable[[Tensor], object]] = {
+    "mul_": lambda x: x.mul_(1.01),
+    "part": lambda x: x[0].zero_(),
+    "out": lambda x: torch.add(x, 1.0, out=x),
+    "index": lambda x: x.__setitem__((0, 0), 3.0),
+    "view": lambda x: x.view(-1).clamp_(0.0, 1.0),
+    "copy_": lambda x: x.copy_(torch.ones_like(x)),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@pytest.mark.parametrize("solver", [*SOLVERS, BDIA(Euler(), 0.9, FixedPoint())], ids=repr)
+def test_writes_to_the_input_are_noticed_in_inference_mode_too(
+    solver: Solver, write: Callable[[Tensor], object], inference: bool
+) -> None:
+    """At the first call, where the input is the state, and at a later one, where it may be another."""
+    x, grid = noise(2, 3, sigma=80.0), karras_sigmas(5)
+    there = solver.sample(mixture(), x, grid).state
+    for late in (0, 1, 3):
+        for run, start in ((solver.sample, x), (solver.invert, there)):
+            calls = [0]
+
+            def denoiser(
+                x: Tensor, sigma: Tensor, /, late: int = late, calls: Any = calls, **_: Any
+            ) -> Tensor:
+                assert torch.is_inference_mode_enabled() == inference
+                found = mixture()(x, sigma)
+                calls[0] += 1
+                if calls[0] == late + 1:
+                    write(x)
+                return found
+
+            with (
+                torch.inference_mode(inference),
+                torch.no_grad(),
+                pytest.raises(ValueError, match="wrote to its input"),
+            ):
+                run(denoiser, start, grid)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_inference_mode_stays_on_for_what_the_caller_gave_and_ends_before_the_result(
+    solver: Solver,
+) -> None:
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))  # an inference tensor, written to
+
+        def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+            assert torch.is_inference_mode_enabled()
+            assert not torch.is_grad_enabled()
+            self.calls += 1
+            return mixture()(x, sigma)
+
+    def callback(info: dict[str, Any]) -> None:
+        assert torch.is_inference_mode_enabled()
+        total.add_(info["x"].sum())
+
+    with torch.inference_mode():
+        total, x, network = torch.zeros(()), noise(2, 3, sigma=80.0), Network()
+        there = solver.sample(network, x, karras_sigmas(5), callback=callback)
+        assert torch.is_inference_mode_enabled()
+    assert int(network.calls) == there.nfe
+    assert not there.x.is_inference()
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS, RK4()], ids=repr)
+def test_gradients_that_a_denoiser_asks_for_are_its_own(solver: Solver) -> None:
+    """As guidance by a classifier does."""
 
     def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
-        calls[0] += 1
-        out = buffer[
-            calls[0] % 2 : calls[0] % 2 + 2
-        ]  # rows that overlap with those of the last call
-        return out.copy_(0.5 * x)
+        with torch.enable_grad():
+            x.requires_grad_()
+            (slope,) = torch.autograd.grad((x**2).sum(), x)
+            return mixture()(x, sigma) - 0.01 * slope
 
-    with pytest.raises(ValueError, match="storage of an earlier output"):
-        HeunEDM().sample(denoiser, torch.ones(2, 3), [8.0, 4.0, 2.0])
+    there = solver.sample(denoiser, noise(2, 3, sigma=80.0), karras_sigmas(5))
+    assert not there.x.requires_grad
+    assert not there.state.current.requires_grad
+    assert there.state.partner is None or not there.state.partner.requires_grad
+
+
+def parts(kind: str, shape: tuple[int, int]) -> Callable[[int], Tensor]:
+    """The n-th of three outputs that lie in one buffer."""
+    rows, columns = shape
+    if kind == "rows of a buffer":
+        return lambda n: buffer[n * rows : (n + 1) * rows]
+    if kind == "columns of a buffer":
+        return lambda n: buffer.view(rows, 3 * columns)[:, n * columns : (n + 1) * columns]
+    if kind == "every third row":
+        return lambda n: buffer[n::3]
+    if kind == "every third column":
+        return lambda n: buffer.view(rows, 3 * columns)[:, n::3]
+    if kind == "one and the same":
+        return lambda n: buffer[:rows]
+    if kind == "rows that overlap":
+        return lambda n: buffer[n : n + rows]
+    assert kind == "columns that overlap"
+    return lambda n: buffer.view(rows, 3 * columns)[:, n : n + columns]
+
+
+buffer = torch.empty(12, 3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "apart"),
+    [
+        ("rows of a buffer", True),
+        ("columns of a buffer", True),
+        ("every third row", True),
+        ("every third column", True),
+        ("one and the same", False),
+        ("rows that overlap", False),
+        ("columns that overlap", False),
+    ],
+)
+@pytest.mark.parametrize("solver", [HeunEDM(), BDIA(HeunEDM("both")), EDICT(), RK3()], ids=repr)
+def test_outputs_may_lie_in_parts_of_one_buffer_that_do_not_overlap(
+    solver: Solver, kind: str, apart: bool
+) -> None:
+    x, grid = noise(4, 3, sigma=80.0), karras_sigmas(4)
+    part, calls = parts(kind, (4, 3)), [0]
+
+    def denoiser(x: Tensor, sigma: Tensor, /, **_: Any) -> Tensor:
+        calls[0] += 1
+        return part(calls[0] % 3).copy_(mixture()(x, sigma))
+
+    if apart or solver == EDICT():  # which needs one output at a time
+        assert torch.equal(solver.sample(denoiser, x, grid).x, solver.sample(mixture(), x, grid).x)
+    else:
+        with pytest.raises(ValueError, match="storage of an earlier output"):
+            solver.sample(denoiser, x, grid)
 
 
 @pytest.mark.parametrize("wrong", ["reversible", 1, None])
