@@ -7,23 +7,33 @@ from .flow import FLOW_SIGMA_MAX, FlowDenoiser, flow_sigmas, flow_times
 from .guidance import ClassifierFreeGuidance
 from .kdiffusion import import_k_diffusion, wrapper_sigmas
 from .letters import load_letters, random_letters, render_letter
+from .noise import init_noise
 from .precision import InDtype
+from .prediction import PredictionWarning, check_prediction
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_loading import load_stable_diffusion
 from .tiny_stable_diffusion import save_tiny_stable_diffusion
+from .wrappers import CosineDenoiser, DiscreteDenoiser, EDMDenoiser, VPDenoiser
 
 __all__ = [
     "FLOW_SIGMA_MAX",
     "ClassifierFreeGuidance",
+    "CosineDenoiser",
+    "DiscreteDenoiser",
+    "EDMDenoiser",
     "FlowDenoiser",
     "Gaussian",
     "GaussianMixture",
     "IdealDenoiser",
     "InDtype",
+    "PredictionWarning",
     "StableDiffusion",
+    "VPDenoiser",
+    "check_prediction",
     "flow_sigmas",
     "flow_times",
     "import_k_diffusion",
+    "init_noise",
     "load_digits",
     "load_edm",
     "load_letters",

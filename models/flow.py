@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from odesolvers.grids import Grid
 from odesolvers.values import count, number, row
 
 from .base import append_dims, check_floating_dtype, values_readable
+from .formulas import evaluate
 
 FLOW_SIGMA_MAX = 2.0**20
 """The finite noise level that represents flow time t = 1, where σ is infinite."""
@@ -39,25 +40,44 @@ class FlowDenoiser(nn.Module):
         x = torch.randn(1, 16, 64, 64) * (1 + sigmas[0])
         solution = BDIA(FlowEuler()).sample(FlowDenoiser(velocity), x, sigmas)
 
+    Networks with ``noise_at=0`` count time from noise to data (Lipman et al. 2023, arXiv 2210.02747;
+    torchcfm, flow_matching, SiT): trained on ``z = τ x0 + (1 - τ) noise`` to predict ``x0 - noise``,
+    they see τ = 1 - t, and v is minus their output. Levels, grids and solvers are the same.
+
     Args:
-        velocity: ``velocity(z, t, **extra_args) -> v`` with `z` of shape ``(B, ...)`` and `t` in [0, 1]
-            of shape ``(B,)``. The SD3 transformer of diffusers expects times from 0 to 1000:
-            ``lambda z, t, **args: net(z, timestep=1000 * t, return_dict=False, **args)[0]``.
-        dtype: the dtype of `z` in calls of the network, with times in float32; by default both have
-            the dtypes of the state and of sigma.
+        velocity: ``velocity(z, t, **extra_args) -> dz/dt`` with `z` of shape ``(B, ...)`` and `t` in
+            [0, 1] of shape ``(B,)``. The SD3 transformer of diffusers expects times from 0 to 1000:
+            ``lambda z, t, **args: net(z, timestep=1000 * t, return_dict=False, **args)[0]``. A network
+            that predicts minus dz/dt of its own time is ``lambda z, t: -net(z, t)``.
+        dtype: the dtype of `z` in calls of the network; by default that of the state. Times are
+            float64 beside float64 and float32 otherwise.
+        noise_at: the network's own time of pure noise, 1 or 0.
 
     Raises:
         TypeError: if `velocity` is not callable or `dtype` is not a floating point dtype.
+        ValueError: if `noise_at` is neither 1 nor 0.
     """
 
-    def __init__(self, velocity: Callable[..., Tensor], dtype: torch.dtype | None = None) -> None:
+    prediction = "flow_prediction"
+    sigma_min, sigma_max = 0.0, FLOW_SIGMA_MAX
+
+    def __init__(
+        self,
+        velocity: Callable[..., Any],
+        dtype: torch.dtype | None = None,
+        *,
+        noise_at: Literal[0, 1] = 1,
+    ) -> None:
         super().__init__()
         if not callable(velocity):
             raise TypeError(f"velocity must be callable, got {type(velocity).__name__}")
         if dtype is not None:
             check_floating_dtype(dtype)
+        if noise_at not in (0, 1):
+            raise ValueError(f"noise_at must be 1 or 0, the time of pure noise, got {noise_at!r}")
         self.velocity = velocity
         self.dtype = dtype
+        self.noise_at = noise_at
 
     def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         """The posterior mean ``E[x0 | x]``.
@@ -85,20 +105,15 @@ class FlowDenoiser(nn.Module):
             )
         t = torch.where(inside, flow_times_of(sigma), torch.nan)
         z = x / append_dims(1 + sigma, x)
-        velocity = self.velocity(
-            z.to(self.dtype or x.dtype), t if self.dtype is None else t.float(), **extra_args
+        flipped = self.noise_at == 0
+        velocity = evaluate(
+            self.velocity, z, 1 - t if flipped else t, self.dtype or x.dtype, extra_args
         )
-        if not isinstance(velocity, Tensor):
-            raise TypeError(
-                f"the network must return the velocity as a tensor, got {type(velocity).__name__}; "
-                "with diffusers, call it with return_dict=False and take the first"
-            )
-        if velocity.shape != z.shape:
-            raise ValueError(
-                f"the velocity must have the shape of the state, {tuple(z.shape)}, got "
-                f"{tuple(velocity.shape)}"
-            )
-        return (z - append_dims(t, x) * velocity.to(z.dtype)).to(x.dtype)
+        return (z - append_dims(-t if flipped else t, x) * velocity).to(x.dtype)
+
+    def sigmas(self, n: int, *, shift: float = 1.0) -> Tensor:
+        """A grid of `n` steps from t = 1 to 0, ``flow_sigmas(flow_times(n, shift=shift))``."""
+        return flow_sigmas(flow_times(n, shift=shift))
 
 
 def flow_sigmas(times: Tensor | Sequence[float]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import warnings
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from odesolvers.grids import karras_sigmas
+
+from .wrappers import cosine_sigmas
 
 
 def import_k_diffusion() -> Any:
@@ -27,6 +29,13 @@ def import_k_diffusion() -> Any:
             warnings.simplefilter("ignore")
             import k_diffusion
     except ImportError as error:
+        if sys.version_info >= (3, 13):
+            raise ImportError(
+                f"k-diffusion could not be imported ({error}); on Python 3.13 and later it cannot be "
+                "installed, because its dependency dctorch needs numpy<2, which was not built for "
+                "them: use Python 3.10 to 3.12",
+                name=error.name,
+            ) from error
         if error.name == "pkg_resources":
             raise ImportError(
                 "k-diffusion is installed but imports pkg_resources, which setuptools dropped in "
@@ -34,7 +43,7 @@ def import_k_diffusion() -> Any:
                 name=error.name,
             ) from error
         raise ImportError(
-            f"k-diffusion could not be imported ({error}): pip install 'odesolvers[k-diffusion]'",
+            f"k-diffusion could not be imported ({error}): pip install k-diffusion 'setuptools<82'",
             name=error.name,
         ) from error
     return k_diffusion
@@ -92,9 +101,7 @@ def wrapper_sigmas(
     top = 80.0 if sigma_max is None else sigma_max
     if isinstance(wrapper, K.layers.Denoiser):
         return karras_sigmas(n, bottom, top)
-    karras_sigmas(n, bottom, top)  # checks the arguments
-    times = torch.linspace(math.atan(top), math.atan(bottom), n, dtype=torch.float64, device="cpu")
-    return _append_zero(torch.tan(times))
+    return cosine_sigmas(n, bottom, top)
 
 
 def _discrete(wrapper: Any, n: int | None, quantize: bool) -> Tensor:

@@ -87,8 +87,8 @@ class Schedule(ABC):
 class DiscreteSchedule(Schedule):
     """Discrete timesteps t of a variance-preserving process, ``σ_t = sqrt((1 - ᾱ_t) / ᾱ_t)``.
 
-    The network sees ``z = x / sqrt(1 + σ²)`` and t, see `vp_denoise`. At the training levels t is that integer; between
-    them it is interpolated in log σ, as in k-diffusion.
+    The network sees ``z = x / sqrt(1 + σ²)`` and t, see `vp_denoise`. At the training levels t is that
+    integer; between them it is interpolated in log σ, as in k-diffusion.
 
     Args:
         alphas_cumprod: ᾱ of every timestep. 0 (zero terminal SNR, an infinite level) becomes 2^-40, the

@@ -211,6 +211,25 @@ def test_denoiser_and_flow_in_closed_form():
     assert math.log2(errors[1] / errors[2]) == pytest.approx(1, abs=0.2)
 
 
+@pytest.mark.parametrize("method", [ods.FlowEuler(), ods.Euler()])
+def test_time_from_noise_to_data(method):
+    """As torchcfm and flow_matching sample: torchdiffeq from 0 to 1 over x0 - noise."""
+    odeint = pytest.importorskip("torchdiffeq", reason="the solver of these packages").odeint
+    velocity = Velocity().double()
+    z, times = noise(2, 2, 6, 5), torch.linspace(0, 1, 13, dtype=torch.float64)
+    with torch.no_grad():
+        theirs = odeint(lambda t, z: velocity(z, t.expand(2)), z, times, method="euler")[-1]
+    denoiser, sigmas = FlowDenoiser(velocity, noise_at=0), flow_sigmas(1 - times)
+    velocity.times.clear()
+    ours = method.sample(denoiser, z * (1 + sigmas[0]), sigmas).x
+    assert relative(theirs, z) > 0.1
+    assert relative(ours, theirs) < 1e-5
+    torch.testing.assert_close(torch.stack(velocity.times)[:, 0], times[:-1], rtol=0, atol=1e-12)
+    other = FlowDenoiser(lambda z, t: -velocity(z, 1 - t))  # the same, told by hand
+    x, sigma = noise(2, 2, 6, 5), torch.tensor([0.3, 7.0], dtype=torch.float64)
+    torch.testing.assert_close(denoiser(x, sigma), other(x, sigma))
+
+
 def test_gamma_applies_to_the_state_of_the_flow():
     """BDIA over FlowEuler in x is the paper's recurrence written in z, with the model's own step."""
     velocity, gamma = Velocity().double(), 0.6
@@ -321,7 +340,9 @@ def test_bad_networks():
         FlowDenoiser("sd3")
     with pytest.raises(TypeError, match="dtype must be a floating point dtype"):
         FlowDenoiser(Velocity(), torch.int64)
-    with pytest.raises(TypeError, match=r"as a tensor, got tuple; with diffusers, .* return_dict"):
+    with pytest.raises(ValueError, match=r"noise_at must be 1 or 0, .* got 0\.5"):
+        FlowDenoiser(Velocity(), noise_at=0.5)
+    with pytest.raises(TypeError, match=r"a tensor, got tuple; with diffusers, .* return_dict"):
         FlowDenoiser(lambda z, t: (z,))(x, sigma)
     with pytest.raises(ValueError, match="the shape of the state"):
         FlowDenoiser(lambda z, t: z[:, :1])(x, sigma)
