@@ -29,7 +29,6 @@ def check_network(pipeline: Any, *, is_xl: bool) -> None:
     for name in ("unet", "vae", "scheduler"):
         if getattr(pipeline, name, None) is None:
             raise ValueError(f"the pipeline has no {name}: give it one")
-    _check_betas(pipeline.scheduler)
     config, latents = pipeline.unet.config, pipeline.vae.config.latent_channels
     channels = config.in_channels
     if channels != latents:
@@ -65,6 +64,30 @@ def check_network(pipeline: Any, *, is_xl: bool) -> None:
                 "is not supported"
             )
     _check_projection(config)
+
+
+def check_betas(scheduler: Any) -> None:
+    """Check that the betas of a scheduler are stated, and are not the defaults of its class.
+
+    A scheduler that is read from a file, or made by `from_config` from one that is, states its own.
+
+    Raises:
+        ValueError: if they are not, and the defaults are those of other networks.
+    """
+    config = scheduler.config
+    used = {name: getattr(config, name, None) for name in BETAS}
+    unstated = [name for name in BETAS if name in getattr(config, "_use_default_values", ())]
+    given = getattr(config, "trained_betas", None) is not None or getattr(
+        config, "use_flow_sigmas", False
+    )
+    if unstated and used != BETAS and not given:
+        kind = type(scheduler).__name__
+        raise ValueError(
+            f"the scheduler, a {kind}, was made without {', '.join(unstated)}, and the defaults of its "
+            f"class lead to {used}, where the published networks have {BETAS}: make it from that of "
+            f"the pipeline, {kind}.from_config(pipeline.scheduler.config), or state all three if this "
+            "network was trained so"
+        )
 
 
 def check_conditions(
@@ -142,27 +165,6 @@ def execution_device(network: Any) -> torch.device:
             return torch.device(hook.config.onload_device)
     own: torch.device = network.device
     return own
-
-
-def _check_betas(scheduler: Any) -> None:
-    """Raise an error if a scheduler was made without betas, so that they are the defaults of its class.
-
-    A scheduler that is read from a file, or made by `from_config` from one that is, states its own.
-    """
-    config = scheduler.config
-    used = {name: getattr(config, name, None) for name in BETAS}
-    unstated = [name for name in BETAS if name in getattr(config, "_use_default_values", ())]
-    given = getattr(config, "trained_betas", None) is not None or getattr(
-        config, "use_flow_sigmas", False
-    )
-    if unstated and used != BETAS and not given:
-        kind = type(scheduler).__name__
-        raise ValueError(
-            f"the scheduler, a {kind}, was made without {', '.join(unstated)}, and the defaults of its "
-            f"class lead to {used}, where the published networks have {BETAS}: make it from that of "
-            f"the pipeline, {kind}.from_config(pipeline.scheduler.config), or state all three if this "
-            "network was trained so"
-        )
 
 
 def _check_projection(config: Any) -> None:

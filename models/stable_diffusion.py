@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import autoencoder
 from .folders import PIPELINES
-from .networks import check_conditions, check_network, execution_device, expand
+from .networks import check_betas, check_conditions, check_network, execution_device, expand
 from .schedules import schedule_of
 
 
@@ -65,6 +65,7 @@ class StableDiffusion(nn.Module):
             raise TypeError(f"pipeline must be a {' or '.join(PIPELINES)}, got {kind}")
         check_network(pipeline, is_xl=kind == PIPELINES[1])
         self.schedule = schedule_of(pipeline.scheduler, prediction_type)
+        check_betas(pipeline.scheduler)
         self.prediction_type = self.schedule.prediction_type
         self.pipeline = pipeline  # not a submodule: its models are registered below
         self.unet = pipeline.unet
@@ -286,6 +287,7 @@ class StableDiffusion(nn.Module):
             Latents ``(B, C, H / 8, W / 8)`` in the dtype of `image`.
 
         Raises:
+            FloatingPointError: if the VAE overflows.
             ValueError: if the shape, dtype or range of `image` is wrong.
         """
         return autoencoder.encode(self.vae, image, self.pipeline.vae_scale_factor)
@@ -296,7 +298,8 @@ class StableDiffusion(nn.Module):
         Values are approximately in [-1, 1]; they are not clipped. For float16 see `encode`.
 
         Raises:
-            ValueError: if the shape of `latents` is wrong.
+            FloatingPointError: if the VAE overflows.
+            ValueError: if the shape of `latents` is wrong, or they are not finite.
         """
         return autoencoder.decode(self.vae, latents)
 
