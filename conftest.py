@@ -1,5 +1,7 @@
 """Runs the code examples of README, docs and docstrings as tests."""
 
+from importlib.util import find_spec
+
 from sybil import Sybil
 from sybil.document import PythonDocStringDocument
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
@@ -8,6 +10,7 @@ from sybil.parsers.rest import DocTestParser
 pages = Sybil(
     parsers=[PythonCodeBlockParser(), SkipParser()],
     patterns=["README.md", "CONTRIBUTING.md", "docs/*.md"],
+    setup=lambda names: names.update(find_spec=find_spec),  # for conditions of `skip`
 )
 docstrings = Sybil(
     parsers=[DocTestParser()],

@@ -325,7 +325,7 @@ def import_diffusers() -> Any:
     except ImportError as error:
         raise ImportError(
             f"Stable Diffusion needs diffusers and transformers ({error}): "
-            "pip install 'odesolvers[stable-diffusion]'",
+            "pip install diffusers transformers accelerate",
             name=error.name,
         ) from error
     return diffusers

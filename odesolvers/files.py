@@ -138,6 +138,6 @@ def _safetensors() -> ModuleType:
         import safetensors.torch
     except ImportError as error:
         raise ImportError(
-            "saving and loading states needs safetensors: pip install 'odesolvers[cli]'"
+            "saving and loading states needs safetensors: pip install safetensors"
         ) from error
     return safetensors

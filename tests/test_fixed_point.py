@@ -35,7 +35,7 @@ from odesolvers import (
     vp_sigmas,
 )
 from odesolvers.arithmetic.stack import Stack, checksum, pack_bits, unpack_bits
-from odesolvers.models import Gaussian, IdealDenoiser, InDtype, import_k_diffusion, load_digits
+from odesolvers.models import Gaussian, IdealDenoiser, InDtype, load_digits
 
 APPROXIMATORS = (Euler(), DDIM(), Midpoint(), HeunEDM(), RK3(), RK4(), DPMSolverPP2S())
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -176,8 +176,6 @@ def test_any_walk_on_the_grid_comes_back_to_the_bit_at_length(walk) -> None:
 def test_every_problem_is_exact_both_ways(problem: Problem, gamma, device: str) -> None:
     if "Stable Diffusion" in problem.name:
         pytest.importorskip("diffusers")
-    if "letters" in problem.name:
-        import_k_diffusion()
     denoiser = problem.build(torch.device(device))
     args = problem.arguments(device)
     sigmas = karras_sigmas(8, problem.bottom, problem.top)

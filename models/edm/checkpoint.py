@@ -279,7 +279,7 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError("safetensors files need: pip install 'odesolvers[edm]'") from error
+        raise ImportError("safetensors files need: pip install safetensors") from error
     return safetensors
 
 

@@ -202,5 +202,5 @@ def test_damaged_single_file(folders, tmp_path):
 @pytest.mark.parametrize("package", ["diffusers", "transformers"])
 def test_missing_package(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=r"pip install 'odesolvers\[stable-diffusion\]'"):
+    with pytest.raises(ImportError, match=r"pip install diffusers transformers"):
         load_stable_diffusion("anything/at-all")
