@@ -285,7 +285,7 @@ def test_a_state_made_with_a_learnt_rule_goes_back_with_the_rule_from_its_file(
 def test_files_that_are_no_calibration_are_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match="is not a calibration saved by"):
+    with pytest.raises(ValueError, match="is not a calibration"):
         Calibrated.load(path)
 
 
@@ -293,7 +293,7 @@ def test_files_of_another_version_are_refused(learnt: Calibrated, tmp_path: Path
     path = tmp_path / "rule.json"
     learnt.save(path)
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": 2}))
-    with pytest.raises(ValueError, match="in version 2, this odesolvers reads"):
+    with pytest.raises(ValueError, match="in version 2 of the format, this odesolvers reads"):
         Calibrated.load(path)
 
 
@@ -404,7 +404,7 @@ def test_damaged_files_are_refused(
     path = tmp_path / "rule.json"
     learnt.save(path)
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(ValueError, match="damaged calibration"):
+    with pytest.raises(ValueError, match="is not a calibration"):
         Calibrated.load(path)
 
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Final, final
 
 import numpy as np
@@ -16,10 +16,13 @@ import numpy.typing as npt
 
 from ..gamma import GammaRule, step_ratios
 from ..grids import Grid
+from ..typed import hexadecimal, optional, parsed, read, whole
+from ..writing import read_regular, replacing
 
 FORMAT: Final = "odesolvers calibration"
 VERSION: Final = 1
 _BEYOND: Final = 4.0
+_LARGEST: Final = 1e6
 
 
 @final
@@ -89,8 +92,10 @@ class Calibrated(GammaRule):
                 f"a grid of {len(self.levels)} levels has {len(self.levels) - 2} weights, got "
                 f"{len(self.values)}"
             )
-        if not all(math.isfinite(g) and g > 0 for g in self.values):
-            raise ValueError(f"learnt weights are finite and above 0, got {self.values}")
+        if not all(1 / _LARGEST <= g <= _LARGEST for g in self.values):
+            raise ValueError(
+                f"learnt weights lie between {1 / _LARGEST:g} and {_LARGEST:g}, got {self.values}"
+            )
         Grid(self.levels)
 
     def encoding_error(self, grid: Grid) -> float | None:
@@ -138,13 +143,8 @@ class Calibrated(GammaRule):
             "values": [g.hex() for g in self.values],
             "report": None if self.report is None else _without_nan(asdict(self.report)),
         }
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        try:
-            partial.write_text(json.dumps(content, indent=1) + "\n")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path) as file:
+            file.write((json.dumps(content, indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibrated:
@@ -152,32 +152,52 @@ class Calibrated(GammaRule):
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file is not a calibration, or in another version of the format.
+            OSError: if it is no regular file, or cannot be read.
+            ValueError: if the file is not a calibration, is damaged, or is in another version of the
+                format.
         """
+        content, name = read_regular(path), os.fspath(path)
         try:
-            content = json.loads(Path(path).read_text())
-            kind = content["format"], content["version"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a calibration saved by Calibrated.save") from error
-        if kind != (FORMAT, VERSION):
+            found = parsed(content, dict)
+            kind = {"format": found.get("format"), "version": found.get("version")}
+            if kind["format"] != FORMAT:
+                raise ValueError("it was not saved by Calibrated.save")
+            if type(kind["version"]) is not int or kind["version"] != VERSION:
+                raise ValueError(
+                    f"it is in version {kind['version']!r:.20} of the format, this odesolvers reads "
+                    f"version {VERSION}"
+                )
+            fields = read({k: v for k, v in found.items() if k not in kind}, _FILE)
+            report = fields.pop("report")
+            return cls(**fields, report=None if report is None else CalibrationReport(**report))
+        except ValueError as error:  # what came from a file may be of any length
             raise ValueError(
-                f"{path} holds {kind[0]!r} in version {kind[1]}, this odesolvers reads {FORMAT!r} in "
-                f"version {VERSION}"
-            )
-        try:
-            report = content["report"]
-            if report is not None:
-                for name in ("sampling", "encoding"):
-                    report[name] = tuple(math.nan if v is None else float(v) for v in report[name])
-                report["base"] = math.nan if report["base"] is None else float(report["base"])
-                report = CalibrationReport(**report)
-            levels, values = (
-                tuple(float.fromhex(number) for number in content[name])
-                for name in ("levels", "values")
-            )
-            return cls(str(content["base"]), levels, values, report)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is a damaged calibration: {error!r}") from error
+                f"{name} is not a calibration: {ascii(str(error))[1:-1]:.300}"
+            ) from error
+
+
+def _measured(value: Any) -> float:
+    """The form of an error in a report: a number, or null where it was not asked for."""
+    if value is None or type(value) is float:
+        return math.nan if value is None else value
+    raise ValueError(f"must be a number or null, got {short(value)}")
+
+
+_FILE: Final = {
+    "base": str,
+    "levels": [hexadecimal],
+    "values": [hexadecimal],
+    "report": optional(
+        {
+            "sampling": (_measured, _measured),
+            "encoding": (_measured, _measured),
+            "base": _measured,
+            "runs": whole(0),
+            "evaluations": whole(0),
+            "moves": whole(0),
+        }
+    ),
+}
 
 
 def _without_nan(report: dict[str, Any]) -> dict[str, Any]:
