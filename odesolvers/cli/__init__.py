@@ -8,8 +8,8 @@ from contextlib import redirect_stderr, suppress
 from signal import SIGINT
 from typing import Any, Final, cast
 
-EXTRA: Final = ("rich", "tqdm", "PIL", "matplotlib")
-"""Packages of the extra `cli` that the commands import."""
+EXTRA: Final = {"rich": "rich", "tqdm": "tqdm", "PIL": "pillow", "matplotlib": "matplotlib"}
+"""What the commands import of the extra `cli`, and the names that pip knows."""
 LONGEST: Final = 1000
 
 
@@ -63,7 +63,7 @@ def _message(error: Exception) -> str:
     """What an error says, in one line of printable characters."""
     package = (error.name or "").split(".")[0] if isinstance(error, ImportError) else ""
     if package in EXTRA:
-        return f"the command line needs {package}: pip install 'odesolvers[cli]'"
+        return f"the command line needs {package}: pip install {' '.join(EXTRA.values())}"
     text, kind = " ".join(str(error).split()), type(error).__name__
     if isinstance(error, KeyError | IndexError | AttributeError | AssertionError) or not text:
         text = f"{kind}: {text}" if text else kind  # a fault of a program, which says little

@@ -87,7 +87,7 @@ MODELS: Final[dict[str, Model]] = {
     "letters": Model(
         _letters,
         "a small trained network, capitals in many styles, 32x32, A-Z",
-        ("k_diffusion", "safetensors", "matplotlib", "PIL"),
+        ("matplotlib", "PIL"),
         noun="letter",
         names="ABCDEFGHIJKLMNOPQRSTUVWXYZ",
         unconditional=-1,

@@ -32,7 +32,7 @@ HINTS: Final = """\
 --solver takes an expression of these names, such as
   "BDIA(HeunEDM(), gamma=StepRatio(1), arithmetic=FixedPoint())"; in it,
   load('FILE.json') is the rule that `odesolvers calibrate` wrote.
-An extra is installed by: pip install 'odesolvers[extra]'"""
+An extra is installed in a clone by: pip install '.[extra]'"""
 
 
 def show(report: Report) -> None:

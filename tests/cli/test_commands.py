@@ -261,7 +261,7 @@ def test_list_names_everything(shell: Shell) -> None:
     names = " ".join([*choices.LISTED.values(), choices.METHODS, *choices.GRIDS, *choices.MODELS])
     for name in [*names.split(), *(loader[0] for loader in choices.LOADERS)]:
         assert re.search(rf"^{re.escape(name)} ", output, re.MULTILINE)
-    assert "odesolvers[extra]" in output
+    assert "pip install '.[extra]'" in output
     assert "load('FILE.json')" in output
     assert re.search(r"^digits .* digits +yes", output, re.MULTILINE)
     assert max(len(line) for line in output.splitlines()) <= 80
