@@ -101,6 +101,14 @@ class Route:
         """The levels of all outputs, in order."""
         return tuple(sigma for leg in self.legs for sigma in leg.sigmas)
 
+    def later(self, output: int) -> Route | None:
+        """The route down the grid that begins at a later output, with a lone tensor; None for none."""
+        levels, rest = self.grid.levels, self.sigmas[output:]
+        if self.up or not rest or rest[0] not in levels:
+            return None
+        route = Route.of(self.solver, self.grid, levels.index(rest[0]), up=False)
+        return route if route.sigmas == rest else None
+
     @property
     def end(self) -> float:
         """The level at which the run ends."""

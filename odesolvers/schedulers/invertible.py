@@ -230,7 +230,9 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """The network's input for latents: these themselves, and multiples of them under EDM."""
         if not isinstance(self._schedule, EDMSchedule):
             return sample
-        return sample * self._calls[self._place.call if self._place else self._find(timestep)].input
+        return (
+            sample * self._calls[self._place.call if self._place else self._find(timestep)[0]].input
+        )
 
     @torch.no_grad()
     def step(
@@ -292,7 +294,7 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Latents with noise of the levels of some of `timesteps`, one for each element of the batch."""
-        levels = [self._calls[self._find(timestep)].sigma for timestep in timesteps]
+        levels = [self._calls[self._find(timestep)[0]].sigma for timestep in timesteps]
         scale = original_samples.new_tensor([self._scale(sigma) for sigma in levels])
         share = original_samples.new_tensor([self._scale(sigma) * sigma for sigma in levels])
         scale, share = append_dims(scale, noise), append_dims(share, noise)
@@ -309,28 +311,31 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _scale(self, sigma: float) -> float:
         return latent_scale(self._schedule, sigma)
 
-    def _find(self, timestep: float | Tensor) -> int:
-        """The number of the first evaluation with that timestep. Waits for the device."""
+    def _find(self, timestep: float | Tensor) -> list[int]:
+        """The numbers of the evaluations with that timestep. Waits for the device."""
         if self.num_inference_steps is None:
             raise ValueError("there is no run: call set_timesteps first")
-        times = self.timesteps.tolist()
-        if float(timestep) not in times:
-            raise ValueError(
-                f"{float(timestep):.6g} is not one of the timesteps of this run, {times}"
-            )
-        return times.index(float(timestep))
+        t, times = float(timestep), self.timesteps.tolist()
+        if t not in times:
+            raise ValueError(f"{t:.6g} is not one of the timesteps of this run, {times}")
+        return [k for k, known in enumerate(times) if known == t]
 
     def _first(self, timestep: float | Tensor, sample: Tensor) -> Place:
         """The first evaluation of a run, at `sample`."""
-        call = self._find(timestep) if self._begin is None else self._begin
-        if call:
-            self._route = self._shortened(call)
-        route, solver = self._route, self.solver
+        calls = self._find(timestep) if self._begin is None else [self._begin]
+        routes = {k: self._route.later(k) if k else self._route for k in calls}
+        call, route = next(((k, r) for k, r in routes.items() if r is not None), (0, None))
+        if route is None or (call and self.start is not None):
+            raise ValueError(
+                f"no run of {self.solver} begins at evaluation {calls[0]} of {len(self._calls)}"
+                + (": going up, it begins at the data" if self.config["inverted"] else "")
+            )
+        self._route, solver = route, self.solver
         scale = self._scale(self._grid.levels[route.index])
         wide = self.config["state_dtype"] == "float64" and sample.device.type != "mps"
         x = sample.to(torch.float64 if wide else torch.float32) / scale
         run = Run(solver, _network, x, self._grid, route.index)
-        pair = self._pair(sample, x.dtype, scale) if self.start is not None and not call else None
+        pair = None if self.start is None else self._pair(sample, x.dtype, scale)
         if route.up:
             warn_before_inverting(solver, run.plan, self._grid, pair or run.state, 0, x.dtype)
         elif not run.sampling_error <= SAMPLING_LIMIT:
@@ -338,18 +343,6 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         point = route.advance(route.legs[0], run.state, (), x.dtype)
         assert isinstance(point, Tensor)
         return Place(0, call, run.state, pair, (), point, sample, _version(sample))
-
-    def _shortened(self, call: int) -> Route:
-        """The route of a run that begins at a later evaluation."""
-        levels, rest = self._grid.levels, self._route.sigmas[call:]
-        if not self.config["inverted"] and self.start is None and rest and rest[0] in levels:
-            route = Route.of(self.solver, self._grid, levels.index(rest[0]), up=False)
-            if route.sigmas == rest:
-                return route
-        raise ValueError(
-            f"no run of {self.solver} begins at evaluation {call} of {len(self._calls)}"
-            + (": going up, it begins at the data" if self.config["inverted"] else "")
-        )
 
     def _pair(self, sample: Tensor, dtype: torch.dtype, scale: float) -> State | None:
         """The pair to begin with, if `sample` is of that pair."""
@@ -385,6 +378,7 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         state, point = at.state, sample.to(at.point.dtype) / scale
         if not at.outputs:
             near = arithmetic.store(point) if arithmetic.exact else point
+            point = arithmetic.load(near, point.dtype)
             up = self._route.legs[at.leg].undo
             state = (replace(state, partner=near) if up else replace(state, current=near)).fork()
         return state, point
