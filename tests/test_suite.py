@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,9 @@ from odesolvers.models import Gaussian
 
 from .problems import gaussian, mixture, noise, relative_error
 from .suite_runs import Lost, measure, tiny
+
+if find_spec("k_diffusion") is None:
+    pytest.skip("the suite compares with k-diffusion, not installed", allow_module_level=True)
 
 # Measures.
 
