@@ -42,6 +42,7 @@ from .grids import (
     vp_sigmas as vp_sigmas,
 )
 from .iterative import DDIMInversion, FixedPointInversion
+from .likelihood import log_likelihood, log_likelihood_bound
 from .named import BELM, Rex
 from .parsing import parse
 from .run import Denoiser as Denoiser
@@ -92,6 +93,8 @@ __all__ = [
     "ddim_timesteps",
     "exponential_sigmas",
     "karras_sigmas",
+    "log_likelihood",
+    "log_likelihood_bound",
     "order_gaining",
     "parse",
     "sigmas_from_alphas_cumprod",

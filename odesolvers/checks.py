@@ -81,12 +81,15 @@ def refuse_call(denoiser: object, extra_args: object) -> NoReturn:
 
 
 def check_differentiable(differentiable: object) -> None:
-    """True, where gradients can be recorded; or an error."""
-    if differentiable is not True:
-        raise TypeError(f"differentiable must be True or False, got {differentiable!r}")
+    """True or "reversible", where gradients can be recorded; or an error."""
+    if differentiable is not True and differentiable != "reversible":
+        raise TypeError(
+            f"differentiable must be True, False or 'reversible', got {differentiable!r}"
+        )
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
-            "differentiable=True records nothing under torch.inference_mode(): call it outside"
+            f"differentiable={differentiable!r} records nothing under torch.inference_mode(): call it "
+            "outside"
         )
 
 

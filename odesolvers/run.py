@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import copy
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,6 +39,9 @@ Steps: TypeAlias = "Iterable[tuple[int, tuple[Shear, ...]]]"
 """Steps in the order of a run, each with its number and its shears."""
 
 Callback: TypeAlias = Callable[[dict[str, Any]], object]
+
+Differentiable: TypeAlias = "bool | Literal['reversible']"
+"""Whether a run has a gradient; "reversible" by undoing it, see `odesolvers.gradients`."""
 
 
 class Denoiser(Protocol):
@@ -96,7 +99,7 @@ class Run:
         index: int | None = 0,
         extra_args: Mapping[str, Any] | None = None,
         callback: Callback | None = None,
-        differentiable: bool = False,
+        differentiable: Differentiable = False,
     ) -> None:
         if not callable(denoiser) or not (extra_args is None or isinstance(extra_args, Mapping)):
             refuse_call(denoiser, extra_args)
@@ -105,10 +108,15 @@ class Run:
         if isinstance(x, Solution):
             x = x.state
         self.grid = _grid(x, sigmas)
-        if differentiable and self.arithmetic.exact:
+        if differentiable is True and self.arithmetic.exact:
             raise ValueError(
-                f"a run in {self.arithmetic} has no gradient, for it rounds every state: use "
-                "arithmetic=FloatingPoint() with differentiable=True"
+                f"autograd has no gradient of a run in {self.arithmetic}, which rounds every state: use "
+                "differentiable='reversible', or arithmetic=FloatingPoint()"
+            )
+        if differentiable == "reversible" and solver.states == 1:
+            raise ValueError(
+                f"differentiable='reversible' undoes the run, and {solver} has no exact inverse: use BDIA "
+                "over its method, or record every call with differentiable=True"
             )
         self.name, *classes = identity(solver)
         self.state, self.dtype = self._stored(
@@ -275,16 +283,18 @@ class Run:
                 far, near = near, new
         return (near, far) if undo else (far, near)
 
-    def rest(self, shear: Shear, stored: Tensor, k: int) -> Tensor:
+    def rest(self, shear: Shear, stored: Tensor, k: int, x: Tensor | None = None) -> Tensor:
         """``rest(b)`` for the stored state b, in new storage; `k` is the number of the step.
+
+        `x` is b as the denoiser sees it, where a gradient with respect to it is wanted.
 
         Raises:
             TypeError, ValueError, FloatingPointError: for an output of the denoiser that cannot be
                 used, naming the noise level, and what to do.
         """
-        x = stored
         if self.memory is not None:
-            self.memory.sigma, x = self.grid.levels[k], self.arithmetic.load(stored, self.dtype)
+            self.memory.sigma = self.grid.levels[k]
+        x = self.arithmetic.load(stored, self.dtype) if x is None else x
         values, last, self._last = [x], self._last, None
         pointers: list[int] = []  # of the storages of the outputs
         if last is not None and shear.calls and last[0] is stored and last[1] == shear.calls[0]:

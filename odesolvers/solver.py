@@ -11,9 +11,10 @@ from torch import Tensor
 from .arithmetic import Arithmetic, FloatingPoint
 from .checks import refuse_gain, refuse_stop
 from .formula import Shear
+from .gradients import attach
 from .grids import Grid, Sigmas
 from .propagation import Plan
-from .run import Callback, Denoiser, Pair, Run, Steps, modes
+from .run import Callback, Denoiser, Differentiable, Pair, Run, Steps, modes
 from .settings import Settings
 from .state import Solution, State
 from .trust import SAMPLING_LIMIT, warn_before_inverting, warn_of_samples
@@ -67,7 +68,7 @@ class Solver(Settings, ABC):
         callback: Callback | None = None,
         progress: bool = False,
         stop: int | None = None,
-        differentiable: bool = False,
+        differentiable: Differentiable = False,
     ) -> Solution:
         """Goes down the grid, from noise to data.
 
@@ -82,8 +83,10 @@ class Solver(Settings, ABC):
                 ``sigma_hat``, its level, ``sigmas[i]``; ``denoised``, the output. All are copies.
             progress: show a progress bar (needs tqdm).
             stop: the level to stop at, an index into `sigmas`; the last by default.
-            differentiable: record gradients, with memory for every call of the denoiser. By default
-                the run is under `torch.no_grad`.
+            differentiable: True to record gradients, with memory for every call of the denoiser;
+                "reversible" for the memory of one call, by a backward pass that undoes the run with as
+                many calls again: of first order, with respect to `x`, tensors in `extra_args` and the
+                parameters of the denoiser's networks. By default the run is under `torch.no_grad`.
 
         Returns:
             The state at level `stop`, what is needed to continue or go back, and the evaluations spent.
@@ -113,7 +116,11 @@ class Solver(Settings, ABC):
             steps = run.plan[first:stop]
             if lone and 0 < first < stop:
                 steps[0] = first, (self.start(levels[first], levels[first + 1]),)
-            return run.finish(steps, run.walk, progress, first + lone, stop)
+            solution = run.finish(steps, run.walk, progress, first + lone, stop)
+            if differentiable == "reversible":
+                moves = [(k, shear, False) for k, shears in steps for shear in shears]
+                return attach(run, moves, solution, x, stop, up=False)
+            return solution
 
     @final
     def invert(
@@ -126,7 +133,7 @@ class Solver(Settings, ABC):
         callback: Callback | None = None,
         progress: bool = False,
         stop: int | None = None,
-        differentiable: bool = False,
+        differentiable: Differentiable = False,
     ) -> Solution:
         """Goes up the grid, from data to noise: the exact inverse of `sample`, unless `iterative`.
 
@@ -192,7 +199,11 @@ class Solver(Settings, ABC):
                     run.reach(last, pair)
                 return self.undo(run, steps, pair)
 
-            return run.finish(steps, walk, progress, last, stop)
+            solution = run.finish(steps, walk, progress, last, stop)
+            if differentiable == "reversible":
+                moves = [(k, shear, k < last) for k, shears in steps for shear in shears]
+                return attach(run, moves, solution, x, stop, up=True)
+            return solution
 
     @final
     def plan(self, grid: Grid) -> Plan:

@@ -25,7 +25,7 @@ FLOORS = (
     ("cli", "interop", "schedulers"),
     ("__init__", "extend"),
     ("parsing", "named"),
-    ("calibration", "stability", "stepwise"),
+    ("calibration", "likelihood", "stability", "stepwise"),
     ("bdia", "coupled", "iterative"),
     ("gamma", "approximators"),
     ("solver",),

@@ -1,0 +1,195 @@
+"""Likelihoods against closed forms, and against k-diffusion's."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from odesolvers import (
+    BDIA,
+    EDICT,
+    RK4,
+    Euler,
+    FixedPoint,
+    FixedPointInversion,
+    HeunEDM,
+    StepRatio,
+    karras_sigmas,
+)
+from odesolvers.extend import Solver
+from odesolvers.likelihood import Likelihood, log_likelihood, log_likelihood_bound
+from odesolvers.models import Gaussian, GaussianMixture
+
+from .problems import noise
+
+LOW = 0.02
+STD = torch.linspace(0.3, 1.5, 5).double()
+
+
+def normal(x: Tensor, std: Tensor) -> Tensor:
+    """The log density of N(0, diag(std²))."""
+    return torch.distributions.Normal(torch.zeros_like(std), std).log_prob(x).sum(-1)
+
+
+def eight_dimensions() -> tuple[GaussianMixture, Tensor, Tensor]:
+    """Five Gaussians in eight dimensions; data at the level `LOW`, and their log density there."""
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(5, 8, generator=generator, dtype=torch.float64)
+    stds = 0.2 + 0.3 * torch.rand(5, generator=generator).double()
+    wide = torch.sqrt(stds**2 + LOW**2)[:, None].expand(5, 8)
+    of = torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(torch.ones(5).double()),
+        torch.distributions.Independent(torch.distributions.Normal(means, wide), 1),
+    )
+    torch.manual_seed(1)
+    x = of.sample((256,))
+    return GaussianMixture(means, stds), x, of.log_prob(x)
+
+
+def bits(found: Likelihood, true: Tensor) -> Tensor:
+    """How many bits per dimension the density found is below the true one."""
+    return (true - found.log_p) / (found.dimensions * math.log(2))
+
+
+@pytest.mark.parametrize(
+    "solver", [None, RK4(), BDIA(RK4()), BDIA(HeunEDM("behind"), StepRatio(1))], ids=repr
+)
+def test_the_density_of_a_gaussian(solver: Solver | None) -> None:
+    sigmas = karras_sigmas(200, LOW, 80.0, append_zero=False)
+    wide = torch.sqrt(STD**2 + LOW**2)
+    x = wide * noise(6, 5)
+    found = log_likelihood(Gaussian(0.0, STD), x, sigmas, solver=solver, probes=None)
+    right = (
+        normal(x, wide)
+        + normal(torch.zeros(5), torch.full((5,), 80.0))
+        - normal(torch.zeros(5), torch.sqrt(STD**2 + 80.0**2))
+    )  # the prior leaves the width of the data out
+    assert (found.log_p - right).abs().max() < 5e-2
+    assert found.dimensions == 5
+
+
+def test_the_density_of_a_mixture_and_its_order_in_the_steps() -> None:
+    denoiser, x, true = eight_dimensions()
+    errors = [
+        bits(
+            log_likelihood(
+                denoiser, x, karras_sigmas(n, LOW, 80.0, append_zero=False), probes=None
+            ),
+            true,
+        )
+        .abs()
+        .mean()
+        .item()
+        for n in (40, 80)
+    ]
+    assert errors[1] < 1e-2
+    assert 3 < errors[0] / errors[1] < 5.5  # order 2
+
+
+def test_probes_estimate_the_trace_without_bias() -> None:
+    denoiser, x, _ = eight_dimensions()
+    sigmas, generator = karras_sigmas(20, LOW, 80.0, append_zero=False), torch.Generator()
+    exact = log_likelihood(denoiser, x, sigmas, probes=None).log_p
+    estimates = [
+        log_likelihood(denoiser, x, sigmas, probes=p, generator=generator.manual_seed(2)).log_p
+        - exact
+        for p in (1, 8)
+    ]
+    for estimate in estimates:
+        assert estimate.mean().abs() < 4 * estimate.std() / math.sqrt(len(x))
+    assert 2 < estimates[0].std() / estimates[1].std() < 4  # the root of 8 is 2.8
+
+
+def test_it_agrees_with_k_diffusion() -> None:
+    sampling = pytest.importorskip("k_diffusion.sampling", reason="k-diffusion is not installed")
+    denoiser, x, _ = eight_dimensions()
+    torch.manual_seed(3)
+    theirs, _ = sampling.log_likelihood(denoiser, x, LOW, 80.0, atol=1e-5, rtol=1e-5)
+    torch.manual_seed(3)
+    probe = torch.randn_like(x)  # of theirs; the trace is compared over the batch
+    assert probe.shape == x.shape
+    ours = log_likelihood(
+        denoiser, x, karras_sigmas(80, LOW, 80.0, append_zero=False), probes=16
+    ).log_p
+    difference = ours - theirs
+    assert difference.mean().abs() < 4 * difference.std() / math.sqrt(len(x))
+
+
+def test_states_of_any_shape_and_conditions() -> None:
+    def denoiser(x: Tensor, sigma: Tensor, std: float) -> Tensor:
+        return x * (std**2 / (std**2 + sigma**2))[:, None, None, None]
+
+    sigmas, x = karras_sigmas(100, LOW, 80.0, append_zero=False), 0.5 * noise(2, 1, 2, 2)
+    found = log_likelihood(denoiser, x, sigmas, probes=None, extra_args={"std": 0.5})
+    wide = torch.full((4,), math.hypot(0.5, LOW)).double()
+    assert (found.log_p - normal(x.flatten(1), wide)).abs().max() < 3e-2
+    assert found.log_p.shape == found.bits_per_dim().shape == (2,)
+    per_bin = found.bits_per_dim(width=1 / 127.5) - found.bits_per_dim()
+    assert per_bin == pytest.approx(math.log2(127.5))
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [BDIA(Euler(), StepRatio(1)), BDIA(HeunEDM("behind"), StepRatio(1)), BDIA(Euler()), EDICT()],
+    ids=repr,
+)
+@pytest.mark.parametrize(("jitter", "data_std"), [(2.0, 0.4), (0.5, 0.4), (2.0, 1.5)])
+def test_the_bound_is_never_above_the_truth(solver: Any, jitter: float, data_std: float) -> None:
+    denoiser, x, true = eight_dimensions()
+    for n, samples in ((10, 1), (10, 16), (40, 16)):
+        sigmas = karras_sigmas(n, LOW, 80.0, append_zero=False)
+        found = log_likelihood_bound(
+            solver,
+            denoiser,
+            x,
+            sigmas,
+            samples=samples,
+            jitter=jitter,
+            data_std=data_std,
+            generator=torch.Generator().manual_seed(n),
+        )
+        below = bits(found, true)
+        assert below.mean() > -3 * below.std() / math.sqrt(len(x))
+
+
+def test_the_bound_is_tight_at_twenty_evaluations() -> None:
+    denoiser, x, true = eight_dimensions()
+    sigmas = karras_sigmas(20, LOW, 80.0, append_zero=False)
+    found = log_likelihood_bound(
+        BDIA(Euler(), StepRatio(1)),
+        denoiser,
+        x,
+        sigmas,
+        samples=256,
+        data_std=0.35,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert found.nfe == 1 + 256 * 19  # one for the mean of x_1, then 18 and one for the first step
+    assert bits(found, true).mean() < 0.02
+
+
+def test_the_bound_is_equal_to_the_density_where_runs_are_linear() -> None:
+    """Over Gaussian data the model is Gaussian, and r is nearly its own conditional."""
+    sigmas = karras_sigmas(200, LOW, 80.0, append_zero=False)
+    x = math.hypot(0.5, LOW) * noise(64, 6)
+    right = normal(x, torch.full((6,), math.hypot(0.5, LOW)).double())
+    found = log_likelihood_bound(
+        BDIA(HeunEDM("behind"), StepRatio(1)), Gaussian(0.0, 0.5), x, sigmas, samples=4
+    )
+    assert bits(found, right).mean().abs() < 1e-2
+
+
+def test_what_is_no_use_is_refused() -> None:
+    x, sigmas = noise(2, 3), karras_sigmas(5, LOW, 80.0, append_zero=False)
+    for solver in (Euler(), FixedPointInversion(Euler()), BDIA(Euler(), 1.0, FixedPoint())):
+        with pytest.raises(ValueError, match="needs a bijection"):
+            log_likelihood_bound(solver, Gaussian(), x, sigmas)
+    for wrong in ({"samples": 0}, {"jitter": 0.0}, {"data_std": -1.0}):
+        with pytest.raises(ValueError, match="must be positive"):
+            log_likelihood_bound(BDIA(Euler()), Gaussian(), x, sigmas, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="floating point tensor"):
+        log_likelihood(Gaussian(), torch.ones(3, 2, dtype=torch.int64), sigmas)
