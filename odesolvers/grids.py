@@ -234,7 +234,10 @@ def sigmas_from_alphas_cumprod(
         )
     low, high = int(steps.min()), int(steps.max())
     if low < 0 or high >= len(alphas):
-        raise ValueError(f"timesteps must lie in [0, {len(alphas)}), got {low} to {high}")
+        raise ValueError(
+            f"timesteps must lie in [0, {len(alphas)}), got {low} to {high}; where an offset leads past "
+            "the last, take fewer steps or spacing='trailing'"
+        )
     if final not in ("zero", "first"):
         raise ValueError(f"final must be 'zero' or 'first', got {final!r}")
     if final == "first" and int(steps[-1]) == 0:

@@ -110,6 +110,10 @@ def test_levels_are_those_of_the_schedule(diffusers: ModuleType) -> None:
         (lambda: sigmas_from_alphas_cumprod([0.9, 0.5], [1.0, 0.0]), "row of integers"),  # type: ignore[list-item]
         (lambda: sigmas_from_alphas_cumprod([0.9, 0.5], [2, 0]), r"lie in \[0, 2\), got 0 to 2"),
         (lambda: sigmas_from_alphas_cumprod([0.9, 0.5], [1, -20]), "got -20 to 1"),
+        (
+            lambda: sigmas_from_alphas_cumprod([0.9, 0.5, 0.1], ddim_timesteps(3, 3, offset=1)),
+            "got 1 to 3; where an offset leads past the last, take fewer steps or spacing='trailing'",
+        ),
         (lambda: sigmas_from_alphas_cumprod([0.9, 0.5], [0, 1]), "must decrease strictly"),
         (lambda: sigmas_from_alphas_cumprod([0.9, 0.5], [1, 0], final="first"), "length zero"),
         (lambda: sigmas_from_alphas_cumprod([0.9, 0.5], [1], final="last"), "'zero' or 'first'"),  # type: ignore[arg-type]
