@@ -115,8 +115,8 @@ class Run:
             )
         if differentiable == "reversible" and solver.states == 1:
             raise ValueError(
-                f"differentiable='reversible' undoes the run, and {solver} has no exact inverse: use BDIA "
-                "over its method, or record every call with differentiable=True"
+                f"differentiable='reversible' undoes the run, and {solver} has no exact inverse: use "
+                "BDIA over its method, or record every call with differentiable=True"
             )
         self.name, *classes = identity(solver)
         self.state, self.dtype = self._stored(
