@@ -19,7 +19,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.dev
-	$(BIN)/mypy odesolvers
+	$(BIN)/mypy odesolvers odesolvers_command.py
 	$(BIN)/mypy models
 
 docs: $(VENV)/.dev
