@@ -5,7 +5,7 @@ VENV ?= .venv
 LOWEST ?= python3.10
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types docs slow bench lowest release clean
+.PHONY: demo test fuzz lint types docs slow bench lowest release clean
 
 demo: $(VENV)/.cli  ## the main job: sample digits, invert them, sample again; table and picture
 	$(BIN)/odesolvers roundtrip --out out/roundtrip.png
@@ -24,6 +24,11 @@ types: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+fuzz: $(VENV)/.dev  ## a minute of files with random changes and of properties, with a new seed
+	seed=$$(date +%s) && echo "seed $$seed" \
+	&& $(BIN)/python -m tests.hostile check fuzz $$seed 30 \
+	&& $(BIN)/python -m pytest -q -n auto --hypothesis-seed=$$seed tests/test_files.py tests/test_values.py tests/test_parsing.py
 
 slow: $(VENV)/.dev  ## the long tests
 	$(BIN)/python -m pytest -n auto -m slow
