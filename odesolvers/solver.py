@@ -75,8 +75,9 @@ class Solver(Settings, ABC):
         Args:
             denoiser: see `Denoiser`; any of k-diffusion's wrappers is one.
             x: floating point tensor ``(B, ...)`` at level ``sigmas[0]``, not modified; or the state
-                of an earlier run, which is continued.
-            sigmas: strictly decreasing noise levels, see `odesolvers.grids`.
+                of an earlier run, or its solution, which is continued.
+            sigmas: strictly decreasing noise levels, see `odesolvers.grids`. A state has its own, and
+                they may be left out; a copy of them in float32 stands for them.
             extra_args: keyword arguments for every call of the denoiser.
             callback: called once a step with k-diffusion's dictionary: ``i``, the number of the step;
                 ``x``, the state at which the step first evaluates the denoiser; ``sigma`` and
@@ -101,6 +102,10 @@ class Solver(Settings, ABC):
                 state comes from another grid or solver.
             FloatingPointError: if the state or an output of the denoiser is not finite; names the
                 step and the noise level.
+
+        An exception of any kind on the way, an interrupt by the keyboard too, has the last whole state
+        in its attribute ``state``, from which the run goes on to the same bits. It has none if the
+        denoiser wrote to that state, or it is not finite.
         """
         with modes(differentiable) as given:
             denoiser, callback = given(denoiser), given(callback)
@@ -140,15 +145,14 @@ class Solver(Settings, ABC):
         From a state of `sample` every step is undone, by the same evaluations at the same states. A
         lone tensor has no neighbour; one step up by the underlying method supplies it, for its
         evaluations, and the run is exact from there on: `sample` from the returned state ends at that
-        tensor, if it went up by more than one step. In a coupled solver a lone tensor is its own
-        companion, for no evaluation.
+        tensor. In a coupled solver a lone tensor is its own companion, for no evaluation.
 
         Args:
             denoiser: as for `sample`; if a run is to be undone the same one, with the same weights and
                 settings such as a guidance scale: a state records none of them.
-            x: the state of an earlier run, at any level; or a floating point tensor ``(B, ...)`` at
-                level ``sigmas[-1]``, not modified.
-            sigmas: the grid the state comes from, in the same decreasing order.
+            x: the state of an earlier run, at any level, or its solution; or a floating point tensor
+                ``(B, ...)`` at level ``sigmas[-1]``, not modified.
+            sigmas: the grid the state comes from, in the same decreasing order; as for `sample`.
             extra_args: as for `sample`; the same values, if the run is to be undone.
             callback: as for `sample`; ``i`` falls. In a two-step solver ``i`` and ``sigma`` are
                 those of the step that was evaluated at ``x``. A lone tensor's own step comes first;

@@ -45,7 +45,8 @@ class Arithmetic(Settings, ABC):
         """The working memory of a run from a stored `state`.
 
         `origin` is the index of the first pair of the run, `dtype` that of what the denoiser sees. The
-        run sets the attribute `sigma` of the memory, the level at hand, for messages.
+        run sets the attribute `sigma` of the memory, the level at hand, for messages, and keeps a
+        `copy.copy` of it from the end of each step, from which an interrupted run goes on.
         """
         del state, origin, dtype
 
