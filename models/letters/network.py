@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..base import append_dims, check_device, check_floating_dtype, values_readable
 from ..edm.stored import CheckpointError, read_weights
-from ..reading import printable
 from .data import LETTERS, SIZE
 from .unet import LettersUNet
 
@@ -135,11 +134,12 @@ def load_letters(
     path = WEIGHTS if path is None else Path(path)
     model = LettersDenoiser()
     try:
-        model.network.load_state_dict(read_weights(path))
-    except (RuntimeError, CheckpointError) as error:
+        weights = read_weights(path, model.network.state_dict())
+    except CheckpointError as error:
         raise ValueError(
-            f"{path} does not hold the weights of the letters network: {printable(str(error), 300)}"
+            f"{path} does not hold the weights of the letters network: {error}"
         ) from error
+    model.network.load_state_dict(weights)
     return model.eval().requires_grad_(False).to(device, dtype)
 
 

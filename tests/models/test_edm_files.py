@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import struct
 import sys
 import threading
@@ -289,3 +290,33 @@ def test_without_a_connection_the_error_says_what_to_do(server: tuple[str, list[
     for url in (f"{address}/missing.pkl", "http://127.0.0.1:1/net.pkl"):
         with pytest.raises(ConnectionError, match=r"bring the file here by other means"):
             load_edm(url)
+
+
+def test_a_download_of_any_length_ends(
+    server: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    address, _ = server
+    monkeypatch.setattr("odesolvers.models.edm.checkpoint.DOWNLOAD", 1000)
+    with pytest.raises(CheckpointError, match="has more than 1000 bytes"):
+        load_edm(f"{address}/a/net.pkl")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_network_that_cannot_be_written_is_an_error_of_the_disk(tmp_path: Path) -> None:
+    denoiser = tiny()
+    with pytest.raises(FileNotFoundError):
+        save_edm(denoiser, tmp_path / "missing" / "a.safetensors")
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(IsADirectoryError):
+        save_edm(denoiser, tmp_path / "folder.safetensors")
+    path = tmp_path / "full.safetensors"
+    path.write_bytes(b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # as on a full disk
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_edm(denoiser, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b"old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.safetensors", path.name]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,39 +14,6 @@ from odesolvers.models.edm.stored import Storage, StoredTensor
 
 from .edm_files import load, published, tiny
 from .edm_hostile import amplified
-
-
-def fuzz(*arguments: object) -> str:
-    """The report of a process that reads hostile files under limits of time and memory."""
-    if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("peaks of memory are read from /proc")
-    command = [sys.executable, "-m", "tests.models.edm_fuzz", *map(str, arguments)]
-    root = Path(__file__).parents[2]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=3000)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert " 0 broken" in result.stdout, result.stdout
-    return result.stdout
-
-
-def test_files_made_by_hand() -> None:
-    """Every twentieth of them; see `edm_hostile`."""
-    fuzz("handmade", 20)
-
-
-def test_files_with_random_changes() -> None:
-    fuzz("mutants", 0, 150)
-
-
-@pytest.mark.slow
-def test_all_files_made_by_hand() -> None:
-    fuzz("handmade", 1)
-
-
-@pytest.mark.slow
-def test_many_files_with_random_changes() -> None:
-    seed = int.from_bytes(os.urandom(4), "little")
-    print("seed", seed)
-    fuzz("mutants", seed, 5000)
 
 
 def test_tensors_may_not_share_their_numbers(tmp_path: Path) -> None:
