@@ -193,6 +193,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     return calls
 
 
+@pytest.mark.usefixtures("k_diffusion")
 def test_end_to_end_and_again(
     tmp_path: Path, counted: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +231,7 @@ def test_end_to_end_and_again(
     assert len(counted) == 4
 
 
+@pytest.mark.usefixtures("k_diffusion")
 def test_unknown_names_are_refused_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"no solver is called 'DDPM'; there are: .*DDIM"):
         suite.main(["--quick", "--solvers", "DDPM", "--out", str(tmp_path)])

@@ -74,6 +74,7 @@ def test_ratios_are_best_near_one() -> None:
     assert report.off(math.inf, True) == math.inf
 
 
+@pytest.mark.usefixtures("k_diffusion")
 def test_settings_name_what_changes() -> None:
     assert tiny().setting != tiny(version=2).setting
     assert tiny().setting != tiny(fine=401).setting
