@@ -1,0 +1,106 @@
+"""Memory and time of gradients through a run: ``python -m benchmarks.gradients``.
+
+The loss is the mean square of samples of the letters under BDIA over Euler, its gradient that of the
+start, of a condition and of all weights. Each figure comes from a process of its own: the most memory
+that it held above what a gradient of two steps had taken.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from odesolvers import BDIA, Euler, StepRatio, karras_sigmas
+from odesolvers.models.letters import load_letters
+
+from .common import TABLES, machine, table, write
+
+STEPS: Final = (10, 20, 40, 80, 160)
+KINDS: Final = {
+    "autograd": "autograd",
+    "checkpoint": "autograd, checkpointed calls",
+    "reversible": "reversible",
+}
+BATCH: Final = 4
+
+
+def measure(kind: str, steps: int) -> dict[str, Any]:
+    """Megabytes, seconds and the gradient of the start, of one backward pass in this process."""
+    torch.set_num_threads(1)
+    network = load_letters().requires_grad_(True)
+    labels = torch.arange(BATCH)
+
+    def denoiser(x: Tensor, sigma: Tensor, shift: Tensor) -> Tensor:
+        if kind == "checkpoint" and torch.is_grad_enabled():
+            return checkpoint(network, x, sigma, labels, use_reentrant=False) + shift  # type: ignore[no-any-return]
+        return network(x, sigma, labels) + shift  # type: ignore[no-any-return]
+
+    def gradient(n: int) -> tuple[Tensor, Tensor]:
+        x = 80.0 * torch.randn(BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        shift = torch.zeros(3, 1, 1).requires_grad_()
+        solution = BDIA(Euler(), StepRatio(1)).sample(
+            denoiser,
+            x.requires_grad_(),
+            karras_sigmas(n, append_zero=False),
+            extra_args={"shift": shift},
+            differentiable="reversible" if kind == "reversible" else True,
+        )
+        network.zero_grad()
+        solution.x.square().mean().backward()
+        assert x.grad is not None
+        assert shift.grad is not None
+        return x.grad, shift.grad
+
+    gradient(2)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    found = gradient(steps)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "megabytes": (peak - before) / 1024,
+        "seconds": seconds,
+        "gradient": torch.cat([g.flatten() for g in found]).tolist(),
+    }
+
+
+def main() -> None:
+    """Print the table, and write it to ``docs/tables/gradients.md``."""
+    rows = []
+    for steps in STEPS:
+        found = {}
+        for kind in KINDS:
+            call = [sys.executable, "-m", "benchmarks.gradients", kind, str(steps)]
+            output = subprocess.run(call, check=True, capture_output=True, text=True).stdout
+            found[kind] = json.loads(output)
+        true = torch.tensor(found["autograd"]["gradient"])
+        for kind, name in KINDS.items():
+            one = found[kind]
+            miss = (torch.tensor(one["gradient"]) - true).norm() / true.norm()
+            rows.append(
+                [
+                    str(steps),
+                    name,
+                    f"{one['megabytes']:.0f}",
+                    f"{one['seconds'] / found['checkpoint']['seconds']:.2f}",
+                    f"{miss:.0e}" if kind != "autograd" else "",
+                ]
+            )
+            print(rows[-1], flush=True)
+    header = ["steps", "gradient", "MB", "time / checkpointed", "difference from autograd"]
+    write(TABLES / "gradients.md", f"{machine()}.\n\n{table(header, rows, words=(1,))}\n")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(json.dumps(measure(sys.argv[1], int(sys.argv[2]))))
+    else:
+        main()
