@@ -71,10 +71,10 @@ def check_prediction(
     def answer(level: float, image: Tensor | float) -> tuple[float, Tensor]:
         """The part of the noise around `image` that the network returns, and what it returns besides."""
         levels = x.new_full(x.shape[:1], level, dtype=level_dtype(x.dtype))
-        outputs = []
+        outputs: list[Tensor] = []
         for state in (image + level * noise, image - level * noise):
             denoised = denoiser(state, levels, **(extra_args or {}))
-            outputs.append(vp_output(declared, denoised, state, levels).double())
+            outputs.append(vp_output(declared, denoised, state, levels).to(x.dtype))
         odd, even = (outputs[0] - outputs[1]) / 2, (outputs[0] + outputs[1]) / 2
         return _slope(odd, level / math.hypot(1, level) * noise), even
 
@@ -86,7 +86,7 @@ def check_prediction(
         low = denoiser.sigma_min
         slopes, shares = [], []
         for level in (low, 3 * low):
-            slope, even = answer(level, image.to(x.dtype))
+            slope, even = answer(level, image)
             slopes.append(slope)
             shares.append(_slope(even, image))
         # A denoiser returns at most the noise it is given, and less of it the higher the level; v has
@@ -118,7 +118,9 @@ def _check_flow(
         return _slope((noise * t - denoised) / t, noise)
 
     first, half = share(sigma), share(1.0)
-    answer = f"the velocity has {first:.2g} times the noise at the first level, {half:.2g} at t = 1/2"
+    answer = (
+        f"the velocity has {first:.2g} times the noise at the first level, {half:.2g} at t = 1/2"
+    )
     other = f"noise_at={1 - denoiser.noise_at} is likely"
     if half < -0.25:
         likely = other if first > 0.5 else f"either minus its output is the velocity, or {other}"
@@ -133,7 +135,7 @@ def _check_flow(
 
 def _slope(y: Tensor, x: Tensor) -> float:
     """The coefficient of `x` in the regression of `y` on it."""
-    x, y = x.double(), y.double()
+    x, y = x.cpu().double(), y.cpu().double()  # some devices have no float64
     return float((x * y).sum() / (x * x).sum().clamp(min=1e-30))
 
 

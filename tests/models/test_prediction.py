@@ -106,7 +106,8 @@ def test_every_confusion(name, family):
             assert f"declared as {declared}, but at the level" in text
             assert f"'{right}'" in text, text
             named += f": '{right}' is likely" in text
-    assert named >= 9, "of 12 confusions"
+    # Of white data v is next to nothing at the lowest levels, which of the cosine reach 0.002.
+    assert named >= (9 if name in ("0.5", "0.1") else 12)
 
 
 def test_white_data_do_not_tell_v_from_sample():
