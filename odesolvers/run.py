@@ -63,7 +63,11 @@ def modes(differentiable: object) -> Iterator[Callable[[Any], Any]]:
     inference = torch.is_inference_mode_enabled()
 
     def given(function: Any) -> Any:
-        return torch.inference_mode()(function) if inference and callable(function) else function
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            with torch.inference_mode():
+                return function(*args, **kwargs)
+
+        return inside if inference and callable(function) else function
 
     # What is made in inference mode has no version, by which a write to it would be noticed.
     with torch.inference_mode(False), torch.set_grad_enabled(differentiable is True):
@@ -221,7 +225,8 @@ class Run:
 
     def reach(self, index: int, pair: Pair) -> None:
         """Notes that a step is done: the pair (a, b) stands at `index`."""
-        self._reached = index, pair, _versions(pair), copy(self.memory)
+        memory = None if self.memory is None else copy(self.memory)
+        self._reached = index, pair, _versions(pair), memory
 
     def forget(self) -> None:
         """Lets the next shear evaluate for itself what the one before may have evaluated."""
