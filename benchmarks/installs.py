@@ -57,6 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("pythons", nargs="*", help="interpreters (those of the table)")
     parser.add_argument("--lowest", action="store_true", help="tests at the lower bounds")
+    parser.add_argument("--uv", action="store_true", help="install by uv, on the PATH, not by pip")
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(CLONE)}")
     args = parser.parse_args()
     failed = False
@@ -64,11 +65,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             clone = Path(folder) / "clone"
             subprocess.run(["git", "clone", "-q", CLONE, clone], check=True)
-            env = environment(python, Path(folder) / "env")
+            env = environment(python, Path(folder) / "env", uv=args.uv)
             if args.lowest:
                 failed |= not lowest(env, clone)
                 continue
-            row = measure(env, clone)
+            row = {"installer": "uv" if args.uv else "pip"} | measure(env, clone)
         rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         rows[row["python"]] = row
         RESULTS.parent.mkdir(exist_ok=True)
@@ -112,18 +113,21 @@ def lowest(env: Path, clone: Path) -> bool:
     return not re.search("failed|error", summary)
 
 
-def environment(python: str, folder: Path) -> Path:
-    """An empty environment, of which the interpreter is returned."""
-    subprocess.run([python, "-m", "venv", folder], check=True)
+def environment(python: str, folder: Path, *, uv: bool) -> Path:
+    """An empty environment with a new setuptools, of which the interpreter is returned."""
+    maker = ["uv", "venv", "-q", "--python", python] if uv else [python, "-m", "venv"]
+    subprocess.run([*maker, folder], check=True)
     env = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
-    install(env, "--upgrade", "pip", "setuptools", "wheel")
+    install(env, "--upgrade", "setuptools", "wheel", *([] if uv else ["pip"]))
     return env
 
 
 def install(env: Path, *packages: str) -> dict[str, float]:
-    """Seconds that pip takes, and GB in site-packages after."""
+    """Seconds that it takes, and GB in the environment after."""
+    uv = not list(env.parent.glob("pip*"))
+    installer = ["uv", "pip", "install", "--python", env] if uv else [env, "-m", "pip", "install"]
     start = time.perf_counter()
-    subprocess.run([env, "-m", "pip", "install", "-q", *packages], check=True)
+    subprocess.run([*installer, "-q", *packages], check=True)
     seconds = time.perf_counter() - start
     files = [path for path in env.parents[1].rglob("*") if path.is_file() and not path.is_symlink()]
     return {"seconds": seconds, "gb": sum(path.stat().st_size for path in files) / 1e9}
@@ -151,19 +155,19 @@ def report(rows: dict[str, dict[str, Any]]) -> str:
     """The table of all measured Pythons, in Markdown."""
     from .common import table
 
-    header = ["Python", "torch", "numpy", "core", "GB", "import, s", "with extras", "GB"]
+    header = ["Python", "by", "torch", "numpy", "core", "GB", "import, s", "with extras", "GB"]
     header += ["modules", "tests", "k-diffusion"]
     lines = []
     for row in sorted(rows.values(), key=lambda row: [int(k) for k in row["python"].split(".")]):
         alone, modules = row["alone"], row["modules"]
         total = row["core"]["seconds"] + row["extras"]["seconds"]
-        line = [row["python"], alone["torch"], alone["numpy"]]
+        line = [row["python"], row.get("installer", "pip"), alone["torch"], alone["numpy"]]
         line += [f"{row['core']['seconds']:.0f} s", f"{row['core']['gb']:.1f}"]
         line += [f"{alone['seconds']:.2f}", f"{total:.0f} s", f"{row['extras']['gb']:.1f}"]
         line += [f"{modules['modules'] - len(modules['missing'])} of {modules['modules']}"]
         line += [re.sub(" in .*", "", row[key] or "cannot be had") for key in ("tests", "wrapped")]
         lines.append(line)
-    return table(header, lines, words=(0, 9, 10))
+    return table(header, lines, words=(0, 1, 10, 11))
 
 
 if __name__ == "__main__":
