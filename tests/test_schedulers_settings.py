@@ -318,7 +318,7 @@ def test_noise_is_added_as_diffusers_does(diffusers):
             "base must",
         ),
         (lambda s: InvertibleScheduler(**SD).step(Z, 1, Z), "set_timesteps first"),
-        (lambda s: s.step(Z, 17, Z), "17 is not one of the timesteps"),
+        (lambda s: s.step(Z, 17, Z), "17 is not one of scheduler.timesteps, 800 to 0"),
         (lambda s: s.step(torch.cat([Z, Z], 1), s.timesteps[0], Z), "learned variance"),
         (lambda s: [s.step(Z, t, Z) for t in (*s.timesteps, 0)], "the run is over"),
         (lambda s: s.step(Z, s.timesteps[0], Z * torch.nan), "not finite"),

@@ -268,7 +268,7 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             )
         call, route, arithmetic = self._calls[at.call], self._route, self.solver.arithmetic
         leg, pair, (state, point) = at.leg, at.pair, self._taken(at, sample)
-        denoised = torch.add(point * call.skip, model_output, alpha=call.out)
+        denoised = (point * call.skip).add_(model_output.to(point.dtype), alpha=call.out)
         if arithmetic.exact and not is_finite(denoised):
             raise FloatingPointError(
                 f"the output of the network is not finite {place(call.sigma, at.call)}; {OVERFLOW}"
@@ -317,7 +317,9 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise ValueError("there is no run: call set_timesteps first")
         t, times = float(timestep), self.timesteps.tolist()
         if t not in times:
-            raise ValueError(f"{t:.6g} is not one of the timesteps of this run, {times}")
+            raise ValueError(
+                f"{t:.6g} is not one of scheduler.timesteps, {times[0]:g} to {times[-1]:g}"
+            )
         return [k for k, known in enumerate(times) if known == t]
 
     def _first(self, timestep: float | Tensor, sample: Tensor) -> Place:
