@@ -115,7 +115,9 @@ def lowest(env: Path, clone: Path) -> bool:
 
 def environment(python: str, folder: Path, *, uv: bool) -> Path:
     """An empty environment with a new setuptools, of which the interpreter is returned."""
-    maker = ["uv", "venv", "-q", "--python", python] if uv else [python, "-m", "venv"]
+    maker: list[str | Path] = (
+        ["uv", "venv", "-q", "--python", python] if uv else [python, "-m", "venv"]
+    )
     subprocess.run([*maker, folder], check=True)
     env = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
     install(env, "--upgrade", "setuptools", "wheel", *([] if uv else ["pip"]))
@@ -125,7 +127,9 @@ def environment(python: str, folder: Path, *, uv: bool) -> Path:
 def install(env: Path, *packages: str) -> dict[str, float]:
     """Seconds that it takes, and GB in the environment after."""
     uv = not list(env.parent.glob("pip*"))
-    installer = ["uv", "pip", "install", "--python", env] if uv else [env, "-m", "pip", "install"]
+    installer: list[str | Path] = (
+        ["uv", "pip", "install", "--python", env] if uv else [env, "-m", "pip", "install"]
+    )
     start = time.perf_counter()
     subprocess.run([*installer, "-q", *packages], check=True)
     seconds = time.perf_counter() - start
