@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import random
@@ -51,8 +52,9 @@ class Bomb:
 
 @cache
 def home() -> Path:
-    """The genuine folder, beside a single file and an archive of it; removed with the process's own."""
+    """The genuine folder, beside a single file and an archive of it."""
     folder = Path(tempfile.mkdtemp(prefix="genuine"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         save_tiny_stable_diffusion(folder / "folder")
