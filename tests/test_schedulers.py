@@ -274,3 +274,20 @@ def test_pipelines_that_edit_do_what_they_do_under_ddim(diffusers, saved, task):
     assert relative(edits(diffusers, pipeline, task, euler), theirs) < 1e-5
     refined = InvertibleScheduler.from_config(config)
     assert 1e-4 < relative(edits(diffusers, pipeline, task, refined), theirs) < 0.5
+
+
+def test_a_pipeline_with_a_controlnet_goes_back(diffusers, saved):
+    plain = load_pipeline(saved / "1.x")
+    torch.manual_seed(0)
+    net = diffusers.ControlNetModel.from_unet(
+        plain.unet, conditioning_embedding_out_channels=(16, 32)
+    )
+    for weight in net.parameters():  # its last layers are 0 at first
+        weight.data += 0.02 * torch.randn_like(weight)
+    pipeline = diffusers.StableDiffusionControlNetPipeline(**plain.components, controlnet=net)
+    pipeline.set_progress_bar_config(disable=True)
+    give(pipeline)
+    give(plain)
+    picture, again = there_and_back(pipeline, "1.x", noise("1.x"), image=torch.rand(1, 3, 16, 16))
+    assert relative(again, noise("1.x")) < 1e-7
+    assert relative(run(plain, "1.x", noise("1.x")), picture) > 1e-3

@@ -263,6 +263,16 @@ def test_changed_latents_are_the_state_from_there_on(arithmetic):
     assert up.state.index == 3
     back = up.solver.arithmetic.load(up.state.current, torch.float64)
     assert relative(back * up._scale(up.state.sigmas[3]), seen[2]) < 1e-7
+    for t in up.timesteps[-2:]:  # and beyond it, to noise that the run did not begin with
+        z = up.step(network(z, t), t, z).prev_sample
+    assert relative(z, Z) > 1e-2
+
+    def write(k, z):
+        return z.mul_(0.7) if k == 2 else z
+
+    for mode in (torch.no_grad, torch.inference_mode):  # which does not count the writes
+        with mode():
+            assert torch.equal(drive(InvertibleScheduler(text, **SD), Z, 6, edit=write), edited)
     with pytest.raises(ValueError, match="two states"):
         drive(InvertibleScheduler(EDICT(), **SD), Z, 6, edit=lambda k, z: 0.7 * z if k == 2 else z)
 
