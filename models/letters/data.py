@@ -195,6 +195,9 @@ def _font(index: int, height: int) -> FreeTypeFont:
         raise ImportError(
             "rendering letters needs Pillow and matplotlib's fonts: pip install pillow matplotlib"
         ) from error
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{FONTS[index]}.ttf"
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    path = folder / f"{FONTS[index]}.ttf"
+    if not path.exists():  # cmti10 before matplotlib 3.11, the first without Python 3.10
+        path = folder / "cmmi10.ttf"
     probe = ImageFont.truetype(path, 1000).getbbox("H", anchor="ls")
     return ImageFont.truetype(path, round(1000 * height / -probe[1]))
