@@ -132,6 +132,12 @@ def flow_sigmas(times: Tensor | Sequence[float]) -> Tensor:
         ValueError: if the times do not decrease strictly or lie outside [0, 1].
     """
     t = row(times, torch.float64)
+    if len(t) > 1 and bool((t.diff() > 0).all()):
+        raise ValueError(
+            f"flow times must fall from 1, noise, to 0, and these rise from {t[0]:.6g}: of a scheduler "
+            "with invert_sigmas=True take flow_sigmas(1 - scheduler.sigmas), with the network in "
+            "FlowDenoiser(..., noise_at=0)"
+        )
     Grid.of(t)
     if t[0] > 1:
         raise ValueError(f"flow times must lie in [0, 1], got {t[0].item():.6g}; 1 is noise")

@@ -106,6 +106,11 @@ def wrapper_sigmas(
 
 def _discrete(wrapper: Any, n: int | None, quantize: bool) -> Tensor:
     count = len(wrapper.sigmas)
+    if not bool(wrapper.sigmas.isfinite().all()):
+        raise ValueError(
+            "the schedule has zero terminal SNR, whose first level is infinite: make the wrapper with "
+            "alphas_cumprod.clamp(min=2**-40), or take DiscreteDenoiser, which does so"
+        )
     if n is None:
         return _append_zero(wrapper.sigmas.flip(0))
     if not 1 <= n <= count:

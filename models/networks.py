@@ -76,7 +76,13 @@ def check_betas(scheduler: Any) -> None:
     """
     config = scheduler.config
     used = {name: getattr(config, name, None) for name in BETAS}
-    unstated = [name for name in BETAS if name in getattr(config, "_use_default_values", ())]
+    between = used["beta_schedule"] in ("linear", "scaled_linear", "sigmoid")  # of two betas
+    unstated = [
+        name
+        for name in BETAS
+        if name in getattr(config, "_use_default_values", ())
+        and (between or name == "beta_schedule")
+    ]
     given = getattr(config, "trained_betas", None) is not None or getattr(
         config, "use_flow_sigmas", False
     )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, TypeAlias, final
 
 import torch
@@ -42,6 +45,9 @@ DISCRETE = (
     "UniPCMultistepScheduler",
 )
 """Schedulers of networks trained at discrete timesteps of a variance-preserving process."""
+
+DISTILLED = ("LCMScheduler", "TCDScheduler")
+"""Those of `DISCRETE` whose networks know the timesteps of their distillation alone."""
 
 EDM = ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler")
 """Schedulers of networks under the preconditioning of Karras et al. 2022."""
@@ -95,6 +101,7 @@ class DiscreteSchedule(Schedule):
             level 2^20.
         prediction_type: "epsilon", "v_prediction", "sample" or "score".
         spacing, offset, final: of the grid of `sigmas`.
+        distilled: the timesteps of `n` steps, of a network that was distilled at these alone.
 
     Raises:
         ValueError: for epsilon prediction of pure noise.
@@ -108,6 +115,7 @@ class DiscreteSchedule(Schedule):
         spacing: Spacing,
         offset: int,
         final: Final,
+        distilled: Callable[[int], Tensor] | None = None,
     ) -> None:
         alphas = alphas_cumprod.detach().double().cpu()
         if prediction_type == "epsilon" and alphas[-1] < 2.0**-32:
@@ -121,6 +129,7 @@ class DiscreteSchedule(Schedule):
         self.alphas_cumprod = alphas.clamp(min=2.0**-40)
         self.prediction_type = prediction_type
         self.spacing, self.offset, self.final = spacing, offset, final
+        self.distilled = distilled
         levels = torch.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
         self.sigma_min, self.sigma_max = float(levels[0]), float(levels[-1])
         self.log_sigmas = levels.log()
@@ -143,10 +152,18 @@ class DiscreteSchedule(Schedule):
         return torch.where(inside, t, torch.nan).to(sigma.dtype)
 
     def sigmas(self, n: int, spacing: Spacing | None, final: Final | None) -> Tensor:
-        end = final or self.final
-        steps = ddim_timesteps(
-            n, len(self.alphas_cumprod), spacing=spacing or self.spacing, offset=self.offset
-        )
+        end, count = final or self.final, len(self.alphas_cumprod)
+        if self.distilled is not None and spacing is None:
+            steps = self.distilled(n)
+        else:
+            steps = ddim_timesteps(n, count, spacing=spacing or self.spacing, offset=self.offset)
+            if steps[0] < 0.7 * count:
+                warnings.warn(
+                    f"{n} steps begin at timestep {int(steps[0])} of {count}, where a state is far from "
+                    "noise: spacing='trailing' begins at the last",
+                    UserWarning,
+                    stacklevel=3,
+                )
         if end == "first" and steps[-1] == 0:
             steps = steps[:-1]  # the scheduler steps from the first training level to itself
             if len(steps) == 0:
@@ -316,7 +333,16 @@ def schedule_of(scheduler: Any, prediction_type: str | None = None) -> Schedule:
         spacing=getattr(config, "timestep_spacing", "leading"),  # a few have neither setting
         offset=getattr(config, "steps_offset", 0),
         final="first" if ends_first else "zero",
+        distilled=partial(_visited, scheduler) if name in DISTILLED else None,
     )
+
+
+def _visited(scheduler: Any, n: int) -> Tensor:
+    """The timesteps of a scheduler for `n` steps."""
+    own = copy.deepcopy(scheduler)  # set_timesteps changes it
+    own.set_timesteps(n)
+    timesteps: Tensor = own.timesteps
+    return timesteps.long()
 
 
 def _check_flow(name: str, config: Any, prediction_type: str | None) -> None:

@@ -163,13 +163,14 @@ class StableDiffusion(nn.Module):
         spacing: Literal["leading", "trailing", "linspace"] | None = None,
         final: Literal["zero", "first"] | None = None,
     ) -> Tensor:
-        """A noise level grid for `n` steps, with the settings of the pipeline's scheduler.
+        """A noise level grid for `n` steps, with the spacing, offset and last level of the scheduler.
 
         For schedules of timesteps, steps start at the timesteps of diffusers' `DDIMScheduler`, and each
         ends where the next one starts. (`DDIMScheduler` itself assumes steps of ``T // n`` timesteps,
         which differ under "trailing" and "linspace" spacing.) A last step from timestep 0 to the level
-        of timestep 0, which "linspace" spacing has under ``final="first"``, is left out. For other
-        schedules it is the scheduler's own grid.
+        of timestep 0, which "linspace" spacing has under ``final="first"``, is left out. Under LCM
+        and TCD they are the timesteps of the distillation. For other schedules it is the scheduler's own
+        grid.
 
         Args:
             n: number of steps.

@@ -96,6 +96,8 @@ def load_stable_diffusion(
                 if any(p.dtype != wanted for p in part.parameters()):
                     part.to(wanted)
         if scheduler is not None:
+            if prediction_type is None:
+                _check_prediction(scheduler, pipeline.scheduler)
             pipeline.scheduler = scheduler
         model = StableDiffusion(
             pipeline,
@@ -109,6 +111,22 @@ def load_stable_diffusion(
             f"{printable(str(error), MESSAGE)}"
         ) from error
     return model.to(device)
+
+
+def _check_prediction(scheduler: Any, own: Any) -> None:
+    """Raise an error if a scheduler leaves unsaid that the network predicts something else.
+
+    `own` is the scheduler of the pipeline.
+    """
+    kinds = [getattr(one.config, "prediction_type", None) for one in (scheduler, own)]
+    unsaid = "prediction_type" in getattr(scheduler.config, "_use_default_values", ())
+    if unsaid and kinds[0] != kinds[1]:
+        name = type(scheduler).__name__
+        raise ValueError(
+            f"the scheduler given, a {name}, does not say what the network predicts, and that of the "
+            f"pipeline says {kinds[1]!r}: make it by {name}.from_config(pipeline.scheduler.config), or "
+            "pass prediction_type="
+        )
 
 
 def _download(source: str, variant: str | None, *, weights: bool = True) -> Path:

@@ -305,6 +305,8 @@ def test_bad_times():
     with pytest.raises(ValueError, match=r"flow times must lie in \[0, 1\], got 1000"):
         flow_sigmas([1000.0, 500.0, 0.0])
     with pytest.raises(ValueError, match="decrease strictly"):
+        flow_sigmas([1.0, 0.2, 0.5])
+    with pytest.raises(ValueError, match=r"rise from 0: .*invert_sigmas.*1 - scheduler.sigmas"):
         flow_sigmas([0.0, 0.5, 1.0])
     with pytest.raises(ValueError, match="not negative"):
         flow_sigmas([1.0, -0.5])

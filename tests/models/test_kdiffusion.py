@@ -242,3 +242,14 @@ def test_missing_pkg_resources(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "version_info", (3, 12, 0))
     with pytest.raises(ImportError, match=r"pip install 'setuptools<82'"):
         import_k_diffusion()
+
+
+def test_an_infinite_level_is_refused(k_diffusion):
+    alphas = torch.cat([torch.linspace(0.99, 0.01, 9), torch.zeros(1)])
+    wrapper = k_diffusion.external.DiscreteEpsDDPMDenoiser(lambda x, t: x, alphas, quantize=False)
+    for n in (None, 4):
+        with pytest.raises(ValueError, match=r"zero terminal SNR.*clamp\(min=2\*\*-40\)"):
+            wrapper_sigmas(wrapper, n)
+    clamped = alphas.double().clamp(min=2**-40)
+    wrapper = k_diffusion.external.DiscreteEpsDDPMDenoiser(lambda x, t: x, clamped, quantize=False)
+    assert wrapper_sigmas(wrapper, 4)[0] == pytest.approx(2.0**20)

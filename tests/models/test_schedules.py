@@ -9,6 +9,7 @@ from odesolvers.models.schedules import DISCRETE
 
 from .pipelines import BETAS, build, noise, relative, theirs
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*begin at timestep:UserWarning")  # of few steps
 FORWARD = [name for name in DISCRETE if "Inverse" not in name]
 
 
@@ -56,7 +57,7 @@ def test_one_step_of_every_discrete_scheduler_is_the_denoiser(pipeline, diffuser
     [
         {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
         {"beta_schedule": "squaredcos_cap_v2"},
-        {"beta_schedule": "sigmoid"},
+        {"beta_schedule": "sigmoid", "beta_start": 1e-4, "beta_end": 0.02},
         {"beta_schedule": "laplace"},
         {"beta_schedule": "exp"},
         {"trained_betas": torch.linspace(1e-3, 0.02, 300).tolist(), "num_train_timesteps": 300},
@@ -168,3 +169,35 @@ def test_epsilon_prediction_of_pure_noise_is_refused(xl, diffusers, name):
     )
     with pytest.raises(ValueError, match="zero terminal SNR"):
         StableDiffusion(xl, prediction_type="epsilon")
+
+
+@pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler"])
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+def test_distilled_networks_are_sampled_at_the_timesteps_of_their_scheduler(xl, diffusers, name, n):
+    scheduler = getattr(diffusers, name)(**BETAS)
+    scheduler.set_timesteps(n)
+    xl.scheduler = scheduler
+    model = StableDiffusion(xl)
+    levels = model.sigmas(n)
+    alphas = scheduler.alphas_cumprod[scheduler.timesteps].double()
+    assert relative(levels[:n], torch.sqrt((1 - alphas) / alphas)) < 1e-6
+    evenly = model.sigmas(n, spacing="leading")
+    assert n == 1 or not torch.equal(evenly, levels)
+
+
+@pytest.mark.parametrize(("n", "first"), [(1, 0), (2, 500), (3, 666), (501, 500)])
+def test_a_grid_that_begins_far_from_noise_is_warned_of(xl, diffusers, n, first):
+    xl.scheduler = diffusers.DDIMScheduler(**BETAS)
+    model = StableDiffusion(xl)
+    with pytest.warns(UserWarning, match=f"begin at timestep {first} of 1000.*trailing"):
+        model.sigmas(n)
+
+
+def test_published_levels_that_are_rounded_are_in_range(xl, diffusers):
+    """Align Your Steps (Sabour et al. 2024), whose first level is 14.615 and last 0.029."""
+    xl.scheduler = diffusers.DDIMScheduler(**BETAS)
+    model = StableDiffusion(xl)
+    ends = torch.tensor([14.615, 0.029], dtype=torch.float64)
+    assert model.timestep(ends).tolist() == pytest.approx([999, 0], abs=1e-6)
+    with pytest.raises(ValueError, match=r"got 15; .*clamp"):
+        model.timestep(torch.tensor([15.0]))

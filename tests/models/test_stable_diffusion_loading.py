@@ -14,6 +14,7 @@ from odesolvers.models import (
 )
 
 from .original_layout import original_layout
+from .pipelines import BETAS
 
 
 @pytest.mark.parametrize(
@@ -204,3 +205,24 @@ def test_missing_package(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=r"pip install diffusers transformers"):
         load_stable_diffusion("anything/at-all")
+
+
+def test_a_scheduler_that_does_not_say_what_the_network_predicts(folders, tmp_path, diffusers):
+    """Nobody stated the epsilon prediction of its class, and the folder's own says otherwise."""
+    folder = tmp_path / "v"
+    shutil.copytree(folders["1.x"], folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    settings = json.loads(path.read_text()) | {"prediction_type": "v_prediction"}
+    path.write_text(json.dumps(settings))
+    silent = diffusers.EulerDiscreteScheduler(**BETAS)
+    with pytest.raises(ValueError, match=r"does not say .* says 'v_prediction': .*from_config"):
+        load_stable_diffusion(folder, scheduler=silent)
+    made = diffusers.EulerDiscreteScheduler.from_config(settings)
+    stated = diffusers.EulerDiscreteScheduler(**BETAS, prediction_type="epsilon")
+    for options, kind in (
+        ({"scheduler": made}, "v_prediction"),
+        ({"scheduler": stated}, "epsilon"),
+        ({"scheduler": silent, "prediction_type": "sample"}, "sample"),
+    ):
+        assert load_stable_diffusion(folder, **options).schedule.prediction_type == kind
+    assert load_stable_diffusion(folders["1.x"], scheduler=silent) is not None
