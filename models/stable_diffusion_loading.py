@@ -136,18 +136,21 @@ def _download(source: str, variant: str | None, *, weights: bool = True) -> Path
         FileNotFoundError: if the hub does not provide it.
         ValueError: if it is no pipeline that is supported.
     """
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import constants, hf_hub_download, snapshot_download
 
+    cached = {
+        "local_files_only": constants.HF_HUB_OFFLINE
+    }  # older versions list the hub's files else
     try:
         folder = Path(hf_hub_download(source, "model_index.json")).parent
         parts = parts_of(clean_index(read_json(inside(folder, "model_index.json"))))
         wanted = [f"{part}/{name}" for part in parts for name in ("*.json", "merges.txt")]
         # The folder of a snapshot has the name of its commit: all files are of that of the index.
-        snapshot_download(source, revision=folder.name, allow_patterns=wanted)
+        snapshot_download(source, revision=folder.name, allow_patterns=wanted, **cached)
         for ending in ("safetensors", "bin") if weights else ():
             names = weight_patterns(folder, parts, variant, ending)
             if names:
-                snapshot_download(source, revision=folder.name, allow_patterns=names)
+                snapshot_download(source, revision=folder.name, allow_patterns=names, **cached)
     except Exception as error:  # many types, of the hub and of the connection
         if type(error) is ValueError:  # ours: those of the hub are of other classes
             raise ValueError(
