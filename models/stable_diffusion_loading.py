@@ -146,11 +146,15 @@ def _download(source: str, variant: str | None, *, weights: bool = True) -> Path
         parts = parts_of(clean_index(read_json(inside(folder, "model_index.json"))))
         wanted = [f"{part}/{name}" for part in parts for name in ("*.json", "merges.txt")]
         # The folder of a snapshot has the name of its commit: all files are of that of the index.
-        snapshot_download(source, revision=folder.name, allow_patterns=wanted, **cached)
+        snapshot_download(
+            source, revision=folder.name, allow_patterns=wanted, local_files_only=offline
+        )
         for ending in ("safetensors", "bin") if weights else ():
             names = weight_patterns(folder, parts, variant, ending)
             if names:
-                snapshot_download(source, revision=folder.name, allow_patterns=names, **cached)
+                snapshot_download(
+                    source, revision=folder.name, allow_patterns=names, local_files_only=offline
+                )
     except Exception as error:  # many types, of the hub and of the connection
         if type(error) is ValueError:  # ours: those of the hub are of other classes
             raise ValueError(
