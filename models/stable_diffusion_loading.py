@@ -138,9 +138,7 @@ def _download(source: str, variant: str | None, *, weights: bool = True) -> Path
     """
     from huggingface_hub import constants, hf_hub_download, snapshot_download
 
-    cached = {
-        "local_files_only": constants.HF_HUB_OFFLINE
-    }  # older versions list the hub's files else
+    offline = constants.HF_HUB_OFFLINE  # older versions would list the files of the hub then
     try:
         folder = Path(hf_hub_download(source, "model_index.json")).parent
         parts = parts_of(clean_index(read_json(inside(folder, "model_index.json"))))
