@@ -38,7 +38,7 @@ def check_levels(sigma: Tensor, low: float, high: float) -> Tensor:
         raise ValueError(
             f"sigma must lie within the model's training levels, {low:.6g} to {high:.6g}, got "
             f"{sigma[~inside][0].item():.6g}; model.sigmas(n) is a grid that does, "
-            "sigmas.clamp(model.sigma_min, model.sigma_max) fits another one"
+            f"karras_sigmas(n, {low:.6g}, {high:.6g}) another"
         )
     return inside
 

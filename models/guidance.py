@@ -72,6 +72,11 @@ class ClassifierFreeGuidance(nn.Module):
         self.scale = scale
         self.shared = frozenset(shared)
 
+    @property
+    def sigma_min(self) -> float:
+        """The lowest noise level of the denoiser; 0 if it has none."""
+        return float(getattr(self.denoiser, "sigma_min", 0.0))
+
     def forward(
         self,
         x: Tensor,

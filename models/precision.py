@@ -42,3 +42,8 @@ class InDtype(nn.Module):
         """The output of the denoiser at ``x.to(dtype)``, in the dtype of `x`."""
         sigma = sigma.to(level_dtype(self.dtype))
         return self.denoiser(x.to(self.dtype), sigma, **extra_args).to(x.dtype)
+
+    @property
+    def sigma_min(self) -> float:
+        """The lowest noise level of the denoiser; 0 if it has none."""
+        return float(getattr(self.denoiser, "sigma_min", 0.0))

@@ -102,15 +102,17 @@ def refuse_pair(a: object, b: object) -> NoReturn:
     raise TypeError(f"a state is made of tensors, got {describe(a)} and {describe(b)}")
 
 
-def refuse_start(x: object) -> NoReturn:
-    """An error for anything but a finite floating point tensor ``(B, ...)`` to start from."""
+def check_start(x: object) -> Tensor:
+    """A finite floating point tensor ``(B, ...)`` to start from, or an error."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor or a State, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating point tensor, got {x.dtype}: convert with x.float()")
     if x.ndim == 0 or x.numel() == 0:
         raise ValueError(f"x must have shape (B, ...) with B >= 1, got {tuple(x.shape)}")
-    raise NotFinite(f"the state to start from is not finite: {describe(x)}")
+    if not is_finite(x):
+        raise NotFinite(f"the state to start from is not finite: {describe(x)}")
+    return x
 
 
 def check_origin(state: Any, grid: Grid, solver: Any, name: str) -> None:
@@ -176,26 +178,54 @@ def check_coefficients(plan: Any, grid: Grid, dtype: torch.dtype) -> None:
                 )
 
 
-def refuse_output(output: object, x: Tensor, sigma: float, k: int) -> NoReturn:
-    """An error for an output that is not like `x`, or not in storage of its own."""
-    at = place(sigma, k)
+def check_output(
+    output: object,
+    x: Tensor,
+    before: int,
+    earlier: list[Tensor],
+    sigma: float,
+    k: int,
+    *,
+    finite: bool,
+) -> None:
+    """An output like its input `x`, which was left at version `before`, in storage of its own."""
+    if version(x) != before:
+        raise ValueError(
+            f"the denoiser wrote to its input {place(sigma, k)}: work on a copy, x.clone()"
+        )
     if not isinstance(output, Tensor):
-        raise TypeError(f"the denoiser must return a tensor, got {type(output).__name__} {at}")
+        raise TypeError(
+            f"the denoiser must return a tensor, got {type(output).__name__} {place(sigma, k)}"
+        )
     if output.shape != x.shape or output.device != x.device:
         raise ValueError(
             f"the denoiser must return the form of its input, {describe(x)}, got "
-            f"{describe(output)} {at}"
+            f"{describe(output)} {place(sigma, k)}"
         )
     if output.dtype is not x.dtype:
         raise TypeError(
-            f"the denoiser returned {output.dtype} for a state in {x.dtype} {at}: dtypes are never "
-            f"mixed silently; wrap it as odesolvers.models.InDtype(denoiser, {output.dtype}) to keep "
-            "the network in that dtype and the state in its own, or convert x"
+            f"the denoiser returned {output.dtype} for a state in {x.dtype} {place(sigma, k)}: dtypes "
+            "are never mixed silently; wrap it as "
+            f"odesolvers.models.InDtype(denoiser, {output.dtype}) to keep the network in that dtype and "
+            "the state in its own, or convert x"
         )
-    raise ValueError(
-        f"the denoiser returned the storage of an earlier output again, {at}: a step needs several "
-        "outputs at once; return a new tensor, such as output.clone()"
-    )
+    if any(overlap(output, value) for value in earlier):
+        raise ValueError(
+            f"the denoiser returned the storage of an earlier output again, {place(sigma, k)}: a step "
+            "needs several outputs at once; return a new tensor, such as output.clone()"
+        )
+    if finite and not is_finite(output):
+        what = "the denoiser's output" if is_finite(x) else "the state handed to the denoiser"
+        raise FloatingPointError(f"{what} is not finite {place(sigma, k)}; {OVERFLOW}")
+
+
+def check_unwritten(before: list[int], after: list[int], what: str, sigma: float, k: int) -> None:
+    """An earlier input or output of the denoiser that is still in use, as it was."""
+    if before != after:
+        raise ValueError(
+            f"the denoiser wrote to an earlier {what} {place(sigma, k)}, which is still in use: what it "
+            "keeps from one call to the next must be a copy, .clone()"
+        )
 
 
 def check_same(a: Tensor, b: Tensor, sigma: float, k: int) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
@@ -15,22 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .checks import describe, refuse_gain
+from .checks import describe, refuse_gain, version
 from .formula import Shear
-from .run import Run
+from .run import Run, Steps
 from .state import Solution, State
 from .trust import ROUND_TRIP_LIMIT, InversionWarning
 
-Move = tuple[int, Shear, bool]
-"""The number of a step, one of its shears, and whether the run undid it."""
 
-
-def attach(
-    run: Run, moves: list[Move], solution: Solution, x: object, stop: int, *, up: bool
-) -> Solution:
+def attach(run: Run, steps: Steps, solution: Solution, x: object, stop: int) -> Solution:
     """`solution` with its states as the outputs of one autograd node.
 
-    Its backward pass goes through `moves` in reverse. The arithmetic of the solver undoes each shear
+    Its backward pass goes through the shears in reverse. The arithmetic of the solver undoes each shear
     ``c = g a + rest(b)``, and the gradients of its pair and of the parameters θ are
 
         ā = g c̄,    b̄ += (∂rest/∂b)ᵀ c̄,    θ̄ += (∂rest/∂θ)ᵀ c̄,
@@ -41,19 +36,19 @@ def attach(
     Args:
         run: the run that led to `solution`.
         solution: its result, without gradients.
-        moves: its shears, in order.
+        steps: those of the run, in order.
         x: what it was given to start from.
         stop: the level of ``solution.x``.
-        up: whether it went up the grid.
 
     Raises:
         ValueError: if a step of this run has no inverse.
     """
+    moves = [(k, shear, undo) for k, shears, undo in steps for shear in shears]
     if not moves:  # the run stayed where it was
         assert isinstance(x, State | Solution)
         state = x.state if isinstance(x, Solution) else x
         return replace(solution, x=solution.x if state.side else _at(state, stop), state=state)
-    node = _Node(run, moves, solution.state, x, up)
+    node = _Node(run, moves, solution.state, x)
     for k, shear, _ in moves[node.lone :]:
         if shear.gain == 0.0:
             refuse_gain(run.solver, run.grid, k)
@@ -70,7 +65,8 @@ def attach(
 def _at(state: State, level: int) -> Tensor:
     found = state.current if state.index == level else state.partner
     assert found is not None
-    return found
+    with torch.enable_grad():
+        return found.clone()  # the caller may write to it
 
 
 class _Undone(torch.autograd.Function):
@@ -89,15 +85,26 @@ class _Undone(torch.autograd.Function):
                 "differentiable='reversible' has no second derivatives, which create_graph=True asks "
                 "for: use differentiable=True"
             )
-        return None, *ctx.node.pull(*gradients)
+        node = ctx.node
+        # Hooks are of whole gradients; torch.autograd.grad would call them once a step.
+        hooks = [(p, p._backward_hooks) for p in node.parameters]
+        for p, _ in hooks:
+            p._backward_hooks = None
+        try:
+            return None, *node.pull(*gradients)
+        finally:
+            for p, hook in hooks:
+                p._backward_hooks = hook
 
 
 class _Node:
     """What the backward pass needs: the final pair, the shears, and the inputs of the run."""
 
-    def __init__(self, run: Run, moves: list[Move], state: State, x: object, up: bool) -> None:
+    def __init__(
+        self, run: Run, moves: list[tuple[int, Shear, bool]], state: State, x: object
+    ) -> None:
         assert state.partner is not None
-        self.run, self.moves, self.state, self.up = run, moves, state, up
+        self.run, self.moves, self.state = run, moves, state
         self.pair = state.current, state.partner
         self.lone = run.state.partner is None
         start = x.state if isinstance(x, Solution) else x
@@ -113,6 +120,9 @@ class _Node:
         found = dict.fromkeys(p for m in _modules(run.denoiser) for p in m.parameters())
         self.parameters = [p for p in found if p.requires_grad]
         self.inputs = [*self.start, *(self.leaves[k] for k in self.places), *self.parameters]
+        self.found = list(found)
+        self.watched = [x for x in (*self.leaves, *found) if isinstance(x, Tensor)]
+        self.versions = [version(x) for x in self.watched]
         self.autocast = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
             for kind in sorted({"cpu", state.current.device.type})
@@ -120,6 +130,12 @@ class _Node:
 
     def pull(self, current: Tensor, partner: Tensor) -> list[Tensor | None]:
         """The gradients of the inputs, from those of the final pair."""
+        for x, before in zip(self.watched, self.versions, strict=True):
+            if version(x) != before:
+                raise RuntimeError(
+                    f"{describe(x)}, a parameter or a tensor in extra_args, was written to between the "
+                    "run and its backward pass: call backward before optimizer.step(), or pass a clone"
+                )
         leaves = list(self.leaves)
         for k in self.places:
             leaves[k] = leaves[k].detach().requires_grad_()
@@ -134,9 +150,10 @@ class _Node:
             run.memory = run.arithmetic.open(run.state, run.state.index, run.dtype)
         wanted = [*(leaves[k] for k in self.places), *self.parameters]
         sums: list[Tensor | None] = [None] * len(wanted)
-        checked = False
-        far, near = self._oriented(*self.pair)
-        far_bar, near_bar = self._oriented(current, partner)
+        asked = [i for i, x in enumerate(wanted) if x.requires_grad]  # some may be frozen by now
+        known = {*wanted, *self.found}
+        far, near = self.run.turned(*self.pair)
+        far_bar, near_bar = self.run.turned(current, partner)
         for k, shear, undone in reversed(self.moves):
             # The run went from (a, b) to (b, c) here; where it undid the shear, from (c, b) to (b, a).
             b, new, b_bar, new_bar = far, near, far_bar, near_bar
@@ -145,20 +162,19 @@ class _Node:
                 far, near = new, b
             else:
                 leaf = run.arithmetic.load(b, run.dtype).detach().requires_grad_()
-                run.forget()  # an output that two steps share would need its graph twice
                 with torch.enable_grad(), self._as_before():
                     rest = run.rest(shear, b, k, leaf)
-                if shear.calls and not checked:
-                    _check_leaves(rest, {leaf, *wanted})
-                    checked = True
-                cotangent = (new_bar * -scale if undone else new_bar).to(rest.dtype)
-                parts = torch.autograd.grad(rest, [leaf, *wanted], cotangent, allow_unused=True)
-                if parts[0] is not None:
-                    b_bar = b_bar + parts[0]
-                for i, part in enumerate(parts[1:]):
-                    if part is not None:
-                        total = sums[i]
-                        sums[i] = part.clone() if total is None else total.add_(part)
+                if rest.requires_grad:
+                    _check_leaves(rest, {leaf, *known})
+                    cotangent = (new_bar * -scale if undone else new_bar).to(rest.dtype)
+                    inputs = [leaf, *(wanted[i] for i in asked)]
+                    first, *parts = torch.autograd.grad(rest, inputs, cotangent, allow_unused=True)
+                    if first is not None:
+                        b_bar = b_bar + first
+                    for i, part in zip(asked, parts, strict=True):
+                        if part is not None:
+                            total = sums[i]
+                            sums[i] = part.clone() if total is None else total.add_(part)
                 if shear.gain == 0.0:  # the first step of a lone state
                     self._check_start([b])
                     return [b_bar, *sums]
@@ -166,12 +182,8 @@ class _Node:
                 far, near = undo(shear.gain, new, rest.detach(), run.memory).to(new.dtype), b
             far_bar, near_bar = new_bar * scale, b_bar
         self._check_start((far, near))
-        bars = self._oriented(far_bar, near_bar)
+        bars = self.run.turned(far_bar, near_bar)
         return [*(bars if len(self.start) != 1 else [bars[0] + bars[1]])[: len(self.start)], *sums]
-
-    def _oriented(self, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        """The current state and its partner as the far and the near one of the walk, or back."""
-        return (one, other) if self.up != self.run.solver.coupled else (other, one)
 
     def _as_before(self) -> ExitStack:
         """The autocast modes of the run; a cache would keep graphs from one call to the next."""
@@ -191,7 +203,8 @@ class _Node:
                 )
             return
         for one, other in zip(found, self._start(), strict=True):
-            miss = float(torch.linalg.vector_norm(one - other) / torch.linalg.vector_norm(other))
+            size = _norm(other) or _norm(self.pair[0])  # a start of zeros has no size
+            miss = _norm(one - other) / size if size else 0.0
             if not miss <= ROUND_TRIP_LIMIT:
                 warnings.warn(
                     f"the backward pass undid the run and missed its start by {miss:.2g} of its size, "
@@ -208,8 +221,12 @@ class _Node:
         return (
             [state.current]
             if state.partner is None
-            else self._oriented(state.current, state.partner)
+            else self.run.turned(state.current, state.partner)
         )
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)))
 
 
 def _modules(denoiser: Any, depth: int = 4) -> Iterator[nn.Module]:
@@ -218,15 +235,21 @@ def _modules(denoiser: Any, depth: int = 4) -> Iterator[nn.Module]:
         yield denoiser
     elif depth == 0 or isinstance(denoiser, type | ModuleType | str | Tensor):
         return
+    elif isinstance(denoiser, Mapping | list | tuple | set):
+        for part in denoiser.values() if isinstance(denoiser, Mapping) else denoiser:
+            yield from _modules(part, depth - 1)
     elif isinstance(denoiser, partial):
         for part in (denoiser.func, *denoiser.args, *denoiser.keywords.values()):
             yield from _modules(part, depth - 1)
     elif inspect.ismethod(denoiser):
         yield from _modules(denoiser.__self__, depth - 1)
     elif inspect.isfunction(denoiser):
-        held = inspect.getclosurevars(denoiser)
-        for part in (*held.nonlocals.values(), *held.globals.values()):
-            yield from _modules(part, depth - 1)
+        names = denoiser.__globals__
+        for name in denoiser.__code__.co_names:
+            yield from _modules(names.get(name), depth - 1)
+        for cell in denoiser.__closure__ or ():
+            with suppress(ValueError):  # of a name without a value yet
+                yield from _modules(cell.cell_contents, depth - 1)
     else:
         for part in getattr(denoiser, "__dict__", {}).values():
             yield from _modules(part, depth - 1)

@@ -47,7 +47,7 @@ class IterativeSolver(Solver):
         x, levels = pair[1], run.grid.levels
         assert x is not None
         failed: list[tuple[float, float]] = []
-        for k, shears in steps:
+        for k, shears, _ in steps:
             x, outcome = self._undo(run, k, shears, x)
             if outcome is not None:
                 run.convergence.append(outcome)
@@ -61,7 +61,7 @@ class IterativeSolver(Solver):
                 f"worst is that from sigma = {sigma:.6g}, with a relative residual of {worst:.3g}: take "
                 "shorter steps, more iterations, or a solver that is exact; see solution.convergence",
                 InversionWarning,
-                stacklevel=6,  # past the walk, the run, and `invert`
+                stacklevel=5,  # past the walk, the run, and `invert`
             )
         return None, x
 

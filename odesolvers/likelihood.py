@@ -14,7 +14,7 @@ from torch import Tensor
 from .approximators import HeunEDM, IntegrationApproximator
 from .checks import check_is
 from .grids import Grid, Sigmas
-from .run import Denoiser, Run
+from .run import Denoiser, Run, modes
 from .solver import Solver
 from .state import Solution, State
 from .trust import StabilityWarning
@@ -45,6 +45,7 @@ class Likelihood:
         return -self.log_p / (self.dimensions * math.log(2)) - math.log2(number("width", width))
 
 
+@torch.inference_mode(False)
 def log_likelihood(
     denoiser: Denoiser,
     x: Tensor,
@@ -104,10 +105,10 @@ def log_likelihood(
 
     start = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], 1)
     if isinstance(solver, IntegrationApproximator):
-        end, nfe = _up(Run(solver, with_integral, start, sigmas, None, extra_args))
+        up = _up(solver, with_integral, start, sigmas, extra_args, progress)
     else:
         up = solver.invert(with_integral, start, sigmas, extra_args=extra_args, progress=progress)
-        end, nfe = up.x, up.nfe
+    end, nfe = up.x, up.nfe
     end = end.double()
     log_p = _log_normal(end[:, :-1], Grid.of(sigmas).levels[0]) + end[:, -1]
     return Likelihood(log_p, dimensions, nfe)
@@ -238,16 +239,22 @@ def _mismatch(pairs: _Pairs, s0: float, std: float) -> float:
         return float((next_to_top - pairs.ahead(top)).norm())
 
 
-@torch.no_grad()
-def _up(run: Run) -> tuple[Tensor, int]:
-    """The state at the top of the grid, by steps of a one-step method up from the state of `run`."""
-    levels = run.grid.levels
-    up = [
-        (k, (run.solver.start(levels[k + 1], levels[k]),)) for k in reversed(range(run.grid.steps))
-    ]
-    _, end = run.walk(up, (None, run.state.current))
-    assert end is not None
-    return end, run.nfe
+def _up(
+    solver: IntegrationApproximator,
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Sigmas,
+    extra_args: Any,
+    progress: bool,
+) -> Solution:
+    """The run up the grid by steps of a one-step method."""
+    with modes(False):
+        run = Run(solver, denoiser, x, sigmas, None, extra_args)
+        s = run.grid.levels
+        steps = [
+            (k, (solver.start(s[k + 1], s[k]),), False) for k in reversed(range(run.grid.steps))
+        ]
+        return run.finish(steps, run.walk, progress, run.grid.steps, 0)
 
 
 def _log_normal(x: Tensor, std: float) -> Tensor:
@@ -260,7 +267,10 @@ def _log_normal(x: Tensor, std: float) -> Tensor:
 def _trace(output: Tensor, x: Tensor, probes: Tensor | None) -> Tensor:
     """The trace of the Jacobian for each element of the batch, exact or by probes ``(P, B, ...)``."""
     if not output.requires_grad:
-        return x.new_zeros(len(x))
+        raise ValueError(
+            "the denoiser's output has no gradient with respect to its input, and the divergence of the "
+            "flow would be lost: is it under torch.no_grad() or torch.inference_mode()?"
+        )
     if probes is None:
         size = x[0].numel()
         basis = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, 1, *x.shape[1:])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from typing import Any, Literal, Protocol, TypeAlias
@@ -15,13 +15,12 @@ from .checks import (
     check_coefficients,
     check_differentiable,
     check_origin,
+    check_output,
     check_same,
+    check_start,
+    check_unwritten,
     is_finite,
-    overlap,
-    place,
     refuse_call,
-    refuse_output,
-    refuse_start,
     version,
 )
 from .formula import Call, Shear
@@ -33,10 +32,10 @@ from .state import Convergence, Solution, State
 from .trust import expected_sampling_error
 
 Pair: TypeAlias = "tuple[Tensor | None, Tensor | None]"
-"""Two stored states, the a and b of ``(a, b) -> (b, gain · a + rest(b))``."""
+"""Two stored states: the far one, which a shear replaces, and the near one, at which it calls."""
 
-Steps: TypeAlias = "Iterable[tuple[int, tuple[Shear, ...]]]"
-"""Steps in the order of a run, each with its number and its shears."""
+Steps: TypeAlias = "Iterable[tuple[int, tuple[Shear, ...], bool]]"
+"""Steps in the order of a run: number, shears, and whether they are undone."""
 
 Callback: TypeAlias = Callable[[dict[str, Any]], object]
 
@@ -56,22 +55,15 @@ class Denoiser(Protocol):
 
 
 @contextmanager
-def modes(differentiable: object) -> Iterator[Callable[[Any], Any]]:
-    """The modes of torch in a run; yields a wrapper that puts a function back in the caller's."""
+def modes(differentiable: object, *functions: Any) -> Iterator[list[Any]]:
+    """The modes of torch in a run; yields `functions` put back in the caller's."""
     if differentiable is not False:
         check_differentiable(differentiable)
-    inference = torch.is_inference_mode_enabled()
-
-    def given(function: Any) -> Any:
-        def inside(*args: Any, **kwargs: Any) -> Any:
-            with torch.inference_mode():
-                return function(*args, **kwargs)
-
-        return inside if inference and callable(function) else function
-
+    if torch.is_inference_mode_enabled():
+        functions = tuple(torch.inference_mode()(f) if callable(f) else f for f in functions)
     # What is made in inference mode has no version, by which a write to it would be noticed.
     with torch.inference_mode(False), torch.set_grad_enabled(differentiable is True):
-        yield given
+        yield list(functions)
 
 
 class Run:
@@ -111,7 +103,7 @@ class Run:
         self.extra_args, self.callback = dict(extra_args or {}), callback
         if isinstance(x, Solution):
             x = x.state
-        self.grid = _grid(x, sigmas)
+        self.grid, self.up = _grid(x, sigmas), index is None
         if differentiable is True and self.arithmetic.exact:
             raise ValueError(
                 f"autograd has no gradient of a run in {self.arithmetic}, which rounds every state: use "
@@ -137,7 +129,7 @@ class Run:
         self.plan, self.sampling_error = once(key, planned)
         self._levels = self.state.current.new_empty(0, dtype=dtype)
         self._twice = self.arithmetic.check_determinism
-        self._last: tuple[Tensor, Call, Tensor] | None = None
+        self._last: tuple[Tensor, Call, Tensor, int] | None = None
         self._reported = -1
         self.memory: Any = None
         self.nfe, self.convergence = 0, list[Convergence]()
@@ -146,35 +138,29 @@ class Run:
 
     def _stored(self, x: Tensor | State, index: int) -> tuple[State, torch.dtype]:
         """`x` as a checked and stored state, and the dtype of its values."""
-        arithmetic, coupled, partner, side = self.arithmetic, self.solver.coupled, None, None
+        current: Any = x
+        partner, side = None, None
         if isinstance(x, State):
             check_origin(x, self.grid, self.solver, self.name)
             current, partner, index, side = x.current, x.partner, x.index, x.side
+        if self.solver.states == 1:
+            partner = None
+        if self.arithmetic.exact:
+            self.arithmetic.check(self.grid)
+        if side is None:  # in storage of its own: the caller, or the denoiser, may write to `x`
+            given = (current,) if partner is None else (current, partner)
+            kept = {id(x): self.arithmetic.store(check_start(x).clone()) for x in given}
+            dtype, current, partner = current.dtype, kept[id(current)], kept.get(id(partner))
         else:
-            current = x
-        if side is None:
-            for tensor in (current,) if partner is None else (current, partner):
-                if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-                    refuse_start(tensor)
-                if not (tensor.ndim and tensor.numel() and is_finite(tensor)):
-                    refuse_start(tensor)
-        dtype = current.dtype if side is None else side.dtype
-        if side is None:  # the caller, or the denoiser, may write to them
-            same, current = partner is current, current.clone()
-            if partner is not None:
-                partner = current if same else partner.clone()
-        if arithmetic.exact:
-            arithmetic.check(self.grid)
-            if side is None:
-                current = arithmetic.store(current)
-                partner = None if partner is None else arithmetic.store(partner)
-        if coupled and partner is None:
+            dtype = side.dtype
+        if self.solver.coupled and partner is None:
             partner = current
-        return State(current, partner, index, self.grid.levels, self.name, side, coupled), dtype
+        args = self.grid.levels, self.name, side, self.solver.coupled
+        return State(current, partner, index, *args), dtype
 
     def finish(
         self,
-        steps: Plan,
+        steps: Sequence[tuple[int, tuple[Shear, ...], bool]],
         walk: Callable[[Steps, Pair], Pair],
         progress: bool,
         origin: int,
@@ -211,82 +197,79 @@ class Run:
         An exception on the way carries the last whole state.
         """
         state, exact = self.state, self.arithmetic.exact
-        start: Pair = (state.partner, state.current)
-        if self.solver.coupled:
-            start = start[::-1]
         self.memory = self.arithmetic.open(state, origin, self.dtype) if exact else None
+        start = self.turned(state.current, state.partner)
         self.reach(state.index, start)
         try:
             pair = walk(steps, start)
-            return self._reached[0], pair, is_finite(pair[0]) and is_finite(pair[1])  # waits
+            return self._reached[0], pair, all(map(is_finite, pair))  # waits
         except BaseException as error:
-            self._hand_over(error, *self._reached)
+            with suppress(Exception):
+                index, pair, versions, memory = self._reached
+                if versions == _versions(pair) and all(map(is_finite, pair)):
+                    error.state = self._state(index, pair, memory)  # type: ignore[attr-defined]
+                    if index != state.index and hasattr(error, "add_note"):
+                        error.add_note(
+                            f"error.state is the state at level {index} of the grid, from which the "
+                            "run can go on: pass it in place of x"
+                        )
             raise
 
     def reach(self, index: int, pair: Pair) -> None:
-        """Notes that a step is done: the pair (a, b) stands at `index`."""
-        memory = None if self.memory is None else copy(self.memory)
-        self._reached = index, pair, _versions(pair), memory
+        """Notes that a step is done: `pair` stands at `index`."""
+        self._reached = index, pair, _versions(pair), copy(self.memory)
 
-    def forget(self) -> None:
-        """Lets the next shear evaluate for itself what the one before may have evaluated."""
-        self._last = None
-
-    def _hand_over(
-        self, error: BaseException, index: int, pair: Pair, versions: list[int], memory: Any
-    ) -> None:
-        """Sets ``error.state``, unless a denoiser wrote to the pair, or it is of no use."""
-        with suppress(Exception):
-            if versions == _versions(pair) and is_finite(pair[0]) and is_finite(pair[1]):
-                error.state = self._state(index, pair, memory)  # type: ignore[attr-defined]
-                if index != self.state.index and hasattr(error, "add_note"):
-                    error.add_note(
-                        f"error.state is the state at level {index} of the grid, from which the run "
-                        "can go on: pass it in place of x"
-                    )
+    def turned(self, one: Any, other: Any) -> Any:
+        """The current state and its partner as the far and the near one of the walk, or back."""
+        straight = self.up != self.solver.coupled and one is not None and other is not None
+        return (one, other) if straight else (other, one)
 
     def _state(self, index: int, pair: Pair, memory: Any) -> State:
         """The pair at `index`, as it is given to the caller."""
         if not torch.is_grad_enabled():  # a denoiser may have asked for a gradient
             a, b = (x.detach() if x is not None and x.requires_grad else x for x in pair)
             pair = a, b
-        current, partner = pair if self.solver.coupled else pair[::-1]
-        partner, side = partner if self.solver.states == 2 else None, None
-        assert current is not None
-        if memory is not None:
-            if partner is None:
-                current = self.arithmetic.load(current, self.dtype)
-            else:
-                side = self.arithmetic.close(memory, current, partner, index)
+        current, partner = self.turned(*pair)
+        if self.solver.states == 1:
+            current, partner = pair[1], None
+        side = None
+        if memory is not None and partner is None:
+            current = self.arithmetic.load(current, self.dtype)
+        elif memory is not None:
+            side = self.arithmetic.close(memory, current, partner, index)
         return State(
             current, partner, index, self.grid.levels, self.name, side, self.solver.coupled
         )
 
-    def walk(self, steps: Steps, pair: Pair, *, undo: bool = False) -> Pair:
-        """The pair (a, b) that `steps` lead to, or undone came from."""
-        for k, shears in steps:
+    def walk(self, steps: Steps, pair: Pair) -> Pair:
+        """The pair (far, near) that `steps` lead to."""
+        for k, shears, undo in steps:
             pair = self.step(k, shears, pair, undo)
-            self.reach(k if undo else k + 1, pair)
+            self.reach(k + (not self.up), pair)
         return pair
 
     def step(self, k: int, shears: tuple[Shear, ...], pair: Pair, undo: bool = False) -> Pair:
         """`walk` of the one step `k`.
 
-        A shear maps (a, b) to (b, c) with c = gain · a + rest(b). To undo it the denoiser is called at
-        b as well.
+        A shear maps (a, b) to (b, c) with c = gain · a + rest(b), where b is the near state. To undo it,
+        from (c, b) to (b, a), the denoiser is called at b as well.
         """
         apply: Any = self.arithmetic.inverse if undo else self.arithmetic.forward
-        far, near = pair[::-1] if undo else pair
+        far, near = pair
         assert near is not None
         for shear in shears:
             if shear.gain == 1.0 and not shear.rest.terms:  # only exchanges the two
                 far, near = near, far
             else:
-                new = apply(shear.gain, far, self.rest(shear, near, k), self.memory)
+                used = (far, near) if shear.gain else (near,)
+                before = _versions(used)
+                rest = self.rest(shear, near, k)
+                check_unwritten(before, _versions(used), "input", self.grid.levels[k], k)
+                new = apply(shear.gain, far, rest, self.memory)
                 if new.dtype is not near.dtype:  # half precision is summed in float32
                     new = new.to(near.dtype)
                 far, near = near, new
-        return (near, far) if undo else (far, near)
+        return far, near
 
     def rest(self, shear: Shear, stored: Tensor, k: int, x: Tensor | None = None) -> Tensor:
         """``rest(b)`` for the stored state b, in new storage; `k` is the number of the step.
@@ -299,12 +282,12 @@ class Run:
         """
         if self.memory is not None:
             self.memory.sigma = self.grid.levels[k]
+        last, self._last = self._last if x is None else None, None  # a graph is used once
         x = self.arithmetic.load(stored, self.dtype) if x is None else x
-        values, last, self._last = [x], self._last, None
-        pointers: list[int] = []  # of the storages of the outputs
+        values, versions = [x], list[int]()
         if last is not None and shear.calls and last[0] is stored and last[1] == shear.calls[0]:
             values.append(last[2])
-            pointers.append(last[2].untyped_storage().data_ptr())
+            versions.append(last[3])
         del last  # an output less while the next is made
         for point, sigma in shear.calls[len(values) - 1 :]:
             y = x if point.terms == {0: 1.0} else point.of(values).to(x.dtype)
@@ -312,35 +295,19 @@ class Run:
             level = self._levels.new_full(x.shape[:1], sigma)
             output = self.denoiser(y, level, **self.extra_args)
             self.nfe += 1
-            if version(y) != before:
-                raise ValueError(
-                    f"the denoiser wrote to its input {place(sigma, k)}: work on a copy, x.clone()"
-                )
-            if (
-                not isinstance(output, Tensor)
-                or output.shape != x.shape
-                or output.dtype is not x.dtype
-                or output.device != x.device
-                or (
-                    (pointer := output.untyped_storage().data_ptr()) in pointers
-                    and any(overlap(output, value) for value in values[1:])
-                )
-            ):
-                refuse_output(output, y, sigma, k)
-            if self.check and not is_finite(output):
-                what = (
-                    "the denoiser's output" if is_finite(y) else "the state handed to the denoiser"
-                )
-                raise FloatingPointError(f"{what} is not finite {place(sigma, k)}; {OVERFLOW}")
+            check_output(output, y, before, values[1:], sigma, k, finite=self.check)
+            check_unwritten(versions, _versions(values[1:]), "output", sigma, k)
             if self._twice:  # of the first shear that calls at all
                 first, self.nfe = output.clone(), self.nfe + 1
                 check_same(first, self.denoiser(y, level, **self.extra_args), sigma, k)
+            if output.is_inference() and len(shear.calls) > 1:
+                output = output.clone()  # what the denoiser writes to later is not this
             values.append(output)
-            pointers.append(pointer)
+            versions += _versions([output])
         if len(values) > 1:
             self._twice = False
             if self.solver.coupled:  # the next shear may call at the same point and level
-                self._last = stored, shear.calls[0], values[1]
+                self._last = stored, shear.calls[0], values[1], versions[0]
             if self.callback is not None and k != self._reported:
                 point, sigma = shear.calls[0]
                 self._reported, level = k, self._levels.new_full((), sigma)
@@ -350,8 +317,11 @@ class Run:
         return shear.rest.of(values)
 
 
-def _versions(pair: Pair) -> list[int]:
-    return [version(x) for x in pair if x is not None]
+def _versions(tensors: Iterable[Tensor | None]) -> list[int]:
+    """The version of each tensor; -1 of a part of a buffer, whose other parts count as well."""
+    found = [x for x in tensors if x is not None]
+    parts = [x._base is not None and x._base.numel() > x.numel() for x in found]
+    return [-1 if part else version(x) for x, part in zip(found, parts, strict=True)]
 
 
 def _grid(x: object, sigmas: Sigmas | None) -> Grid:

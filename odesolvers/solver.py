@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar, final
 
 from torch import Tensor
@@ -49,8 +50,8 @@ class Solver(Settings, ABC):
         """The step, in either direction, of a run that has one state only. Not used if coupled."""
 
     def undo(self, run: Run, steps: Steps, pair: Pair) -> Pair:
-        """The pair (a, b) from which `steps`, here in reverse, led to `pair`."""
-        return run.walk(steps, pair, undo=True)
+        """The pair that `steps` up the grid lead to."""
+        return run.walk(steps, pair)
 
     def encoding_error(self, grid: Grid) -> float | None:
         """Measured relative error of codes on `grid`, or None."""
@@ -107,8 +108,7 @@ class Solver(Settings, ABC):
         in its attribute ``state``, from which the run goes on to the same bits. It has none if the
         denoiser wrote to that state, or it is not finite.
         """
-        with modes(differentiable) as given:
-            denoiser, callback = given(denoiser), given(callback)
+        with modes(differentiable, denoiser, callback) as (denoiser, callback):
             run = Run(self, denoiser, x, sigmas, 0, extra_args, callback, differentiable)
             levels, first, end = run.grid.levels, run.state.index, len(run.plan)
             stop = end if stop is None else count("stop", stop)
@@ -118,14 +118,15 @@ class Solver(Settings, ABC):
             if stop == end and not run.sampling_error <= SAMPLING_LIMIT:
                 warn_of_samples(self, run.sampling_error, end)
             lone = self.states == 2 and run.state.partner is None
-            steps = run.plan[first:stop]
+            steps = [(k, shears, False) for k, shears in run.plan[first:stop]]
             if lone and 0 < first < stop:
-                steps[0] = first, (self.start(levels[first], levels[first + 1]),)
+                steps[0] = first, (self.start(levels[first], levels[first + 1]),), False
             solution = run.finish(steps, run.walk, progress, first + lone, stop)
-            if differentiable == "reversible":
-                moves = [(k, shear, False) for k, shears in steps for shear in shears]
-                return attach(run, moves, solution, x, stop, up=False)
-            return solution
+            return (
+                attach(run, steps, solution, x, stop)
+                if differentiable == "reversible"
+                else solution
+            )
 
     @final
     def invert(
@@ -175,8 +176,7 @@ class Solver(Settings, ABC):
             TypeError, FloatingPointError: as for `sample`.
             ValueError: as for `sample`; and if a step on the way has the gain 0, which nothing undoes.
         """
-        with modes(differentiable) as given:
-            denoiser, callback = given(denoiser), given(callback)
+        with modes(differentiable, denoiser, callback) as (denoiser, callback):
             run = Run(self, denoiser, x, sigmas, None, extra_args, callback, differentiable)
             levels, last = run.grid.levels, run.state.index
             stop = 0 if stop is None else count("stop", stop)
@@ -185,29 +185,22 @@ class Solver(Settings, ABC):
                 refuse_stop(stop, nearest, 0)
             lone = self.states == 2 and run.state.partner is None
             end = stop if self.coupled or self.states == 1 else stop + 1  # the lower of two levels
-            steps = [(k, shears[::-1]) for k, shears in run.plan[end:last][::-1]]
+            undone = run.plan[end:last][::-1]
             if not self.iterative:
-                for k, shears in steps:
+                for k, shears in undone:
                     if 0.0 in [shear.gain for shear in shears]:
                         refuse_gain(self, run.grid, k)
                 warn_before_inverting(self, run.plan, run.grid, run.state, stop, run.dtype)
-            lone = lone and stop < last
-            if lone:  # one step up supplies the neighbour
-                steps.insert(0, (last, (self.start(levels[last], levels[last - 1]),)))
+            steps = [(k, shears[::-1], True) for k, shears in undone]
+            if lone and stop < last:  # one step up supplies the neighbour
+                steps.insert(0, (last, (self.start(levels[last], levels[last - 1]),), False))
             run.check |= self.iterative
-
-            def walk(steps: Steps, pair: Pair) -> Pair:
-                steps = iter(steps)
-                if lone:
-                    pair = run.step(*next(steps), pair)[::-1]
-                    run.reach(last, pair)
-                return self.undo(run, steps, pair)
-
-            solution = run.finish(steps, walk, progress, last, stop)
-            if differentiable == "reversible":
-                moves = [(k, shear, k < last) for k, shears in steps for shear in shears]
-                return attach(run, moves, solution, x, stop, up=True)
-            return solution
+            solution = run.finish(steps, partial(self.undo, run), progress, last, stop)
+            return (
+                attach(run, steps, solution, x, stop)
+                if differentiable == "reversible"
+                else solution
+            )
 
     @final
     def plan(self, grid: Grid) -> Plan:

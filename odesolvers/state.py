@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,12 +58,8 @@ class State:
 
     def to(self, device: torch.device | str) -> State:
         """The same state with its tensors on `device`."""
-        return replace(
-            self,
-            current=self.current.to(device),
-            partner=None if self.partner is None else self.partner.to(device),
-            side=None if self.side is None else self.side.map(lambda tensor: tensor.to(device)),
-        )
+        side = None if self.side is None else self.side.map(lambda tensor: tensor.to(device))
+        return self._each(lambda x: x.to(device), side)
 
     def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> State:
         """The states of elements of the batch: ``state[2:4]``, ``state[[0, 5]]``, ``state[mask]``."""
@@ -73,12 +69,12 @@ class State:
                 f"a state is indexed along its batch of {len(self.current)}, and keeps the batch: "
                 f"state[2:4], state[[0, 5]] or state[mask], got {rows!r}"
             )
-        return replace(
-            self,
-            current=pick,
-            partner=None if self.partner is None else self.partner[rows],
-            side=None if self.side is None else self.side.of_rows(rows, self.current.shape),
-        )
+        side = None if self.side is None else self.side.of_rows(rows, self.current.shape)
+        return self._each(lambda x: x[rows], side)
+
+    def _each(self, change: Callable[[Tensor], Tensor], side: SideInformation | None) -> State:
+        partner = None if self.partner is None else change(self.partner)
+        return replace(self, current=change(self.current), partner=partner, side=side)
 
     def __repr__(self) -> str:
         pair = "" if self.partner is None else "two of "

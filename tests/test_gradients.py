@@ -36,7 +36,7 @@ from odesolvers import (
     StepRatio,
     karras_sigmas,
 )
-from odesolvers.extend import Solver
+from odesolvers.extend import Arithmetic, Solver
 
 from .problems import noise, relative_error
 
@@ -385,21 +385,98 @@ def test_what_cannot_be_is_refused() -> None:
         BDIA(Euler()).sample(network, x, SIGMAS, differentiable="backwards")  # type: ignore[arg-type]
 
 
-def test_weights_that_changed_before_the_backward_pass_are_noticed() -> None:
+@pytest.mark.parametrize("what", ["weights", "condition"])
+@pytest.mark.parametrize("arithmetic", [FloatingPoint(), FixedPoint()], ids=repr)
+def test_writes_between_the_run_and_the_backward_pass_are_noticed(
+    what: str, arithmetic: Arithmetic
+) -> None:
     network, x = Network(), noise(2, 3, sigma=5.0).requires_grad_()
-    for solver, error in (
-        (BDIA(Euler()), InversionWarning),
-        (EDICT(arithmetic=FixedPoint()), None),
-    ):
-        solution = solver.sample(network, x, SIGMAS, differentiable="reversible")
-        with torch.no_grad():
-            network.outer.weight += 0.5
-        if error is not None:
-            with pytest.warns(error, match="missed its start"):
-                solution.x.sum().backward()
-        else:
+    shift = noise(2, 3, sigma=0.1)
+    solution = EDICT(arithmetic=arithmetic).sample(
+        network, x, SIGMAS, extra_args={"shift": shift}, differentiable="reversible"
+    )
+    with torch.no_grad():
+        (network.outer.weight if what == "weights" else shift).add_(1e-9)
+    with pytest.raises(RuntimeError, match=r"was written to between the run and its backward"):
+        solution.x.sum().backward()
+
+
+def test_a_denoiser_that_changed_is_noticed_by_where_the_run_began() -> None:
+    factor, x = [0.5], noise(2, 3, sigma=5.0).requires_grad_()
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        return factor[0] * x
+
+    for arithmetic in (FloatingPoint(), FixedPoint()):
+        factor[0] = 0.5
+        solution = BDIA(Euler(), 1.0, arithmetic).sample(
+            denoiser, x, SIGMAS, differentiable="reversible"
+        )
+        factor[0] = 0.4
+        if arithmetic.exact:
             with pytest.raises(RuntimeError, match="did not find its start"):
                 solution.x.sum().backward()
+        else:
+            with pytest.warns(InversionWarning, match="missed its start"):
+                solution.x.sum().backward()
+
+
+def test_hooks_of_parameters_see_whole_gradients() -> None:
+    calls = []
+
+    def gradient(differentiable: Any) -> Tensor:
+        network = Network()
+        network.outer.weight.register_hook(lambda g: calls.append(differentiable) or 0.5 * g)
+        solution = BDIA(Euler()).sample(network, noise(2, 3), SIGMAS, differentiable=differentiable)
+        solution.x.sin().sum().backward()
+        assert network.outer.weight.grad is not None
+        return network.outer.weight.grad
+
+    assert relative_error(gradient("reversible"), gradient(True)) < 1e-10
+    assert calls.count("reversible") == 1
+
+
+def test_networks_of_parts_of_the_grid_are_all_found() -> None:
+    high, low = Network(), Network()
+    networks = {"high": [high], "low": (low,)}
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        part = networks["low" if bool((sigma < 1).all()) else "high"][0]  # type: ignore[index]
+        return part(x, sigma)  # type: ignore[no-any-return]
+
+    wanted = [*high.parameters(), *low.parameters()]
+
+    def run(differentiable: Any) -> list[Tensor]:
+        start = noise(2, 3, sigma=5.0)
+        solution = BDIA(Euler()).sample(denoiser, start, SIGMAS, differentiable=differentiable)
+        return list(torch.autograd.grad(solution.x.sin().sum(), wanted))
+
+    assert farthest(run("reversible"), run(True)) < 1e-10
+
+
+@pytest.mark.parametrize("way", ["sample", "invert"])
+def test_x_is_storage_of_its_own(way: str) -> None:
+    x = noise(2, 3, sigma=2.0).requires_grad_()
+    for solver in (BDIA(Euler()), EDICT()):
+        solution = getattr(solver, way)(Network(), x, SIGMAS, differentiable="reversible")
+        before = [t.detach().clone() for t in (solution.state.current, solution.state.partner)]
+        solution.x.clamp_(-0.1, 0.1)
+        after = solution.state.current, solution.state.partner
+        assert all(map(torch.equal, before, after))
+
+
+def test_a_denoiser_without_a_graph_and_a_start_of_zeros() -> None:
+    def constant(x: Tensor, sigma: Tensor) -> Tensor:
+        return torch.full_like(x, 0.3)
+
+    x = torch.zeros(2, 3, dtype=torch.float64).requires_grad_()
+    for solver in (BDIA(Euler()), Rex(RK4())):
+        for way in ("sample", "invert"):
+            found = []
+            for kind in ("reversible", True):
+                solution = getattr(solver, way)(constant, x, SIGMAS, differentiable=kind)
+                found += torch.autograd.grad(solution.x.sum(), x)
+            assert relative_error(found[0], found[1]) < 1e-10
 
 
 def test_a_denoiser_that_is_not_deterministic_is_noticed_where_asked() -> None:

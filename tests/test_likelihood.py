@@ -105,18 +105,31 @@ def test_probes_estimate_the_trace_without_bias() -> None:
 
 
 def test_it_agrees_with_k_diffusion() -> None:
+    """On data whose Jacobian is diagonal, of which every sign probe finds the trace."""
     sampling = pytest.importorskip("k_diffusion.sampling", reason="k-diffusion is not installed")
+    denoiser, x = Gaussian(0.0, STD), torch.sqrt(STD**2 + LOW**2) * noise(6, 5)
+    theirs, _ = sampling.log_likelihood(denoiser, x, LOW, 80.0, atol=1e-8, rtol=1e-8)
+    errors = []
+    for n in (80, 160):
+        sigmas = karras_sigmas(n, LOW, 80.0, append_zero=False)
+        found = log_likelihood(denoiser, x, sigmas, solver=RK4())
+        errors.append(float((found.log_p - theirs).abs().max()))
+    assert errors[1] < 1e-5
+    assert errors[0] / errors[1] > 8  # order 4, until their tolerance
+
+
+@pytest.mark.parametrize("solver", [None, BDIA(HeunEDM("behind"), StepRatio(1))], ids=repr)
+def test_it_is_the_same_in_inference_mode_and_needs_a_graph(solver: Any) -> None:
     denoiser, x, _ = eight_dimensions()
-    torch.manual_seed(3)
-    theirs, _ = sampling.log_likelihood(denoiser, x, LOW, 80.0, atol=1e-5, rtol=1e-5)
-    torch.manual_seed(3)
-    probe = torch.randn_like(x)  # of theirs; the trace is compared over the batch
-    assert probe.shape == x.shape
-    ours = log_likelihood(
-        denoiser, x, karras_sigmas(80, LOW, 80.0, append_zero=False), probes=16
-    ).log_p
-    difference = ours - theirs
-    assert difference.mean().abs() < 4 * difference.std() / math.sqrt(len(x))
+    sigmas = karras_sigmas(10, LOW, 80.0, append_zero=False)
+    outside = log_likelihood(denoiser, x, sigmas, solver=solver, probes=None)
+    with torch.inference_mode():
+        inside = log_likelihood(denoiser, x.clone(), sigmas, solver=solver, probes=None)
+    assert torch.equal(inside.log_p, outside.log_p)
+    with pytest.raises(ValueError, match="no gradient with respect to its input"):
+        log_likelihood(torch.no_grad()(denoiser.forward), x, sigmas, solver=solver)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        log_likelihood(lambda x, s: x * torch.nan, x, sigmas, solver=solver)
 
 
 def test_states_of_any_shape_and_conditions() -> None:

@@ -177,12 +177,15 @@ class _Fit:
         return self._progress
 
     def solve_finely(self, steps: int) -> None:
-        """Computes the target of the batch by `RK4` on a refinement of the grid."""
+        """Computes the target of the batch by `RK4` on a refinement of the grid.
+
+        A step to level 0 is refined down to the lowest level of the denoiser, where it has one.
+        """
         each = max(1, math.ceil(steps / self.grid.steps))
-        fine = [self.grid.levels[0]]
+        fine, lowest = [self.grid.levels[0]], float(getattr(self.denoiser, "sigma_min", 0.0))
         for sigma, target in self.grid.intervals():
             roots = np.linspace(sigma ** (1 / 7), target ** (1 / 7), each + 1)[1:]
-            fine += [*(roots[:-1] ** 7).tolist(), target]
+            fine += [level for level in (roots[:-1] ** 7).tolist() if level >= lowest] + [target]
         path: dict[int, Tensor] = {}
 
         def keep(info: Mapping[str, Any]) -> None:

@@ -11,11 +11,13 @@ from torch import nn
 
 import odesolvers as ods
 from odesolvers.models import (
+    ClassifierFreeGuidance,
     CosineDenoiser,
     DiscreteDenoiser,
     EDMDenoiser,
     FlowDenoiser,
     Gaussian,
+    InDtype,
     VPDenoiser,
     init_noise,
 )
@@ -329,3 +331,36 @@ def test_bad_networks():
         CosineDenoiser(Network(), sigma_min=3.0, sigma_max=1.0)
     with pytest.raises(ValueError, match="sigma_data must be above 0"):
         EDMDenoiser(Network(), 0.0)
+
+
+def between_levels(t):
+    """`discrete_level`, and between two of them linear in log σ."""
+    logs = ((1 - ALPHAS) / ALPHAS).sqrt().log().numpy()
+    return torch.as_tensor(np.exp(np.interp(t.numpy(), np.arange(1000), logs)))
+
+
+@pytest.mark.parametrize("wrap", ["", "guided", "in float64"])
+@pytest.mark.parametrize(
+    ("cls", "arguments", "level", "spacing"),
+    [
+        (DiscreteDenoiser, (ALPHAS,), between_levels, {"spacing": "leading"}),
+        (DiscreteDenoiser, (ALPHAS,), between_levels, {"spacing": "trailing"}),
+        (VPDenoiser, (), linear_level, {}),
+        (CosineDenoiser, (), lambda t: (math.pi / 2 * t).tan(), {}),
+    ],
+)
+def test_calibration_stays_within_the_levels_of_the_network(cls, arguments, level, spacing, wrap):
+    """Also of the last step, to 0; the target is refined there down to the lowest level."""
+    network = cls(exact_network("epsilon", Gaussian(0.0, 0.5), level), *arguments)
+    denoiser, extra = network, None
+    if wrap == "guided":
+        denoiser, extra = ClassifierFreeGuidance(network, 1.0), {"positive": {}}
+    elif wrap == "in float64":
+        denoiser = InDtype(network, torch.float64)
+    sigmas = network.sigmas(6, **spacing)
+    x = noise(4, 8) * sigmas[0]
+    rule = ods.calibrate(denoiser, x, sigmas, extra_args=extra, max_runs=20)
+    solution = ods.BDIA(ods.Euler(), rule).sample(denoiser, x, sigmas, extra_args=extra)
+    plain = ods.Euler().sample(denoiser, x, sigmas, extra_args=extra)
+    right = Gaussian(0.0, 0.5).flow(x, sigmas[0].item(), 0.0)
+    assert relative(solution.x, right) < relative(plain.x, right)
