@@ -41,8 +41,13 @@ def attach(run: Run, steps: Steps, solution: Solution, x: object, stop: int) -> 
         stop: the level of ``solution.x``.
 
     Raises:
-        ValueError: if a step of this run has no inverse.
+        ValueError: if a step of this run has no inverse, or if a gradient would be lost.
     """
+    if isinstance(x, Solution) and x.state.side is not None and x.x.requires_grad:
+        raise ValueError(
+            f"states of {run.arithmetic} are integers, through which no gradient leads back to an "
+            "earlier run: make one run of it, or detach with solution.state"
+        )
     moves = [(k, shear, undo) for k, shears, undo in steps for shear in shears]
     if not moves:  # the run stayed where it was
         assert isinstance(x, State | Solution)

@@ -210,6 +210,14 @@ def test_a_run_in_two_parts_is_one_graph() -> None:
     assert relative_error(gradient(3, 6), gradient(6)) < 1e-12
 
 
+def test_no_gradient_leads_through_the_integers_of_an_earlier_run() -> None:
+    solver, x = BDIA(Euler(), 1.0, FixedPoint()), noise(2, 3, sigma=5.0).requires_grad_()
+    first = solver.sample(Network(), x, SIGMAS, stop=3, differentiable="reversible")
+    with pytest.raises(ValueError, match="no gradient leads back to an earlier run"):
+        solver.sample(Network(), first, SIGMAS, differentiable="reversible")
+    assert solver.sample(Network(), first.state, differentiable="reversible").x.requires_grad
+
+
 def test_there_and_back_has_the_identity_as_its_derivative() -> None:
     solver, network = EDICT(), Network().requires_grad_(False)
     x = noise(2, 3, sigma=5.0).requires_grad_()
