@@ -209,7 +209,7 @@ def check_output(
             f"odesolvers.models.InDtype(denoiser, {output.dtype}) to keep the network in that dtype and "
             "the state in its own, or convert x"
         )
-    if any(overlap(output, value) for value in earlier):
+    if earlier and any(overlap(output, value) for value in earlier):
         raise ValueError(
             f"the denoiser returned the storage of an earlier output again, {place(sigma, k)}: a step "
             "needs several outputs at once; return a new tensor, such as output.clone()"
@@ -219,13 +219,12 @@ def check_output(
         raise FloatingPointError(f"{what} is not finite {place(sigma, k)}; {OVERFLOW}")
 
 
-def check_unwritten(before: list[int], after: list[int], what: str, sigma: float, k: int) -> None:
-    """An earlier input or output of the denoiser that is still in use, as it was."""
-    if before != after:
-        raise ValueError(
-            f"the denoiser wrote to an earlier {what} {place(sigma, k)}, which is still in use: what it "
-            "keeps from one call to the next must be a copy, .clone()"
-        )
+def refuse_written(what: str, sigma: float, k: int) -> NoReturn:
+    """An error for a write to an earlier input or output of the denoiser that is still in use."""
+    raise ValueError(
+        f"the denoiser wrote to an earlier {what} {place(sigma, k)}, which is still in use: what it "
+        "keeps from one call to the next must be a copy, .clone()"
+    )
 
 
 def check_same(a: Tensor, b: Tensor, sigma: float, k: int) -> None:

@@ -18,9 +18,9 @@ from .checks import (
     check_output,
     check_same,
     check_start,
-    check_unwritten,
     is_finite,
     refuse_call,
+    refuse_written,
     version,
 )
 from .formula import Call, Shear
@@ -206,7 +206,8 @@ class Run:
         except BaseException as error:
             with suppress(Exception):
                 index, pair, versions, memory = self._reached
-                if versions == _versions(pair) and all(map(is_finite, pair)):
+                same = versions == [x._version for x in pair if x is not None]
+                if same and all(map(is_finite, pair)):
                     error.state = self._state(index, pair, memory)  # type: ignore[attr-defined]
                     if index != state.index and hasattr(error, "add_note"):
                         error.add_note(
@@ -217,7 +218,7 @@ class Run:
 
     def reach(self, index: int, pair: Pair) -> None:
         """Notes that a step is done: `pair` stands at `index`."""
-        self._reached = index, pair, _versions(pair), copy(self.memory)
+        self._reached = index, pair, [x._version for x in pair if x is not None], copy(self.memory)
 
     def turned(self, one: Any, other: Any) -> Any:
         """The current state and its partner as the far and the near one of the walk, or back."""
@@ -261,10 +262,11 @@ class Run:
             if shear.gain == 1.0 and not shear.rest.terms:  # only exchanges the two
                 far, near = near, far
             else:
-                used = (far, near) if shear.gain else (near,)
-                before = _versions(used)
+                used = [near] if far is None or not shear.gain else [near, far]
+                before = [x._version for x in used]
                 rest = self.rest(shear, near, k)
-                check_unwritten(before, _versions(used), "input", self.grid.levels[k], k)
+                if before != [x._version for x in used]:
+                    refuse_written("input", self.grid.levels[k], k)
                 new = apply(shear.gain, far, rest, self.memory)
                 if new.dtype is not near.dtype:  # half precision is summed in float32
                     new = new.to(near.dtype)
@@ -296,14 +298,15 @@ class Run:
             output = self.denoiser(y, level, **self.extra_args)
             self.nfe += 1
             check_output(output, y, before, values[1:], sigma, k, finite=self.check)
-            check_unwritten(versions, _versions(values[1:]), "output", sigma, k)
             if self._twice:  # of the first shear that calls at all
                 first, self.nfe = output.clone(), self.nfe + 1
                 check_same(first, self.denoiser(y, level, **self.extra_args), sigma, k)
             if output.is_inference() and len(shear.calls) > 1:
                 output = output.clone()  # what the denoiser writes to later is not this
             values.append(output)
-            versions += _versions([output])
+            versions.append(_version(output))
+        if len(values) > 2 and [_version(value) for value in values[1:]] != versions:
+            refuse_written("output", self.grid.levels[k], k)
         if len(values) > 1:
             self._twice = False
             if self.solver.coupled:  # the next shear may call at the same point and level
@@ -317,11 +320,11 @@ class Run:
         return shear.rest.of(values)
 
 
-def _versions(tensors: Iterable[Tensor | None]) -> list[int]:
-    """The version of each tensor; -1 of a part of a buffer, whose other parts count as well."""
-    found = [x for x in tensors if x is not None]
-    parts = [x._base is not None and x._base.numel() > x.numel() for x in found]
-    return [-1 if part else version(x) for x, part in zip(found, parts, strict=True)]
+def _version(output: Tensor) -> int:
+    """A number that a write changes; -1 where others change it too, or none does."""
+    base = output._base
+    part = base is not None and base.numel() > output.numel()
+    return -1 if part or output.is_inference() else output._version
 
 
 def _grid(x: object, sigmas: Sigmas | None) -> Grid:
