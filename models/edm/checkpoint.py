@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from http.client import HTTPResponse
@@ -42,6 +43,9 @@ _NETWORKS: dict[str, tuple[type[UNetConfig], Callable[[Any], UNet]]] = {
 _SAFETENSORS_KEY = "odesolvers.edm"
 DOWNLOAD = 2**32
 """The most bytes of a download; the largest published network has 1.2e9."""
+BLOCKS = 500
+"""The most residual blocks of a network in a file; the largest published one has 44."""
+_BLOCK = re.compile(r"model\.(?:enc|dec)\.\d+x\d+_(?:block\d+|in[01]|up|down)(?=\.)")
 
 
 def load_edm(
@@ -164,9 +168,10 @@ def _build(
 def _compare_sizes(config: UNetConfig, levels: Any, tensors: dict[str, StoredTensor]) -> None:
     """Check that the file has enough tensors and numbers for the network that it describes."""
     total = sum(tensor.numel for tensor in tensors.values())
-    blocks = len(config.channel_mult) * config.num_blocks
+    blocks = len(config.channel_mult) * (2 * config.num_blocks + 3)
+    named = {match[0] for match in map(_BLOCK.match, tensors) if match}
     for what, asked, held in (
-        ("residual blocks", blocks, len(tensors) // 6),
+        ("residual blocks", blocks, min(len(named), BLOCKS)),
         ("channels", config.model_channels, total),
         ("filter taps", len(getattr(config, "resample_filter", ())) ** 2, max(total, 64)),
         ("noise levels", levels if type(levels) is int else 0, total),
@@ -178,8 +183,8 @@ def _compare_sizes(config: UNetConfig, levels: Any, tensors: dict[str, StoredTen
             )
 
 
-def _fill(denoiser: Preconditioner, tensors: dict[str, StoredTensor], size: int) -> Preconditioner:
-    """Replace the meta tensors of `denoiser` by `tensors` of a file of `size` bytes, after checks."""
+def _fill(denoiser: Preconditioner, tensors: dict[str, StoredTensor]) -> Preconditioner:
+    """Replace the meta tensors of `denoiser` by `tensors` of a file, after checks."""
     expected = denoiser.state_dict()
     for kind, names in (
         ("lacks", expected.keys() - tensors.keys()),
@@ -199,8 +204,6 @@ def _fill(denoiser: Preconditioner, tensors: dict[str, StoredTensor], size: int)
                 f"{name} in the file has shape {tuple(tensor.shape)}, its construction arguments "
                 f"ask for {tuple(meta.shape)}"
             )
-    if sum(tensor.nbytes for tensor in tensors.values()) > size:
-        raise CheckpointError("refused: tensors in the file share their numbers with others")
     owned = {}
     for name, tensor in tensors.items():
         owned[name] = tensor.load()
@@ -231,8 +234,10 @@ def _read_published(data: memoryview) -> Preconditioner:
         raise CheckpointError(f"the file passes {len(args)} arguments by position")
     _class(record.class_name)
     tensors = module_tensors(record)
+    if sum(tensor.nbytes for tensor in tensors.values()) > len(data):
+        raise CheckpointError("refused: tensors in the file share their numbers with others")
     denoiser = _build(record.class_name, dict(zip(names, args, strict=False)) | kwargs, tensors)
-    _fill(denoiser, tensors, len(data))
+    _fill(denoiser, tensors)
     _compare(denoiser, record)
     return denoiser
 
@@ -272,7 +277,7 @@ def _read_safetensors(data: memoryview) -> Preconditioner:
         raise CheckpointError(
             f"its metadata is damaged: {type(error).__name__}: {error}"
         ) from error
-    return _fill(_build(class_name, arguments, tensors), tensors, len(data))
+    return _fill(_build(class_name, arguments, tensors), tensors)
 
 
 def _safetensors() -> Any:

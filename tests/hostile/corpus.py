@@ -21,6 +21,7 @@ from odesolvers.models.edm import CheckpointError
 from odesolvers.models.letters.network import WEIGHTS
 
 from ..models.edm_files import arguments, dump, record, tiny
+from ..models.edm_floods import floods
 from ..models.edm_hostile import handmade
 from .bend import (
     TEXTS,
@@ -73,7 +74,7 @@ def no_files(kind: str, name: str) -> Iterator[Case]:
 
 def edm() -> Iterator[Case]:
     """Pickles and safetensors of EDM networks."""
-    for label, ending, data in handmade():
+    for label, ending, data in (*handmade(), *floods()):
         yield file("edm", label, f"a.{ending}", data)
     # A missing file is no fault of a checkpoint: FileNotFoundError is promised for it.
     yield from (

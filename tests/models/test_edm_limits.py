@@ -12,7 +12,8 @@ from odesolvers.models import load_edm, save_edm
 from odesolvers.models.edm import CheckpointError, DhariwalConfig, EDMPrecond, SongConfig, VPPrecond
 from odesolvers.models.edm.stored import Storage, StoredTensor
 
-from .edm_files import load, published, tiny
+from .edm_files import dump, load, published, tiny
+from .edm_floods import alike, hollow
 from .edm_hostile import amplified
 
 
@@ -117,10 +118,31 @@ def test_settings_of_networks() -> None:
 def test_the_size_of_a_network_is_compared_before_it_is_built(tmp_path: Path) -> None:
     path = tmp_path / "a.pkl"
     for precond, changes, asked in (
-        ("EDMPrecond", {"num_blocks": 10**5}, "200000 residual blocks"),
+        ("EDMPrecond", {"num_blocks": 10**5}, "400006 residual blocks"),
         ("EDMPrecond", {"model_channels": 2**19}, "524288 channels"),
         ("iDDPMPrecond", {"M": 10**9}, "1000000000 noise levels"),
     ):
         path.write_bytes(published(tiny(precond=precond), **changes))
         with pytest.raises(CheckpointError, match=f"ask for {asked}, its .* tensors have at most"):
             load_edm(path)
+
+
+@pytest.mark.parametrize("kind", ["SongUNet", "DhariwalUNet"])
+@pytest.mark.parametrize("named", [True, False])
+def test_empty_tensors_are_no_blocks(kind: str, named: bool, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(hollow(kind, 3000, named=named))
+    held = 500 if named else 0
+    with pytest.raises(CheckpointError, match=f"ask for 2001 residual blocks.* at most {held}"):
+        load_edm(path)
+
+
+@pytest.mark.parametrize("key", [2**61 - 1, 2**31, -(2**31), 0.5, b"a", ()])
+def test_keys_that_can_be_chosen_to_hash_alike_are_refused(key: object, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"refused: the file uses .* as a key"):
+        load(dump({key: None}), tmp_path)
+
+
+def test_many_keys_that_hash_alike(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"refused: the file uses .* as a key"):
+        load(alike(50_000), tmp_path)
