@@ -157,13 +157,7 @@ class DiscreteSchedule(Schedule):
             steps = self.distilled(n)
         else:
             steps = ddim_timesteps(n, count, spacing=spacing or self.spacing, offset=self.offset)
-            if steps[0] < 0.7 * count:
-                warnings.warn(
-                    f"{n} steps begin at timestep {int(steps[0])} of {count}, where a state is far from "
-                    "noise: spacing='trailing' begins at the last",
-                    UserWarning,
-                    stacklevel=3,
-                )
+            warn_of_first(n, int(steps[0]), count)
         if end == "first" and steps[-1] == 0:
             steps = steps[:-1]  # the scheduler steps from the first training level to itself
             if len(steps) == 0:
@@ -335,6 +329,17 @@ def schedule_of(scheduler: Any, prediction_type: str | None = None) -> Schedule:
         final="first" if ends_first else "zero",
         distilled=partial(_visited, scheduler) if name in DISTILLED else None,
     )
+
+
+def warn_of_first(n: int, timestep: int, count: int) -> None:
+    """Warns if `timestep`, of `count`, where a run of `n` steps begins, is far from noise."""
+    if timestep < 0.7 * count:
+        warnings.warn(
+            f"{n} steps begin at timestep {timestep} of {count}, where a state is far from noise: "
+            "spacing='trailing', of a scheduler timestep_spacing='trailing', begins at the last",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _visited(scheduler: Any, n: int) -> Tensor:

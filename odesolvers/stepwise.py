@@ -1,7 +1,7 @@
-"""A run turned inside out: it returns the points to evaluate, and is handed the outputs.
+"""Runs whose caller evaluates the network, as pipelines of diffusers do.
 
-`Run` calls the denoiser. Where it is the other way round, as in a pipeline of diffusers, a run is a
-`Route` of legs, and `Route.advance` is called with every output. States are passed, and none is held.
+A `Run` calls the denoiser. A `Route` is the same run as a list of legs: `Route.advance` returns the next
+point to evaluate, and is called again with the output. States are passed, and none is held.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Route:
 
     The first leg makes the pair that the others go on from. In a two-step solver it is a step of the
     underlying method. A coupled solver needs none, but evaluates at the tensor, since its first shear
-    may call elsewhere. Whoever has a pair replaces what the first leg leads to. So a run from a pair
-    evaluates at the same levels as one from a lone tensor.
+    may call elsewhere. A caller that has the pair puts it in place of the result of the first leg, so
+    that a run from a pair evaluates at the same levels as one from a lone tensor.
     """
 
     solver: Solver
@@ -128,7 +128,7 @@ class Route:
         Args:
             leg: the leg.
             state: the checked and stored state at its beginning, as a `Run` has it.
-            outputs: the outputs of the leg so far, behind what the leg before it handed on.
+            outputs: the outputs of the leg so far, after those that the previous leg handed on.
             dtype: of points and outputs.
 
         Returns:

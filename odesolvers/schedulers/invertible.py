@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Final
+from dataclasses import replace
+from typing import Any
 
 import diffusers
 import torch
@@ -18,41 +18,21 @@ from odesolvers.models.base import append_dims
 from odesolvers.models.flow import flow_times_of
 from odesolvers.models.schedules import DISCRETE, EDM, FLOW, EDMSchedule, FlowSchedule, schedule_of
 
-from ..checks import OVERFLOW, check_choice, check_is, check_origin, is_finite, place
+from ..checks import OVERFLOW, check_choice, check_is, check_origin, is_finite, place, version
 from ..parsing import parse
 from ..run import Run
 from ..solver import Solver
 from ..state import State
 from ..stepwise import Outputs, Route, check_invertible
-from ..trust import SAMPLING_LIMIT, InversionWarning, warn_before_inverting, warn_of_samples
-from .levels import calls_at, class_name, grid_of, latent_scale
-
-OWN: Final = ("solver", "base", "inverted", "state_dtype")
-"""The settings that are not those of the base class."""
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """How far a run has come: at the evaluation of a point.
-
-    Attributes:
-        leg: the number of the leg on the route.
-        call: the number of the evaluation.
-        state: at the beginning of the leg.
-        pair: the pair to replace what the first leg leads to, if there is one.
-        outputs: denoised states so far, see `Route.advance`.
-        point: where the network is evaluated, in the dtype of the state.
-        latents: the point as the pipeline has it.
-    """
-
-    leg: int
-    call: int
-    state: State
-    pair: State | None
-    outputs: Outputs
-    point: Tensor
-    latents: Tensor
-    version: int
+from ..trust import (
+    SAMPLING_LIMIT,
+    InversionWarning,
+    warn_before_inverting,
+    warn_of_samples,
+)
+from .configs import OWN, read_config
+from .levels import calls_at, grid_of, latent_scale
+from .places import Place, warn_of_size
 
 
 class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
@@ -72,7 +52,7 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     latents that came are the state from there on.
 
     Args:
-        solver: a solver, or its `repr`, as which it is saved.
+        solver: a solver, or its `repr`, which is what the config holds.
         base: the name of the scheduler class of diffusers that the other settings are for.
         inverted: go from data to noise.
         state_dtype: "float64" or "float32", which is used on devices without float64 in any case.
@@ -106,6 +86,10 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         check_choice("state_dtype", state_dtype, "float64", "float32")
         check_choice("base", base, *DISCRETE, *EDM, *FLOW)
+        if isinstance(solver, type):
+            raise TypeError(
+                f"solver is the class {solver.__name__}: write {solver.__name__}(), with its arguments"
+            )
         text = solver if isinstance(solver, str) else repr(solver)
         self.solver: Solver = parse(text)
         check_is(self.solver, Solver, "solver must be one such as BDIA(DDIM()), or its repr")
@@ -131,28 +115,29 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
         Args:
             config: of a scheduler of the DDPM family, of EDM or of flow matching, or of this class.
-            return_unused_kwargs: return also the dictionary of arguments that nothing has used.
+            return_unused_kwargs: return also the dictionary of arguments that are no settings.
             kwargs: arguments of the constructor, and settings in place of those in `config`.
 
         Raises:
-            TypeError, ValueError: as at construction.
+            TypeError, ValueError: as at construction, and for arguments that are no settings.
         """
-        own = {name: config[name] for name in OWN if name in config}
-        if config.get("_class_name", cls.__name__) != cls.__name__ or "base" not in own:
-            own["base"] = class_name(config)  # and not one that an earlier switch has left
-        own |= {name: kwargs.pop(name) for name in OWN if name in kwargs}
-        check_choice("base", own["base"], *DISCRETE, *EDM, *FLOW)
-        theirs = {name: value for name, value in config.items() if name not in OWN}
-        settings, unused, hidden = getattr(diffusers, own["base"]).extract_init_dict(
-            {**theirs, "_class_name": own["base"]}, **kwargs
+        check_is(
+            return_unused_kwargs, bool, "return_unused_kwargs must be a bool (solver= is named)"
         )
-        made = cls(**own, **settings)
-        hidden["_class_name"] = cls.__name__
+        arguments, hidden, unused = read_config(config, kwargs, cls.__name__)
+        unknown = sorted(kwargs.keys() & unused.keys())
+        if unknown and not return_unused_kwargs:
+            raise TypeError(
+                f"{', '.join(unknown)}: no setting of {arguments['base']}, nor one of {', '.join(OWN)}"
+            )
+        made = cls(**arguments)
         made.register_to_config(**hidden)  # type: ignore[no-untyped-call]
         return (made, unused) if return_unused_kwargs else made
 
     def inverse(self) -> InvertibleScheduler:
         """The same solver in the other direction, from the pair at which this scheduler stands.
+
+        Before a run, the inverse of an inverse has no steps left to undo and begins with a lone tensor.
 
         Raises:
             ValueError: if the solver cannot be inverted, or only by an iteration.
@@ -161,6 +146,11 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             self.config, inverted=not self.config["inverted"]
         )
         made.start = self.state
+        if made.start is not None:
+            index, steps = made.start.index, len(made.start.sigmas) - 1
+            last = (0 if self.solver.coupled else 1) if made.config["inverted"] else steps
+            if index == last:
+                made.start = None
         return made
 
     @property
@@ -200,6 +190,7 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             mu: as for the base class.
 
         Raises:
+            TypeError: if `num_inference_steps` is not an integer, or `start` not a `State`.
             ValueError: if the levels do not decrease or are outside of the training levels, or `start`
                 is of another grid or solver.
         """
@@ -208,10 +199,15 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._grid, known = grid_of(self._base, self._schedule, n, timesteps, sigmas, mu)
         index = self._grid.steps if up else 0
         if start is not None:
+            check_is(start, State, "scheduler.start must be a State or None")
             try:
                 check_origin(start, self._grid, self.solver, repr(self.solver))
             except ValueError as error:
-                raise ValueError(f"{error}; or scheduler.start = None for a lone tensor") from error
+                other = len(start.sigmas) != len(self._grid.levels)
+                same = "use the same num_inference_steps, " if other else ""
+                raise ValueError(
+                    f"{error}; {same}or scheduler.start = None for a lone tensor"
+                ) from error
             index = start.index if up or self.solver.coupled else start.index - 1
         self._route = Route.of(self.solver, self._grid, index, up=up)
         levels = self._route.sigmas
@@ -230,9 +226,8 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """The network's input for latents: these themselves, and multiples of them under EDM."""
         if not isinstance(self._schedule, EDMSchedule):
             return sample
-        return (
-            sample * self._calls[self._place.call if self._place else self._find(timestep)[0]].input
-        )
+        call = self._place.call if self._place else self._find(timestep)[0]
+        return sample * self._calls[call].input
 
     @torch.no_grad()
     def step(
@@ -241,6 +236,7 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         timestep: float | Tensor,
         sample: Tensor,
         return_dict: bool = True,
+        generator: object = None,
     ) -> Any:
         """Takes the output of one evaluation, and returns the latents of the next.
 
@@ -249,6 +245,7 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             timestep: its noise input, which says where a run begins.
             sample: the latents, shape ``(B, ...)``.
             return_dict: return a `DDIMSchedulerOutput` in place of a tuple.
+            generator: for pipelines that pass one; nothing is drawn.
 
         Returns:
             The latents to evaluate next, or those at the end of the run, and the denoised latents of
@@ -287,14 +284,15 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 raise FloatingPointError(f"the last state is not finite; {OVERFLOW}")
         latents = (point * scale).to(sample.dtype)
         self._place = Place(
-            leg, at.call + 1, state, pair, outputs, point, latents, _version(latents)
+            leg, at.call + 1, state, pair, outputs, point, latents, version(latents)
         )
         denoised = denoised.to(sample.dtype)
         return DDIMSchedulerOutput(latents, denoised) if return_dict else (latents, denoised)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Latents with noise of the levels of some of `timesteps`, one for each element of the batch."""
-        levels = [self._calls[self._find(timestep)[0]].sigma for timestep in timesteps]
+        found = [self._find(timestep)[0] for timestep in timesteps]
+        levels = [self._calls[call].sigma for call in found]
         scale = original_samples.new_tensor([self._scale(sigma) for sigma in levels])
         share = original_samples.new_tensor([self._scale(sigma) * sigma for sigma in levels])
         scale, share = append_dims(scale, noise), append_dims(share, noise)
@@ -329,8 +327,13 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         call, route = next(((k, r) for k, r in routes.items() if r is not None), (0, None))
         if route is None or (call and self.start is not None):
             raise ValueError(
-                f"no run of {self.solver} begins at evaluation {calls[0]} of {len(self._calls)}"
-                + (": going up, it begins at the data" if self.config["inverted"] else "")
+                f"no run of {self.solver} begins at evaluation {calls[0]} of {len(self._calls)}: "
+                + (
+                    "going up, it begins at the data"
+                    if self.config["inverted"]
+                    else "to begin in the middle, as image to image does, use a solver with equally "
+                    "many evaluations in every step, such as BDIA over DDIM, and scheduler.start = None"
+                )
             )
         self._route, solver = route, self.solver
         scale = self._scale(self._grid.levels[route.index])
@@ -342,9 +345,11 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             warn_before_inverting(solver, run.plan, self._grid, pair or run.state, 0, x.dtype)
         elif not run.sampling_error <= SAMPLING_LIMIT:
             warn_of_samples(solver, run.sampling_error, self._grid.steps)
+        if not (route.up or call or pair):
+            warn_of_size(sample)
         point = route.advance(route.legs[0], run.state, (), x.dtype)
         assert isinstance(point, Tensor)
-        return Place(0, call, run.state, pair, (), point, sample, _version(sample))
+        return Place(0, call, run.state, pair, (), point, sample, version(sample))
 
     def _pair(self, sample: Tensor, dtype: torch.dtype, scale: float) -> State | None:
         """The pair to begin with, if `sample` is of that pair."""
@@ -365,7 +370,7 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _taken(self, at: Place, sample: Tensor) -> tuple[State, Tensor]:
         """The state and the point of an evaluation; of latents that were changed, what these are."""
-        same = at.version == _version(at.latents) >= 0
+        same = at.version == version(at.latents) >= 0
         if same and sample is at.latents:
             return at.state, at.point
         scale, arithmetic = self._calls[at.call].scale, self.solver.arithmetic
@@ -384,11 +389,6 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             up = self._route.legs[at.leg].undo
             state = (replace(state, partner=near) if up else replace(state, current=near)).fork()
         return state, point
-
-
-def _version(x: Tensor) -> int:
-    """Counts the writes to a tensor; -1 where they are not counted."""
-    return -1 if x.is_inference() else x._version
 
 
 def _network(x: Tensor, sigma: Tensor, /, **extra_args: Any) -> Tensor:

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import diffusers
 import torch
 from torch import Tensor
 
 from odesolvers.models.schedules import (
-    DISCRETE,
-    EDM,
-    FLOW,
     DiscreteSchedule,
     FlowSchedule,
     SampledSchedule,
     Schedule,
+    warn_of_first,
 )
 
 from ..approximators import DDIM, FlowEuler
 from ..grids import Grid, sigmas_from_alphas_cumprod
-from ..values import count
+from ..values import count, row
 
 
 class Call(NamedTuple):
@@ -38,20 +34,6 @@ class Call(NamedTuple):
     input: float
     skip: float
     out: float
-
-
-def class_name(config: Mapping[str, Any]) -> str | None:
-    """The class of a scheduler by its config; one made by its constructor does not name it."""
-    if "_class_name" in config:
-        return str(config["_class_name"])
-    settings = {"self", *(name for name in config if not name.startswith("_"))}
-    known = sorted((*DISCRETE, *EDM, *FLOW), key=len)  # the inverse and parallel ones last
-    alike = (name for name in known if set(_parameters(name)) == settings)
-    return next(alike, None)
-
-
-def _parameters(name: str) -> Iterable[str]:
-    return inspect.signature(getattr(diffusers, name).__init__).parameters
 
 
 def latent_scale(schedule: Schedule, sigma: float) -> float:
@@ -95,7 +77,7 @@ def grid_of(
     sigmas: Sequence[float] | None,
     mu: float | None,
 ) -> tuple[Grid, dict[float, float]]:
-    """The grid of a scheduler of diffusers, and the timesteps of its levels, as far as it gives any.
+    """The grid of a scheduler of diffusers, and the timesteps that it has for levels of the grid.
 
     Args:
         base: the scheduler; its timesteps are set.
@@ -107,8 +89,14 @@ def grid_of(
         mu: as for the scheduler.
 
     Raises:
-        ValueError: if the levels do not decrease.
+        TypeError: if `n`, or a timestep for a scheduler without `sigmas`, is not an integer.
+        ValueError: if the levels do not decrease, are fewer than `n` or outside of the training levels.
     """
+    listed = timesteps is not None or sigmas is not None
+    if n is not None or not listed:
+        n = count("num_inference_steps", n)
+        if n < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {n}")
     if not hasattr(base, "sigmas"):
         assert isinstance(schedule, DiscreteSchedule)
         if sigmas is not None:
@@ -119,12 +107,41 @@ def grid_of(
             return Grid.of(sigmas_from_alphas_cumprod(alphas, whole, final=end)), {}
         return Grid.of(schedule.sigmas(count("num_inference_steps", n), None, None)), {}
     given = {"timesteps": timesteps, "sigmas": sigmas, "mu": mu}
+    _check_list("timesteps", timesteps, schedule)
+    _check_list("sigmas", sigmas, schedule)
     base.set_timesteps(n, device="cpu", **{k: v for k, v in given.items() if v is not None})
     # Two-stage schedulers list levels twice; a final sigma_min may repeat the last one.
     levels = torch.unique_consecutive(base.sigmas.double())
+    if n is not None and len(levels) - 1 < n - int(base.sigmas[-2] == base.sigmas[-1]):
+        raise ValueError(
+            f"{type(base).__name__} has {len(levels)} different levels for num_inference_steps = {n}: "
+            "take fewer steps"
+        )
+    if n is not None and not listed and isinstance(schedule, DiscreteSchedule):
+        warn_of_first(n, int(schedule.timestep(levels[:1])), len(schedule.alphas_cumprod))
     if isinstance(schedule, SampledSchedule):
         levels = schedule.levels(levels)
     times = torch.unique_consecutive(base.timesteps).tolist()
     if not len(levels) - 1 <= len(times) <= len(levels):  # there are others in between
         times = []
     return Grid.of(levels), dict(zip(levels.tolist(), times, strict=False))
+
+
+def _check_list(name: str, values: Sequence[float] | None, schedule: Schedule) -> None:
+    """Raises a ValueError for timesteps or sigmas that diffusers would clamp or merge."""
+    if values is None:
+        return
+    listed = row(values, torch.float64)
+    if not bool((listed[1:] < listed[:-1]).all()):
+        raise ValueError(f"{name} must decrease, got {listed.tolist()}")
+    last = None
+    if isinstance(schedule, DiscreteSchedule):
+        last = len(schedule.alphas_cumprod) - 1
+    elif isinstance(schedule, FlowSchedule):
+        last = schedule.steps
+    if (
+        name == "timesteps"
+        and last is not None
+        and not bool(((listed >= 0) & (listed <= last)).all())
+    ):
+        raise ValueError(f"timesteps must be between 0 and {last}, got {listed.tolist()}")
