@@ -14,19 +14,19 @@ from torch import Tensor
 
 from .arithmetic import SideInformation
 from .checks import describe, is_finite
-from .typed import each, hexadecimal, optional, parsed, whole
+from .typed import each, hexadecimal, optional, parsed, printable, whole
 from .writing import open_regular, replacing
 
 T = TypeVar("T")
 
 FORMAT: Final = "odesolvers state"
 VERSION: Final = "3"
-_LONGEST: Final = 100_000_000
-"""Bytes of the longest header that safetensors reads."""
+_LONGEST: Final = 2**23
+"""Bytes of the longest header; one of 1000 levels has 0.03 million."""
 _FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HEADER: Final = {
     "index": whole(0),
-    "solver": str,
+    "solver": printable,
     "coupled": bool,
     "sigmas": [hexadecimal],  # every bit of them
     "strides": each([whole(0)]),
@@ -44,8 +44,9 @@ def write_state(
     states = {k: fields[k] for k in ("current", "partner") if fields[k] is not None}
     # A denoiser may round differently in another memory format, so that is restored too.
     states = {k: x.detach().to("cpu", copy=True) for k, x in states.items()}  # dense
-    header = {k: fields[k] for k in ("index", "solver", "coupled")}
+    header = {k: fields[k] for k in ("index", "coupled")}
     header |= {"side": described, "notes": dict(notes or {})}
+    header["solver"] = printable(fields["solver"])
     header["sigmas"] = [sigma.hex() for sigma in fields["sigmas"]]
     header["strides"] = {k: x.stride() for k, x in states.items()}
     stored = {
@@ -55,6 +56,8 @@ def write_state(
     metadata = {"format": FORMAT, "version": VERSION, "state": text}
     metadata["sha256"] = _digest(text, stored)
     content = safetensors.torch.save(stored, metadata)
+    if int.from_bytes(content[:8], "little") > _LONGEST:
+        raise ValueError(f"a state with its notes has a header of at most {_LONGEST} bytes")
     with replacing(path) as file:
         file.write(content)
 
@@ -66,8 +69,10 @@ def read_state(path: str | os.PathLike[str], make: Callable[..., T]) -> tuple[T,
         path
     ) as file:  # not mapped: whoever wrote to it would change or kill a reader
         length = file.read(8)
-        header = file.read(min(int.from_bytes(length, "little"), _LONGEST))
+        header = file.read(min(int.from_bytes(length, "little"), _LONGEST + 1))
         try:
+            if len(header) > _LONGEST:
+                raise ValueError(f"its header has more than {_LONGEST} bytes")
             text, digest = _metadata(header)
             tensors = safetensors.torch.load(length + header + file.read())
             if digest != _digest(text, tensors):
@@ -118,9 +123,11 @@ def _fields(text: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict
 
 def _laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     """A tensor of these strides without gaps."""
-    if len(strides) != x.ndim or x.numel() == 0:
-        raise ValueError(f"{describe(x)} has no strides {strides}")
-    if 1 + sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True)) != x.numel():
+    fits, below = len(strides) == x.ndim and x.numel() > 0, 1
+    for stride, n in sorted(zip(strides, x.shape, strict=False)):
+        if n > 1:
+            fits, below = fits and stride == below, below * n
+    if not fits:  # two elements in one place, or a gap
         raise ValueError(f"{describe(x)} has no strides {strides}")
     return torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
 

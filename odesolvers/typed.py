@@ -69,6 +69,13 @@ def whole(least: int, most: int = 2**63 - 1) -> Callable[[Any], int]:
     return form
 
 
+def printable(value: Any) -> str:
+    """The form of a string without control characters, which is safe to show in a terminal."""
+    if type(value) is str and value.isprintable():
+        return value
+    raise ValueError(f"must be a string of printable characters, got {short(value)}")
+
+
 def hexadecimal(value: Any) -> float:
     """The form of a finite number written by `float.hex`, which keeps every bit."""
     try:

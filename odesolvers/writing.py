@@ -35,12 +35,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         OSError: if the file cannot be written, or `path` is a folder, a device or anything else but a
             regular file.
     """
-    folder, name = os.path.split(os.path.realpath(path))
-    target = os.path.join(folder, name)
     try:
-        mode = os.stat(target).st_mode
-    except FileNotFoundError:
-        mode = None
+        folder, name = os.path.split(os.path.realpath(path))
+        target = os.path.join(folder, name)
+        mode = os.stat(target).st_mode if os.path.lexists(target) else None
+        os.fsencode(target)
+    except ValueError as error:  # a null, or what the file system's encoding does not have
+        raise OSError(f"{os.fspath(path)!r} is no name of a file: {error}") from error
     if mode is not None and not stat.S_ISREG(mode):
         raise (IsADirectoryError if stat.S_ISDIR(mode) else OSError)(
             f"{os.fspath(path)} is not a regular file: only such are replaced; choose another name"
@@ -48,14 +49,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     if mode is not None and not os.access(target, os.W_OK):
         raise PermissionError(f"{os.fspath(path)} is read-only")
     _remove_leftovers(folder, name)
-    with _beside(folder, name) as file:
+    with _beside(folder, name, private=mode is not None) as file:
         partial = file.name
         try:
+            if mode is not None:
+                os.chmod(partial, stat.S_IMODE(mode))
             yield file
             file.flush()
             os.fsync(file.fileno())
-            if mode is not None:
-                os.chmod(partial, stat.S_IMODE(mode))
             if sys.platform == "win32":
                 file.close()  # an open file cannot be renamed there
             os.replace(partial, target)  # before the lock is given up
@@ -82,18 +83,19 @@ def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
     return open(path, "rb")
 
 
-def read_regular(path: str | os.PathLike[str]) -> bytes:
-    """The content of a regular file. Errors as of `open_regular`."""
+def read_regular(path: str | os.PathLike[str], most: int = -1) -> bytes:
+    """The first `most` bytes of a regular file, by default all. Errors as of `open_regular`."""
     with open_regular(path) as file:
-        return file.read()
+        return file.read(most)
 
 
-def _beside(folder: str, name: str) -> IO[bytes]:
-    """A new file of a name of its own, locked for as long as it is open."""
+def _beside(folder: str, name: str, *, private: bool) -> IO[bytes]:
+    """A new file of a name of its own, locked for as long as it is open; `private` to its owner."""
+    mode = 0o600 if private else 0o666  # from its start: who has opened it can read it ever after
     while True:
         # 50 characters are at most 200 bytes; a name may have 255.
         partial = os.path.join(folder, f".{name[:50]}.{secrets.token_hex(8)}.partial")
-        file = open(partial, "xb")  # noqa: SIM115
+        file = open(partial, "xb", opener=lambda path, flags: os.open(path, flags, mode))  # noqa: SIM115
         if sys.platform != "win32":
             with suppress(OSError):  # some network file systems have no locks
                 fcntl.flock(file, fcntl.LOCK_EX)

@@ -73,6 +73,7 @@ def test_a_file_that_is_changed_is_a_rule_or_a_value_error(
         b'{"format": ' + b"9" * 9999 + b"}",
         b"null",
         b"{}",
+        b" " * 2**23 + b"{}",
     ],
 )
 def test_what_is_no_calibration_is_refused(tmp_path: Path, content: bytes) -> None:
@@ -108,6 +109,15 @@ def test_types_and_ranges_are_checked(tmp_path: Path, change: dict[str, Any]) ->
     RULE.save(path)
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     refused(path)
+
+
+def test_a_file_of_the_rule_that_is_far_too_long_is_refused(tmp_path: Path) -> None:
+    """Before it is read as JSON, which takes a hundred times its size in memory."""
+    path = tmp_path / "rule.json"
+    RULE.save(path)
+    path.write_bytes(path.read_bytes() + b" " * 2**23)
+    with pytest.raises(ValueError, match="more than 8388608 bytes"):
+        Calibrated.load(path)
 
 
 def test_a_rule_is_written_like_any_file(tmp_path: Path) -> None:

@@ -101,6 +101,35 @@ def test_the_mode_is_that_of_the_old_file_or_of_the_umask(tmp_path: Path, umask:
 
 
 @needs_posix
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o644])
+def test_a_new_content_is_never_shown_to_more_than_the_old(tmp_path: Path, mode: int) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    (tmp_path / "file").chmod(mode)
+    created: list[int] = []
+    make = os.open
+
+    def watched(path: str, flags: int, given: int = 0o777, **options: int) -> int:
+        descriptor = make(path, flags, given, **options)
+        created.append(os.fstat(descriptor).st_mode & 0o777)
+        return descriptor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "open", watched)
+        with replacing(tmp_path / "file") as file:
+            assert os.stat(file.name).st_mode & 0o777 == mode
+    assert created == [0o600]
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\0", "a\ud800b"])
+def test_a_path_that_no_file_can_have_is_an_os_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(OSError, match="is no name of a file"):
+        write(tmp_path / name, b"")
+    with pytest.raises(OSError, match="there is no file"):
+        read_regular(tmp_path / name)
+    assert names(tmp_path) == []
+
+
+@needs_posix
 def test_links_are_followed(tmp_path: Path) -> None:
     folder = tmp_path / "elsewhere"
     folder.mkdir()
