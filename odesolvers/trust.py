@@ -54,7 +54,7 @@ def warn_of_samples(solver: Any, error: float, steps: int) -> None:
     """Warns that samples are expected to be off by `error`, above `SAMPLING_LIMIT`."""
     _warn(
         f"samples are expected to be off by {error:.2g} times the size of the data, by errors that "
-        f"{solver} amplifies over the {steps} steps down this grid. Leave out levels that nearly "
+        f"{solver!s:.80} amplifies over the {steps} steps down this grid. Leave out levels that nearly "
         "coincide, if there are; use more and shorter steps, or "
         + (
             "BDIA"
@@ -95,8 +95,8 @@ def warn_before_inverting(
         )
         _warn(
             f"the code of a lone image is expected to be off by {error:.2g} times its true size, by "
-            f"truncation errors that {solver} amplifies {over}: it will not look like noise, in any "
-            f"arithmetic. Use {remedy}"
+            f"truncation errors that {solver!s:.80} amplifies {over}: it will not look like noise, in "
+            f"any arithmetic. Use {remedy}"
         )
     rounded = error * roundoff(dtype)
     if not lone and not rounded <= ROUND_TRIP_LIMIT:
@@ -104,7 +104,7 @@ def warn_before_inverting(
         remedy = "a float64 state or " if double <= ROUND_TRIP_LIMIT else ""
         _warn(
             f"this inversion is expected to be off by {rounded:.2g} times the size of the state it came "
-            f"from: {solver} amplifies the rounding of {dtype} {over}. Use {remedy}"
+            f"from: {solver!s:.80} amplifies the rounding of {dtype} {over}. Use {remedy}"
             "arithmetic=FixedPoint(), or StepRatio(1) or a gamma nearer to 1"
         )
 

@@ -262,12 +262,24 @@ def test_what_a_constructor_refuses_is_told_with_its_reason(text: str, reason: s
         "a" * 90_000 + "()",
         "Euler(" + "1, " * 20_000 + ")",
         "Euler(" + "a" * 90_000 + "=1)",
-        "a" * 200_000,
+        "-" * 900_000 + "1",
+        "1" + "+1" * 400_000,
+        "a." * 400_000 + "a",
+        "a" * 1_100_000,
     ],
     ids=lambda text: repr(text[:30]),
 )
 def test_everything_else_is_refused(text: str) -> None:
     refusal(text)
+
+
+def test_rules_of_long_grids_are_read() -> None:
+    for rule in (
+        PerStep(tuple(1 / (3 + i) for i in range(9999))),
+        Calibrated("Euler()", tuple(3000.0 / 7 - i / 7 for i in range(3000)), (1 / 3,) * 2998),
+    ):
+        assert len(repr(rule)) > 100_000
+        assert parse(repr(rule)) == rule
 
 
 def test_a_constructor_that_is_not_called_is_told_how() -> None:

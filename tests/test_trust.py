@@ -19,6 +19,7 @@ from odesolvers import (
     HeunStepRatio,
     InversionWarning,
     McCallumFoster,
+    PerStep,
     SmoothedOutput,
     StabilityWarning,
     StepRatio,
@@ -52,6 +53,17 @@ def test_a_lost_round_trip_is_announced() -> None:
     go_back(solver, sigmas, torch.float64)  # 0.006 is expected
     with pytest.warns(InversionWarning, match=r"torch.float64 .*Use arithmetic=FixedPoint\(\)"):
         go_back(solver, karras_sigmas(60), torch.float64)
+
+
+def test_a_warning_names_a_long_solver_in_short() -> None:
+    sigmas = karras_sigmas(50)
+    long = PerStep((0.5,) * 48 + (0.5 + 2**-40,))
+    with pytest.warns(InversionWarning, match=r"BDIA\(DDIM\(\), gamma=PerStep") as caught:
+        go_back(BDIA(DDIM(), long), sigmas, torch.float32)
+    with pytest.warns(InversionWarning, match=r"BDIA\(DDIM\(\), gamma=PerStep") as encoding:
+        encode(BDIA(DDIM(), long), sigmas)
+    for warning in (*caught, *encoding):
+        assert len(str(warning.message)) < 500
 
 
 def test_what_holds_is_not_announced() -> None:
