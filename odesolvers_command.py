@@ -46,5 +46,10 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    for other in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # one is enough: the next ones would stop the tidying up
+        signal.signal(other, signal.SIG_IGN)
     del frame
     raise KeyboardInterrupt(number)
