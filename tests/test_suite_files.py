@@ -173,6 +173,16 @@ def test_a_row_that_another_process_is_at_is_passed_over(
     assert counted[2:] == [("solver", 6)]
 
 
+@pytest.mark.parametrize(
+    "damaged", [b"", b"[]", b"null", b"3", b'"a"', b'{"a":', b"\xff", b"[" * 100_000]
+)
+def test_notes_that_are_damaged_are_begun_again(tmp_path: Path, damaged: bytes) -> None:
+    rows = Rows(tmp_path)
+    rows.notes_path.write_bytes(damaged)
+    rows.note(tiny(), 0, 1e-6, None)
+    assert [note["convergence"] for note in Rows(tmp_path).notes().values()] == [1e-6]
+
+
 def test_a_file_with_other_columns_is_refused(tmp_path: Path) -> None:
     (tmp_path / "suite.csv").write_text("problem,solver\nmixture,DDIM\n")
     with pytest.raises(ValueError, match="has the columns"):

@@ -127,11 +127,11 @@ class Rows:
 
     def notes(self) -> dict[str, dict[str, float | None]]:
         """All notes, by `note_name`; none if the file is damaged, since all can be made again."""
-        notes: dict[str, dict[str, float | None]] = {}
+        notes: object = None
         if self.notes_path.exists():
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 notes = json.loads(self.notes_path.read_text("utf-8"))
-        return notes
+        return notes if isinstance(notes, dict) else {}
 
 
 def note_name(problem: Problem, seed: int) -> str:
