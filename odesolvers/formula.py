@@ -129,6 +129,11 @@ class Shear:
     rest: Combination
     gain: float = 0.0
 
+    @property
+    def exchanges(self) -> bool:
+        """Whether it only exchanges the two states, which no rounding and no memory is needed for."""
+        return self.gain == 1.0 and not self.rest.terms
+
     @classmethod
     def of(cls, rest: Callable[[Combination, Denoise], Combination], gain: float = 0.0) -> Shear:
         """The shear whose ``rest(b)`` is given as a formula ``rest(b, D)``.

@@ -163,7 +163,7 @@ class _Node:
             # The run went from (a, b) to (b, c) here; where it undid the shear, from (c, b) to (b, a).
             b, new, b_bar, new_bar = far, near, far_bar, near_bar
             scale = 1 / shear.gain if undone else shear.gain
-            if shear.gain == 1.0 and not shear.rest.terms:
+            if shear.exchanges:
                 far, near = new, b
             else:
                 leaf = run.arithmetic.load(b, run.dtype).detach().requires_grad_()

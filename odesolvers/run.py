@@ -259,7 +259,7 @@ class Run:
         far, near = pair
         assert near is not None
         for shear in shears:
-            if shear.gain == 1.0 and not shear.rest.terms:  # only exchanges the two
+            if shear.exchanges:
                 far, near = near, far
             else:
                 used = [near] if far is None or not shear.gain else [near, far]

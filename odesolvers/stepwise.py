@@ -90,7 +90,7 @@ class Route:
                     last = near, shear.calls[0]
                 marked.append((shear, again))
                 sigmas += levels_of(shear)[again:]
-                far, near = near, far if exchanges(shear) else object()
+                far, near = near, far if shear.exchanges else object()
             legs.append(Leg(tuple(marked), up, k if up else k + 1, sigmas))
             if len(legs) > 1 and next((again for shear, again in marked if shear.calls), False):
                 legs[-2] = replace(legs[-2], carries=True)
@@ -143,7 +143,7 @@ class Route:
         pair = state.partner, state.current
         far, near = pair[::-1] if leg.undo != coupled else pair
         for shear, again in leg.shears:
-            if exchanges(shear):
+            if shear.exchanges:
                 far, near = near, far
                 continue
             assert near is not None
@@ -170,11 +170,6 @@ class Route:
             side = arithmetic.close(memory, current, partner, leg.index)
         end = State(current, partner, leg.index, self.grid, state.solver, side, coupled)  # type: ignore[arg-type]
         return end, (first,) if leg.carries and first is not None else ()
-
-
-def exchanges(shear: Shear) -> bool:
-    """Whether a shear only exchanges the two states."""
-    return shear.gain == 1.0 and not shear.rest.terms
 
 
 def levels_of(shear: Shear) -> tuple[float, ...]:
