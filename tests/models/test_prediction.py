@@ -21,6 +21,8 @@ from odesolvers.models import (
     load_letters,
 )
 
+from .exact import exact_network, levels_of
+
 PREDICTIONS = ["epsilon", "v_prediction", "sample", "score"]
 ALPHAS = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000).double() ** 2, 0)
 
@@ -39,31 +41,7 @@ def data(name):
     return Gaussian(0.3, float(name)), (4, 3, 16, 16)
 
 
-def network(closed, prediction, level):
-    """The output of a perfect network; `level` maps its time to the noise level."""
-
-    def call(z, t):
-        sigma = level(t).to(z.dtype).reshape(-1, *[1] * (z.ndim - 1))
-        alpha = 1 / (1 + sigma**2).sqrt()
-        beta = sigma * alpha
-        x0 = closed(z / alpha, sigma.flatten())
-        epsilon = (z - alpha * x0) / beta
-        return {
-            "epsilon": epsilon,
-            "v_prediction": alpha * epsilon - beta * x0,
-            "sample": x0,
-            "score": -epsilon / beta,
-        }[prediction]
-
-    return call
-
-
-def discrete_level(t):
-    """Levels between timesteps are interpolated in log σ."""
-    logs = ((1 - ALPHAS) / ALPHAS).log() / 2
-    low = t.floor().long()
-    high = (low + 1).clamp(max=999)
-    return (logs[low] + (t - low) * (logs[high] - logs[low])).exp()
+discrete_level = levels_of(ALPHAS)
 
 
 def linear_level(t):
@@ -87,11 +65,11 @@ def test_every_confusion(name, family):
     closed, shape = data(name)
     make = {
         "discrete": lambda right, said: DiscreteDenoiser(
-            network(closed, right, discrete_level), ALPHAS, said
+            exact_network(right, closed, discrete_level), ALPHAS, said
         ),
-        "vp": lambda right, said: VPDenoiser(network(closed, right, linear_level), said),
+        "vp": lambda right, said: VPDenoiser(exact_network(right, closed, linear_level), said),
         "cosine": lambda right, said: CosineDenoiser(
-            network(closed, right, lambda t: (torch.pi / 2 * t).tan()), said
+            exact_network(right, closed, lambda t: (torch.pi / 2 * t).tan()), said
         ),
     }[family]
     named = 0
@@ -112,7 +90,7 @@ def test_every_confusion(name, family):
 
 def test_white_data_do_not_tell_v_from_sample():
     closed = Gaussian(0.0, 1.0)  # of which v is 0 at all levels
-    v = network(closed, "v_prediction", discrete_level)
+    v = exact_network("v_prediction", closed, discrete_level)
     assert warning_of(DiscreteDenoiser(v, ALPHAS, "sample"), (4, 3, 8, 8)) is None
     text = warning_of(DiscreteDenoiser(v, ALPHAS, "epsilon"), (4, 3, 8, 8))
     assert "either 'v_prediction' or 'sample' is likely, unless it is not trained" in text

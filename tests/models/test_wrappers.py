@@ -22,6 +22,8 @@ from odesolvers.models import (
     init_noise,
 )
 
+from .exact import exact_network, levels_of
+
 PREDICTIONS = ["epsilon", "v_prediction", "sample", "score"]
 ALPHAS = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000).double(), 0)
 
@@ -133,34 +135,13 @@ def test_runs_of_diffusers_schedulers(diffusers, name, kind, spacing):
     assert relative(ours, z) < 1e-4
 
 
-def exact_network(prediction, closed, level):
-    """What a perfect network of `closed` returns at z and its time; `level` maps times to levels."""
-
-    def network(z, t):
-        sigma = level(t).to(z.dtype).reshape(-1, 1)
-        alpha = 1 / (1 + sigma**2).sqrt()
-        beta = sigma * alpha
-        x0 = closed(z / alpha, sigma[:, 0])
-        epsilon = (z - alpha * x0) / beta
-        return {
-            "epsilon": epsilon,
-            "v_prediction": alpha * epsilon - beta * x0,
-            "sample": x0,
-            "score": -epsilon / beta,
-        }[prediction]
-
-    return network
-
-
 def linear_level(t, low=0.1, high=20.0):
     """Song et al. 2021, appendix C: the mean coefficient and the deviation of the marginal."""
     log_mean = -0.25 * t**2 * (high - low) - 0.5 * t * low
     return (1 - (2 * log_mean).exp()).sqrt() / log_mean.exp()
 
 
-def discrete_level(t):
-    alpha = ALPHAS[t.long()]
-    return ((1 - alpha) / alpha).sqrt()
+discrete_level = levels_of(ALPHAS)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -333,18 +314,12 @@ def test_bad_networks():
         EDMDenoiser(Network(), 0.0)
 
 
-def between_levels(t):
-    """`discrete_level`, and between two of them linear in log σ."""
-    logs = ((1 - ALPHAS) / ALPHAS).sqrt().log().numpy()
-    return torch.as_tensor(np.exp(np.interp(t.numpy(), np.arange(1000), logs)))
-
-
 @pytest.mark.parametrize("wrap", ["", "guided", "in float64"])
 @pytest.mark.parametrize(
     ("cls", "arguments", "level", "spacing"),
     [
-        (DiscreteDenoiser, (ALPHAS,), between_levels, {"spacing": "leading"}),
-        (DiscreteDenoiser, (ALPHAS,), between_levels, {"spacing": "trailing"}),
+        (DiscreteDenoiser, (ALPHAS,), discrete_level, {"spacing": "leading"}),
+        (DiscreteDenoiser, (ALPHAS,), discrete_level, {"spacing": "trailing"}),
         (VPDenoiser, (), linear_level, {}),
         (CosineDenoiser, (), lambda t: (math.pi / 2 * t).tan(), {}),
     ],
