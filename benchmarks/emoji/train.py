@@ -21,7 +21,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from odesolvers.models.edm import EDMPrecond, Preconditioner, SongConfig, SongUNet, save_edm
+from odesolvers.models.edm import (
+    EDMPrecond,
+    IDDPMPrecond,
+    Preconditioner,
+    SongConfig,
+    SongUNet,
+    VEPrecond,
+    VPPrecond,
+    save_edm,
+)
 
 from .data import Emoji, load_emoji
 
@@ -42,15 +51,21 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/emoji"), help="output folder")
     parser.add_argument("--images", type=int, default=2_000_000, help="images to train on")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate before it falls")
-    parser.add_argument("--falls", type=float, default=15_000, help="steps after which it falls")
+    parser.add_argument("--falls", type=float, default=10_000, help="steps after which it falls")
     parser.add_argument(
         "--averaged", type=float, default=0.08, help="relative width of the average"
     )
     parser.add_argument("--channels", type=int, default=32)
     parser.add_argument("--mult", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--blocks", type=int, default=1)
+    parser.add_argument(
+        "--preconditioning",
+        choices=("edm", "vp", "ve", "iddpm"),
+        default="edm",
+        help="with the noise levels and the weights of its own training; ve is an NCSN++",
+    )
     parser.add_argument("--every", type=int, default=8_000, help="images between checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
@@ -58,7 +73,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def make_network(args: argparse.Namespace, labels: int) -> Preconditioner:
-    """An untrained DDPM++ under the preconditioning of EDM, initialised as NVlabs do."""
+    """An untrained DDPM++ or NCSN++ under a preconditioning, initialised as NVlabs do."""
+    ncsn: dict[str, Any] = {
+        "embedding_type": "fourier",
+        "channel_mult_noise": 2,
+        "encoder_type": "residual",
+        "resample_filter": (1, 3, 3, 1),
+    }
     config = SongConfig(
         img_resolution=32,
         in_channels=3,
@@ -70,6 +91,7 @@ def make_network(args: argparse.Namespace, labels: int) -> Preconditioner:
         attn_resolutions=(8,),
         dropout=0.05,
         label_dropout=LABELS_DROPPED,
+        **(ncsn if args.preconditioning == "ve" else {}),
     )
     torch.manual_seed(args.seed)
     network = SongUNet(config)
@@ -80,7 +102,9 @@ def make_network(args: argparse.Namespace, labels: int) -> Preconditioner:
                 nn.init.zeros_(part.bias)
             if name.endswith(("conv1", "proj", "aux_conv")):  # each block begins as the identity
                 part.weight.data *= 1e-5
-    return EDMPrecond(network, sigma_data=SIGMA_DATA)
+    if args.preconditioning == "edm":
+        return EDMPrecond(network, sigma_data=SIGMA_DATA)
+    return {"vp": VPPrecond, "ve": VEPrecond, "iddpm": IDDPMPrecond}[args.preconditioning](network)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -90,7 +114,8 @@ def train(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     emoji = load_emoji()
     seen, unseen = np.flatnonzero(~emoji.held_out), np.flatnonzero(emoji.held_out)
-    model = make_network(args, emoji.labels.shape[1]).to(args.device)
+    model = make_network(args, emoji.labels.shape[1])
+    model.to(args.device, memory_format=torch.channels_last)  # a seventh faster on a CPU
     averaged = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01
@@ -115,7 +140,7 @@ def train(args: argparse.Namespace) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             torch.manual_seed(args.seed * 2**32 + step)  # of dropout
-            images, noise, sigma, labels = _batch(args, emoji, seen, step)
+            images, noise, sigma, labels = _batch(args, model, emoji, seen, step)
             loss = _loss(model, images, noise, sigma, labels).mean()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -158,7 +183,7 @@ def losses_by_level(
         torch.as_tensor(emoji.labels[rows]).to(device),
     )
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1)).to(device)
-    sigmas = _sigmas((torch.arange(levels) + 0.5) / levels)
+    sigmas = _sigmas(model, (torch.arange(levels) + 0.5) / levels)
     with torch.inference_mode():
         losses = [
             _loss(model, images, noise, sigma.expand(len(rows)), labels).mean().item()
@@ -172,12 +197,15 @@ def _loss(
 ) -> Tensor:
     """The squared error of the raw network for each image, ``(B,)``; about 1 for a network of zeros."""
     denoised = model(images + sigma[:, None, None, None] * noise, sigma, labels)
-    weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
-    return weight * (denoised - images).square().mean((1, 2, 3))
+    return (denoised - images).square().mean((1, 2, 3)) / model.coefficients(sigma).out ** 2
 
 
 def _batch(
-    args: argparse.Namespace, emoji: Emoji, rows: NDArray[np.int64], step: int
+    args: argparse.Namespace,
+    model: Preconditioner,
+    emoji: Emoji,
+    rows: NDArray[np.int64],
+    step: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The images, noise, noise levels and labels of a step, determined by the seed and the step."""
     rng = np.random.default_rng((args.seed, step))
@@ -189,12 +217,19 @@ def _batch(
     # Stratified sampling: one noise level from each of `batch` equal parts of the distribution.
     quantiles = (rng.permutation(args.batch) + rng.random(args.batch)) / args.batch
     labels = torch.as_tensor(emoji.labels[chosen])
-    parts = images, noise, _sigmas(torch.as_tensor(quantiles)), labels
+    parts = images, noise, _sigmas(model, torch.as_tensor(quantiles)), labels
     return tuple(part.to(args.device) for part in parts)  # type: ignore[return-value]
 
 
-def _sigmas(quantiles: Tensor) -> Tensor:
-    """The noise levels at `quantiles` of the training distribution."""
+def _sigmas(model: Preconditioner, quantiles: Tensor) -> Tensor:
+    """The noise levels at `quantiles` of the training distribution, as each was published."""
+    if isinstance(model, VPPrecond):  # uniform in time
+        t = model.epsilon_t + quantiles * (1 - model.epsilon_t)
+        return torch.expm1(model.beta_d * t**2 / 2 + model.beta_min * t).sqrt().float()
+    if isinstance(model, VEPrecond):  # uniform in log σ
+        return (model.sigma_min * (model.sigma_max / model.sigma_min) ** quantiles).float()
+    if isinstance(model, IDDPMPrecond):  # any of the levels
+        return model.u[(quantiles * model.M).long().to(model.u.device)].float()
     mean, deviation = LOG_SIGMA
     normal = math.sqrt(2) * torch.erfinv((2 * quantiles - 1).double())
     return torch.exp(mean + deviation * normal).float()
