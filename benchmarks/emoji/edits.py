@@ -1,0 +1,333 @@
+"""Edits with a true target: ``python -m benchmarks.emoji.edits``.
+
+A drawing is inverted under its own labels and sampled under others. Four sizes of edits: the other
+*style* and another skin *tone*, for which the set holds the true target; another *motif*, of the same
+group; and a motif of another *group*. In each the labels of the source stand for the inversion and
+those of the target for the sample, which is guided from no label towards them; the inversion is not
+guided. The sources of the style edits are motifs of which the target was withheld from training.
+
+Four figures, as medians over drawings: the error to the true *target*, relative to its size; the error
+of the *ground*, where source and target are white; how much of the source is *kept*, as the distance of
+the edit to it; and how many edits are *named* as their target by the classifier. Contestants run as
+published, and with the best settings found by the same search, on drawings of their own, over their own
+parameter and the level at which the edit begins. Every figure is kept as it is found, so that the
+command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from odesolvers import (
+    BDIA,
+    BELM,
+    DDIM,
+    EDICT,
+    RK4,
+    Calibrated,
+    DampedStepRatio,
+    DDIMInversion,
+    Denoiser,
+    Euler,
+    FixedPointInversion,
+    HeunEDM,
+    InversionWarning,
+    McCallumFoster,
+    ReversibleHeun,
+    Rex,
+    StepRatio,
+    calibrate,
+    karras_sigmas,
+)
+from odesolvers.models import ClassifierFreeGuidance
+from odesolvers.models.edm import Preconditioner, load_edm
+
+from ..common import TABLES, save, table, write
+from ..common.problems import CALIBRATION_SEED
+from .classifier import accuracies, load_classifier
+from .data import Emoji, load_emoji
+
+EDITS: Final = ("style", "tone", "motif", "group")
+GUIDANCE: Final = (1.0, 3.0, 7.0)
+EVALUATIONS: Final = (10, 20, 50, 100)
+TOPS: Final = (80.0, 10.0, 3.0)
+BOTTOM: Final = 0.02
+SEARCHED_AT: Final = 20
+
+Setting = tuple[str, Any]
+"""The name of a contestant and its parameter."""
+Solver = Any
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A family of invertible samplers.
+
+    Attributes:
+        make: the solver for a parameter and a grid.
+        cost: evaluations a step, each way.
+        published: the parameters that its authors use.
+        searched: the parameters of the search.
+    """
+
+    make: Callable[[Any, Tensor], Solver]
+    cost: int
+    published: tuple[Any, ...]
+    searched: tuple[Any, ...]
+
+
+def contestants(learn: Callable[[Tensor], Calibrated]) -> dict[str, Contestant]:
+    """All of them; `learn` calibrates weights on a grid."""
+    zetas = (0.9, 0.99, 0.999)
+
+    def coupled(solver: Any, base: Any, cost: int) -> Contestant:
+        return Contestant(lambda zeta, _: solver(base, zeta=zeta), cost, (0.999,), zetas)
+
+    return {
+        "DDIM inversion": Contestant(lambda _, __: DDIMInversion(), 1, (None,), (None,)),
+        "BDIA(DDIM), constant": Contestant(
+            lambda g, _: BDIA(DDIM(), g), 1, (0.5, 0.96, 1.0), (0.5, 0.8, 0.96, 1.0)
+        ),
+        "BDIA(Euler), step ratio": Contestant(
+            lambda p, _: BDIA(Euler(), StepRatio(p)), 1, (1.0,), (0.5, 1.0, 1.5, 2.0)
+        ),
+        "BDIA(Euler), damped": Contestant(
+            lambda c, _: BDIA(Euler(), DampedStepRatio(c)), 1, (0.5,), (0.25, 0.5, 1.0)
+        ),
+        "BDIA(Euler), calibrated": Contestant(
+            lambda _, sigmas: BDIA(Euler(), learn(sigmas)), 1, (None,), (None,)
+        ),
+        "O-BELM": Contestant(lambda _, __: BELM(), 1, (None,), (None,)),
+        "EDICT": Contestant(lambda p, _: EDICT(p), 2, (0.93,), (0.9, 0.93, 0.97, 0.99)),
+        "McCallum-Foster (Euler)": coupled(McCallumFoster, Euler(), 2),
+        "McCallum-Foster (Heun)": coupled(McCallumFoster, HeunEDM(), 4),
+        "Rex (Euler)": coupled(Rex, Euler(), 2),
+        "Rex (Heun)": coupled(Rex, HeunEDM(), 4),
+        "Rex (RK4)": coupled(Rex, RK4(), 8),
+        "reversible Heun": Contestant(lambda _, __: ReversibleHeun(), 1, (None,), (None,)),
+        "fixed point (DDIM)": Contestant(
+            lambda _, __: FixedPointInversion(DDIM(), tolerance=1e-4), 1, (None,), (None,)
+        ),
+    }
+
+
+@dataclass(frozen=True)
+class Task:
+    """Drawings to edit.
+
+    Attributes:
+        images: ``(B, 3, 32, 32)``.
+        source, labels: labels of the inversion and of the sample.
+        target: the true targets, if there are any.
+        question: the part of the labels that tells source and target apart.
+    """
+
+    images: Tensor
+    source: Tensor
+    labels: Tensor
+    target: Tensor | None
+    question: str
+
+
+def task(emoji: Emoji, edit: str, count: int, seed: int) -> Task:
+    """`count` drawings for an edit; seeds differ in all drawings."""
+    rng = np.random.default_rng(7)
+    tone = emoji.labels[:, -6:]
+    if edit == "style":  # the drawing that was seen; the target was not
+        targets = rng.permutation(np.flatnonzero(emoji.held_out))
+        half = len(emoji.labels) // 2
+        rows = (targets + half) % (2 * half)  # the two styles are listed alike
+    elif edit == "tone":
+        rows = rng.permutation(np.flatnonzero(~emoji.held_out & (tone[:, 1:].max(1) == 1)))
+        targets = np.array([_other_tone(emoji, row, rng) for row in rows[: count * (seed + 1)]])
+    else:
+        rows = rng.permutation(np.flatnonzero(~emoji.held_out & (tone[:, 0] == 1)))
+        targets = np.array(
+            [_elsewhere(emoji, row, edit, rng) for row in rows[: count * (seed + 1)]]
+        )
+    part = slice(count * seed, count * (seed + 1))
+    rows, targets = rows[part], targets[part]
+    true = emoji.on_ground(targets) if edit in ("style", "tone") else None
+    question = {"style": "style", "tone": "tone"}.get(edit, "subgroup")
+    labels = torch.as_tensor(emoji.labels)
+    return Task(emoji.on_ground(rows), labels[rows], labels[targets], true, question)
+
+
+def _other_tone(emoji: Emoji, row: int, rng: np.random.Generator) -> int:
+    """The same motif in the same style, in another skin tone."""
+    same = (emoji.motif == emoji.motif[row]) & (emoji.style == emoji.style[row])
+    others = same & (emoji.labels[:, -6] == 0) & (emoji.labels[:, -5:].max(1) == 1)
+    others[row] = False
+    return int(rng.choice(np.flatnonzero(others)))
+
+
+def _elsewhere(emoji: Emoji, row: int, edit: str, rng: np.random.Generator) -> int:
+    """A drawing in the same style, of another subgroup of the same group or of another group."""
+    near = emoji.group == emoji.group[row]
+    others = (near & (emoji.subgroup != emoji.subgroup[row])) if edit == "motif" else ~near
+    others &= (emoji.style == emoji.style[row]) & (emoji.labels[:, -6] == 1)
+    return int(rng.choice(np.flatnonzero(others)))
+
+
+class Bench:
+    """The network, the drawings and the figures found so far."""
+
+    def __init__(self, network: Preconditioner, results: Path, count: int) -> None:
+        self.network, self.path, self.count = network, results, count
+        self.emoji, self.classifier = load_emoji(), load_classifier()
+        self.results: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
+        self.contestants = contestants(cache(self._learned))
+        self.task = cache(lambda edit, seed: task(self.emoji, edit, count, seed))
+
+    def figures(
+        self, name: str, parameter: Any, top: float, edit: str, evaluations: int, seed: int
+    ) -> dict[str, dict[str, float]]:
+        """The four figures at each guidance; ``{}`` where the run leaves the finite numbers."""
+        key = f"{name}|{parameter}|{top:g}|{edit}|{evaluations}|{seed}"
+        if key not in self.results:
+            contestant = self.contestants[name]
+            sigmas = karras_sigmas(
+                evaluations // contestant.cost + 1, BOTTOM, top, append_zero=False
+            )
+            found = self._run(contestant.make(parameter, sigmas), self.task(edit, seed), sigmas)
+            self.results[key] = found
+            save(self.path, json.dumps(self.results, indent=1) + "\n")
+            print(key, {k: round(v["named"], 2) for k, v in found.items()}, flush=True)
+        return self.results[key]  # type: ignore[no-any-return]
+
+    def _run(self, solver: Solver, task: Task, sigmas: Tensor) -> dict[str, dict[str, float]]:
+        noise = torch.randn(task.images.shape, generator=torch.Generator().manual_seed(3))
+        start = task.images + BOTTOM * noise  # a state at the last level
+        found: dict[str, dict[str, float]] = {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", InversionWarning)
+            try:
+                code = solver.invert(
+                    self.network, start, sigmas, extra_args={"class_labels": task.source}
+                )
+                for guidance in GUIDANCE:
+                    branches = {
+                        "positive": {"class_labels": task.labels},
+                        "negative": {"class_labels": torch.zeros_like(task.labels)},
+                    }
+                    guided: Denoiser = ClassifierFreeGuidance(self.network, guidance)
+                    edit = solver.sample(guided, code, sigmas, extra_args=branches).x
+                    found[f"{guidance:g}"] = self._judge(task, edit)
+            except FloatingPointError:
+                pass
+        return found
+
+    def _judge(self, task: Task, edit: Tensor) -> dict[str, float]:
+        target = task.images if task.target is None else task.target
+        white = (task.images.amin(1) > 0.99) & (target.amin(1) > 0.99)
+        if task.target is None:  # the new motif may be drawn anywhere but at the border
+            white[:, 2:-2, 2:-2] = False
+        off = (edit - 1).square().mean(1)
+        named = accuracies(self.classifier, edit.clamp(-1, 1), task.labels)[task.question]
+        figures = {
+            "ground": float(
+                ((off * white).sum((1, 2)) / white.sum((1, 2)).clamp_min(1)).sqrt().median()
+            ),
+            "kept": _distance(edit, task.images),
+            "named": named,
+        }
+        return (
+            figures if task.target is None else {"target": _distance(edit, task.target), **figures}
+        )
+
+    def _learned(self, sigmas: Tensor) -> Calibrated:
+        rows = np.random.default_rng(5).choice(
+            np.flatnonzero(~self.emoji.held_out), 24, replace=False
+        )
+        noise = torch.randn(
+            24, 3, 32, 32, generator=torch.Generator().manual_seed(CALIBRATION_SEED)
+        )
+        labels = torch.as_tensor(self.emoji.labels[rows])
+        return calibrate(
+            self.network, sigmas[0].float() * noise, sigmas, extra_args={"class_labels": labels}
+        )
+
+    def best(self, name: str) -> tuple[Any, float]:
+        """The parameter and the first level with the smallest error to the true targets."""
+
+        def error(choice: tuple[Any, float]) -> float:
+            found = [
+                self.figures(name, *choice, edit, SEARCHED_AT, 1).get("3", {"target": np.inf})
+                for edit in ("style", "tone")
+            ]
+            return float(np.mean([figures["target"] for figures in found]))
+
+        return min(
+            ((parameter, top) for parameter in self.contestants[name].searched for top in TOPS),
+            key=error,
+        )
+
+
+def _distance(x: Tensor, y: Tensor) -> float:
+    """The root mean square of the difference over that of the ink of `y`; the median over pictures."""
+    size = (y - 1).flatten(1).norm(dim=1)
+    return float(((x - y).flatten(1).norm(dim=1) / size).median())
+
+
+def rows(bench: Bench, evaluations: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every contestant as published and at its best, with its figures of each edit."""
+    for name, contestant in bench.contestants.items():
+        settings = {(p, 80.0): "as published" for p in contestant.published}
+        settings.setdefault(bench.best(name), "searched")
+        for (parameter, top), kind in settings.items():
+            title = (
+                name + ("" if parameter is None else f" {parameter:g}") + f" from {top:g}, {kind}"
+            )
+            yield (
+                title,
+                {edit: bench.figures(name, parameter, top, edit, evaluations, 0) for edit in EDITS},
+            )
+
+
+def report(bench: Bench) -> None:
+    """The tables: errors to true targets, and how many edits of each kind are named as meant."""
+    for evaluations in EVALUATIONS:
+        for figure, edits in (
+            ("target", EDITS[:2]),
+            ("named", EDITS),
+            ("ground", EDITS),
+            ("kept", EDITS),
+        ):
+            lines = [
+                [title, *(_cell(found[edit], w, figure) for edit in edits for w in GUIDANCE)]
+                for title, found in rows(bench, evaluations)
+            ]
+            heads = ["", *(f"{edit}, {w:g}" for edit in edits for w in GUIDANCE)]
+            write(TABLES / f"emoji_edits_{figure}_{evaluations}.md", table(heads, lines))
+
+
+def _cell(found: dict[str, dict[str, float]], guidance: float, figure: str) -> str:
+    if f"{guidance:g}" not in found:
+        return "not finite"
+    value = found[f"{guidance:g}"][figure]
+    return f"{value:.0%}" if figure == "named" else f"{value:.3f}"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--network", type=Path, default=Path("out/emoji/emoji.safetensors"))
+    parser.add_argument("--results", type=Path, default=Path("out/emoji_edits.json"))
+    parser.add_argument("--count", type=int, default=24, help="drawings for each edit")
+    args = parser.parse_args()
+    report(Bench(load_edm(args.network), args.results, args.count))
+
+
+if __name__ == "__main__":
+    main()
