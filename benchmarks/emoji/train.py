@@ -29,6 +29,7 @@ from odesolvers.models.edm import (
     SongUNet,
     VEPrecond,
     VPPrecond,
+    load_edm,
     save_edm,
 )
 
@@ -51,6 +52,12 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/emoji"), help="output folder")
     parser.add_argument("--images", type=int, default=2_000_000, help="images to train on")
+    parser.add_argument(
+        "--start",
+        type=Path,
+        help="a network, its log beside it, to go on from where there is no checkpoint; its averaged "
+        "weights stand for the current ones, and the optimizer begins afresh",
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate before it falls")
     parser.add_argument("--falls", type=float, default=10_000, help="steps after which it falls")
@@ -129,14 +136,27 @@ def train(args: argparse.Namespace) -> None:
         optimizer.load_state_dict(saved["optimizer"])
         step, log = saved["step"], json.loads(saved["log"])
         seconds = log["history"][-1]["seconds"]
-    log["settings"] = {k: v for k, v in vars(args).items() if k not in ("out", "device", "images")}
+    elif args.start:
+        state = load_edm(args.start).state_dict()
+        model.load_state_dict(state)
+        averaged.load_state_dict(state)
+        log = json.loads(args.start.with_suffix(".json").read_text())
+        step, seconds = log["history"][-1]["images"] // args.batch, log["history"][-1]["seconds"]
+        log["begun"] = step
+    log["settings"] = {
+        k: v for k, v in vars(args).items() if k not in ("out", "device", "images", "start")
+    }
     power = _power(args.averaged)
     steps, every = args.images // args.batch, max(1, args.every // args.batch)
     losses: list[Tensor] = []
     start = time.perf_counter() - seconds
     with tqdm(total=args.images, initial=step * args.batch, unit="img", smoothing=0.02) as bar:
         while step < steps:
-            rate = args.lr * min(1, (step + 1) / 500) / math.sqrt(max(1, step / args.falls))
+            rate = (
+                args.lr
+                * min(1, (step - log.get("begun", 0) + 1) / 500)
+                / math.sqrt(max(1, step / args.falls))
+            )
             for group in optimizer.param_groups:
                 group["lr"] = rate
             torch.manual_seed(args.seed * 2**32 + step)  # of dropout
