@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
@@ -58,6 +58,7 @@ def attach(run: Run, steps: Steps, solution: Solution, x: object, stop: int) -> 
         if shear.gain == 0.0:
             refuse_gain(run.solver, run.grid, k)
     if not any(tensor.requires_grad for tensor in node.inputs):
+        node.check_hidden()
         return solution
     with torch.enable_grad():
         current, partner = _Undone.apply(node, *node.inputs)
@@ -122,7 +123,8 @@ class _Node:
             for k, leaf in enumerate(self.leaves)
             if isinstance(leaf, Tensor) and leaf.requires_grad
         ]
-        found = dict.fromkeys(p for m in _modules(run.denoiser) for p in m.parameters())
+        modules = _modules((run.denoiser, self.leaves))
+        found = dict.fromkeys(p for module in modules for p in module.parameters())
         self.parameters = [p for p in found if p.requires_grad]
         self.inputs = [*self.start, *(self.leaves[k] for k in self.places), *self.parameters]
         self.found = list(found)
@@ -132,6 +134,30 @@ class _Node:
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
             for kind in sorted({"cpu", state.current.device.type})
         ]
+
+    def again(self, leaves: Sequence[Any]) -> Run:
+        """The run that continues from the final pair, with `leaves` in its conditions."""
+        self.graphs = False
+
+        def denoiser(x: Tensor, sigma: Tensor, /, **conditions: Any) -> Tensor:
+            output = self.run.denoiser(x, sigma, **conditions)
+            self.graphs |= getattr(output, "requires_grad", False)
+            return output
+
+        conditions = tree_unflatten(leaves, self.tree)
+        return Run(self.run.solver, denoiser, self.state, None, extra_args=conditions)
+
+    def check_hidden(self) -> None:
+        """Checks, by the calls of one shear, that no tensor was missed that requires a gradient."""
+        called = next(((k, shear) for k, shear, _ in self.moves[::-1] if shear.calls), None)
+        if called is None:
+            return
+        k, shear = called
+        run, (b, _) = self.again(self.leaves), self.run.turned(*self.pair)
+        with torch.enable_grad(), self._as_before():
+            rest = run.rest(shear, b, k, run.arithmetic.load(b, run.dtype))
+        if rest.requires_grad:
+            _check_leaves(rest, set())
 
     def pull(self, current: Tensor, partner: Tensor) -> list[Tensor | None]:
         """The gradients of the inputs, from those of the final pair."""
@@ -144,13 +170,7 @@ class _Node:
         leaves = list(self.leaves)
         for k in self.places:
             leaves[k] = leaves[k].detach().requires_grad_()
-        run = Run(
-            self.run.solver,
-            self.run.denoiser,
-            self.state,
-            None,
-            extra_args=tree_unflatten(leaves, self.tree),
-        )
+        run = self.again(leaves)
         if run.arithmetic.exact:
             run.memory = run.arithmetic.open(run.state, run.state.index, run.dtype)
         wanted = [*(leaves[k] for k in self.places), *self.parameters]
@@ -173,7 +193,7 @@ class _Node:
                     _check_leaves(rest, {leaf, *known})
                     cotangent = (new_bar * -scale if undone else new_bar).to(rest.dtype)
                     inputs = [leaf, *(wanted[i] for i in asked)]
-                    first, *parts = torch.autograd.grad(rest, inputs, cotangent, allow_unused=True)
+                    first, *parts = _pulled(rest, inputs, cotangent)
                     if first is not None:
                         b_bar = b_bar + first
                     for i, part in zip(asked, parts, strict=True):
@@ -200,6 +220,12 @@ class _Node:
     def _check_start(self, found: Sequence[Tensor]) -> None:
         """Compares the states that the walk back ended at with those that the run started from."""
         state = self.run.state
+        if not self.graphs:
+            warnings.warn(
+                "no output of the denoiser has a gradient, and it counted as a constant: is it under "
+                "torch.no_grad(), or does it detach its input?",
+                stacklevel=2,
+            )
         if self.run.arithmetic.exact:
             if not all(map(torch.equal, found, self._start())):
                 raise RuntimeError(
@@ -234,30 +260,56 @@ def _norm(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)))
 
 
-def _modules(denoiser: Any, depth: int = 4) -> Iterator[nn.Module]:
-    """The networks that a denoiser is, holds, or is a function of."""
-    if isinstance(denoiser, nn.Module):
-        yield denoiser
-    elif depth == 0 or isinstance(denoiser, type | ModuleType | str | Tensor):
-        return
-    elif isinstance(denoiser, Mapping | list | tuple | set):
-        for part in denoiser.values() if isinstance(denoiser, Mapping) else denoiser:
+def _modules(thing: Any, depth: int = 5) -> Iterator[nn.Module]:
+    """The networks that a denoiser or a condition is, holds, or is a function of."""
+    if isinstance(thing, nn.Module):
+        yield thing
+    elif depth:
+        for part in _parts(thing):
             yield from _modules(part, depth - 1)
-    elif isinstance(denoiser, partial):
-        for part in (denoiser.func, *denoiser.args, *denoiser.keywords.values()):
-            yield from _modules(part, depth - 1)
-    elif inspect.ismethod(denoiser):
-        yield from _modules(denoiser.__self__, depth - 1)
-    elif inspect.isfunction(denoiser):
-        names = denoiser.__globals__
-        for name in denoiser.__code__.co_names:
-            yield from _modules(names.get(name), depth - 1)
-        for cell in denoiser.__closure__ or ():
-            with suppress(ValueError):  # of a name without a value yet
-                yield from _modules(cell.cell_contents, depth - 1)
-    else:
-        for part in getattr(denoiser, "__dict__", {}).values():
-            yield from _modules(part, depth - 1)
+
+
+def _parts(thing: Any) -> Iterable[Any]:
+    """What a container holds, what an object has as attributes, and what a function uses."""
+    if isinstance(thing, type | ModuleType | str | Tensor):
+        return ()
+    if isinstance(thing, Mapping):
+        return thing.values()
+    if isinstance(thing, list | tuple | set):
+        return thing
+    if isinstance(thing, partial):
+        return thing.func, thing.args, thing.keywords
+    if inspect.ismethod(thing):
+        return thing.__self__, thing.__func__
+    if not inspect.isfunction(thing):
+        return getattr(thing, "__dict__", {}), type(thing).__call__ if callable(thing) else None
+    parts = [thing.__globals__.get(name) for name in _names(thing.__code__)]
+    parts += [thing.__defaults__, thing.__kwdefaults__]
+    for cell in thing.__closure__ or ():
+        with suppress(ValueError):  # of a name without a value yet
+            parts.append(cell.cell_contents)
+    return parts
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """The global names of a function and of the functions in it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _pulled(rest: Tensor, inputs: Sequence[Tensor], cotangent: Tensor) -> tuple[Any, ...]:
+    """The vector-Jacobian products of one step."""
+    try:
+        return torch.autograd.grad(rest, inputs, cotangent, allow_unused=True)
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        raise RuntimeError(
+            "the denoiser depends on a tensor that was computed before the run from what requires a "
+            "gradient, and whose graph is needed at every step: pass that tensor in extra_args"
+        ) from error
 
 
 def _check_leaves(rest: Tensor, known: set[Tensor]) -> None:
@@ -278,5 +330,6 @@ def _check_leaves(rest: Tensor, known: set[Tensor]) -> None:
             raise ValueError(
                 f"the denoiser depends on {describe(leaf)} that requires a gradient and was not found: "
                 "differentiable='reversible' knows the parameters of networks that the denoiser is, "
-                "holds or is a function of, and the tensors in extra_args. Pass it in extra_args"
+                "holds or is a function of, and the tensors and networks in extra_args. Pass it in "
+                "extra_args, or freeze it with requires_grad_(False)"
             )
