@@ -6,13 +6,13 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
 
 from .approximators import HeunEDM, IntegrationApproximator
-from .checks import check_is
+from .checks import check_is, check_start, describe, refuse_call, refuse_gain
 from .grids import Grid, Sigmas
 from .run import Denoiser, Run, modes
 from .solver import Solver
@@ -20,13 +20,16 @@ from .state import Solution, State
 from .trust import StabilityWarning
 from .values import count, number
 
+EXACT_TRACE_LIMIT: Final = 2**14
+"""Elements of a state up to which the trace of a Jacobian is computed one by one."""
+
 
 @dataclass(frozen=True, eq=False)
 class Likelihood:
     """Log densities at the lowest level of a grid.
 
     Attributes:
-        log_p: natural logarithms of the density, float64 ``(B,)``.
+        log_p: natural logarithms of the density, float64 ``(B,)``, without a gradient.
         dimensions: elements of each state.
         nfe: denoiser evaluations spent on the batch.
     """
@@ -42,7 +45,8 @@ class Likelihood:
             width: of the bins in which elements are counted: 1 / 127.5 for pictures of 8 bits from -1
                 to 1, to which uniform noise of that width was added. With 1 it is the density itself.
         """
-        return -self.log_p / (self.dimensions * math.log(2)) - math.log2(number("width", width))
+        bits = -self.log_p / (self.dimensions * math.log(2))
+        return bits - math.log2(_positive("width", number("width", width)))
 
 
 @torch.inference_mode(False)
@@ -68,12 +72,12 @@ def log_likelihood(
 
     Args:
         denoiser: differentiable in its first argument.
-        x: data at level ``sigmas[-1]``, floating point ``(B, ...)``.
+        x: data at level ``sigmas[-1]``, float32 or float64 ``(B, ...)``.
         sigmas: a decreasing grid, up to a level that hides the data; best with a last level above 0.
         solver: `HeunEDM` by default.
         probes: random sign vectors of Hutchinson's estimator, the same in every call of a run; each
             costs a vector-Jacobian product a call. None for the exact trace, which costs one for each
-            element of the state.
+            element of the state, of which it may have 16,384.
         generator: of the probes.
         extra_args: keyword arguments for every call of the denoiser.
         progress: show a progress bar (needs tqdm).
@@ -83,17 +87,21 @@ def log_likelihood(
     """
     solver = HeunEDM() if solver is None else solver
     check_is(solver, Solver, "solver must be an instance such as HeunEDM()")
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
-        raise TypeError(
-            "x must be a floating point tensor (B, ...) at the lowest level of the grid"
-        )
+    _check_data(x)
+    if not callable(denoiser):
+        refuse_call(denoiser, extra_args)
     shape, dimensions = x.shape, x[0].numel()
     probe = None
     if probes is not None:
-        signs = torch.randint(
-            0, 2, (count("probes", probes), *shape), generator=generator, device=x.device
-        )
+        P = _positive("probes", count("probes", probes))
+        signs = torch.randint(0, 2, (P, *shape), generator=generator, device=x.device)
         probe = (2 * signs - 1).to(x.dtype)
+    elif dimensions > EXACT_TRACE_LIMIT:
+        raise ValueError(
+            f"the exact trace, probes=None, is for at most {EXACT_TRACE_LIMIT} elements: a state of "
+            f"{describe(x)} has {dimensions}, and each costs a vector-Jacobian product in every call of "
+            "the denoiser. Estimate it, with probes=1 or more"
+        )
 
     def with_integral(y: Tensor, sigma: Tensor, /, **extra: Any) -> Tensor:
         with torch.enable_grad():
@@ -143,7 +151,7 @@ def log_likelihood_bound(
     Args:
         solver: two-step or coupled, in floating point, such as ``BDIA(Euler(), StepRatio(1))``.
         denoiser: as for `Solver.invert`; it is not differentiated.
-        x: data at level ``sigmas[-1]``, floating point ``(B, ...)``.
+        x: data at level ``sigmas[-1]``, float32 or float64 ``(B, ...)``.
         sigmas: a decreasing grid, up to a level that hides the data.
         samples: K, each for one run of the batch.
         jitter: s_0 relative to the level above the last.
@@ -167,12 +175,15 @@ def log_likelihood_bound(
             f"the bound needs a bijection of pairs of states in floating point, got {solver}: take "
             "BDIA, or a coupled solver such as EDICT"
         )
-    K, s0, std = count("samples", samples), number("jitter", jitter), number("data_std", data_std)
-    if K < 1 or not s0 > 0 or not std > 0:
-        raise ValueError(f"samples, jitter and data_std must be positive, got {K}, {s0} and {std}")
+    _check_data(x)
+    K = _positive("samples", count("samples", samples))
+    s0 = _positive("jitter", number("jitter", jitter))
+    std = _positive("data_std", number("data_std", data_std))
     grid = Grid.of(sigmas)
     if grid.steps < 2:
-        raise ValueError("the bound needs a grid of two steps or more")
+        raise ValueError(
+            f"the bound needs a grid of two steps or more, got {len(grid.levels)} levels"
+        )
     s0 *= grid.levels[-2]
     s_N = _mismatch(_Pairs(solver, _gaussian(std), grid), s0, math.hypot(std, grid.levels[-1]))
     pairs = _Pairs(solver, denoiser, grid, extra_args=extra_args, progress=progress)
@@ -194,8 +205,12 @@ class _Pairs:
     def __init__(self, solver: Solver, denoiser: Denoiser, grid: Grid, **options: Any) -> None:
         self.solver, self.denoiser, self.grid, self.options = solver, denoiser, grid, options
         self.nfe = 0
-        shears = [s for _, step in solver.plan(grid)[not solver.coupled :] for s in step]
-        self.log_gain = sum(math.log(abs(shear.gain)) for shear in shears)
+        self.log_gain = 0.0
+        for k, step in solver.plan(grid)[not solver.coupled :]:
+            for shear in step:
+                if shear.gain == 0.0:
+                    refuse_gain(solver, grid, k)
+                self.log_gain += math.log(abs(shear.gain))
 
     def second(self, x: Tensor) -> Tensor:
         """The state beside `x` at the lower end: one step up, or in a coupled solver the same."""
@@ -266,22 +281,54 @@ def _log_normal(x: Tensor, std: float) -> Tensor:
 
 def _trace(output: Tensor, x: Tensor, probes: Tensor | None) -> Tensor:
     """The trace of the Jacobian for each element of the batch, exact or by probes ``(P, B, ...)``."""
-    if not output.requires_grad:
-        raise ValueError(
-            "the denoiser's output has no gradient with respect to its input, and the divergence of the "
-            "flow would be lost: is it under torch.no_grad() or torch.inference_mode()?"
-        )
-    if probes is None:
-        size = x[0].numel()
-        basis = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, 1, *x.shape[1:])
-        vectors = basis.expand(size, *x.shape)
-    else:
-        vectors = probes
+    n = x[0].numel() if probes is None else len(probes)
     total = x.new_zeros(len(x))
-    for k, vector in enumerate(vectors):
-        (product,) = torch.autograd.grad(
-            output, x, vector, retain_graph=k + 1 < len(vectors), allow_unused=True
+    for k in range(n):
+        if probes is None:
+            vector = x.new_zeros(x.shape)
+            vector.flatten(1)[:, k] = 1.0
+        else:
+            vector = probes[k]
+        product = None
+        if output.requires_grad:
+            (product,) = torch.autograd.grad(
+                output, x, vector, retain_graph=k + 1 < n, allow_unused=True
+            )
+        if product is None:
+            raise ValueError(
+                "the denoiser's output has no gradient with respect to its input, and the divergence of "
+                "the flow would be lost: is it under torch.no_grad() or torch.inference_mode(), or does "
+                "it detach its input?"
+            )
+        total += (product * vector).flatten(1).sum(1)
+    return total if probes is None else total / n
+
+
+def _check_data(x: object) -> None:
+    """Data of a batch, in single precision or better, or an error."""
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            "x must be a tensor of data (B, ...) at the lowest level of the grid, got "
+            f"{type(x).__name__}"
+            + ("; pass one of its tensors" if isinstance(x, State | Solution) else "")
         )
-        if product is not None:
-            total = total + (product * vector).flatten(1).sum(1)
-    return total if probes is None else total / len(vectors)
+    check_start(x)
+    if x.ndim < 2:
+        raise ValueError(
+            f"x must have shape (B, ...), got {tuple(x.shape)}: one state of many elements is a batch "
+            "x[None], many of one element are x[:, None]"
+        )
+    if x.dtype.itemsize < 4:
+        raise TypeError(
+            f"{x.dtype} has too few digits for a sum over all elements: use x.float(), and "
+            f"odesolvers.models.InDtype(denoiser, {x.dtype}) to keep the network in its dtype"
+        )
+
+
+Number = TypeVar("Number", int, float)
+
+
+def _positive(name: str, value: Number) -> Number:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive, got {value!r}")
+    return value

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from odesolvers import (
     FixedPoint,
     FixedPointInversion,
     HeunEDM,
+    PerStep,
     StepRatio,
     karras_sigmas,
 )
@@ -201,8 +204,60 @@ def test_what_is_no_use_is_refused() -> None:
     for solver in (Euler(), FixedPointInversion(Euler()), BDIA(Euler(), 1.0, FixedPoint())):
         with pytest.raises(ValueError, match="needs a bijection"):
             log_likelihood_bound(solver, Gaussian(), x, sigmas)
-    for wrong in ({"samples": 0}, {"jitter": 0.0}, {"data_std": -1.0}):
-        with pytest.raises(ValueError, match="must be positive"):
-            log_likelihood_bound(BDIA(Euler()), Gaussian(), x, sigmas, **wrong)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="floating point tensor"):
-        log_likelihood(Gaussian(), torch.ones(3, 2, dtype=torch.int64), sigmas)
+    solver = BDIA(Euler())
+    for name in ("samples", "jitter", "data_std"):
+        for value in (0, -1):
+            with pytest.raises(ValueError, match=f"{name} must be positive, got {value}"):
+                log_likelihood_bound(solver, Gaussian(), x, sigmas, **{name: value})  # type: ignore[arg-type]
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="jitter must be positive"):
+            log_likelihood_bound(solver, Gaussian(), x, sigmas, jitter=value)
+    with pytest.raises(ValueError, match="two steps or more, got 2 levels"):
+        log_likelihood_bound(solver, Gaussian(), x, sigmas[:2])
+    forgetful = BDIA(Euler(), PerStep([0.5, 0.0, 0.5]))
+    with pytest.raises(ValueError, match="weight g = 0"):
+        log_likelihood_bound(forgetful, Gaussian(), x, sigmas)
+    with pytest.raises(ValueError, match="weight g = 0"):
+        log_likelihood(Gaussian(), x, sigmas, solver=forgetful)
+    for probes in (0, -1):
+        with pytest.raises(ValueError, match=f"probes must be positive, got {probes}"):
+            log_likelihood(Gaussian(), x, sigmas, probes=probes)
+    with pytest.raises(TypeError, match="callable"):
+        log_likelihood(3, x, sigmas)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="width must be positive, got 0"):
+        log_likelihood(Gaussian(), x, sigmas).bits_per_dim(0)
+
+
+@pytest.mark.parametrize("function", [log_likelihood, partial(log_likelihood_bound, BDIA(Euler()))])
+def test_data_of_another_form_are_refused(function: Callable[..., Likelihood]) -> None:
+    sigmas, denoiser = karras_sigmas(5, LOW, 80.0, append_zero=False), Gaussian()
+    solution = BDIA(Euler()).invert(denoiser, noise(2, 3), sigmas)
+    for x, message in (
+        (solution, "got Solution; pass one of its tensors"),
+        (solution.state, "got State; pass one of its tensors"),
+        ([[1.0, 2.0]], "got list"),
+        (torch.ones(3, 2, dtype=torch.int64), "floating point tensor, got torch.int64"),
+        (noise(2, 3).half(), r"torch.float16 has too few digits.*use x.float\(\)"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            function(denoiser, x, sigmas)
+    for shape in ((), (4,), (0, 3), (3, 0)):
+        with pytest.raises(ValueError, match=r"must have shape \(B, ...\)"):
+            function(denoiser, torch.zeros(shape), sigmas)
+    with pytest.raises(ValueError, match="not finite"):
+        function(denoiser, noise(2, 3) * math.nan, sigmas)
+
+
+def test_the_exact_trace_is_refused_where_it_would_not_end() -> None:
+    sigmas = karras_sigmas(3, LOW, 80.0, append_zero=False)
+    x = torch.zeros(1, 3, 128, 128)
+    with pytest.raises(ValueError, match="49152, and each costs a vector-Jacobian product"):
+        log_likelihood(Gaussian(), x, sigmas, probes=None)
+
+
+def test_a_denoiser_that_hides_its_input_is_refused() -> None:
+    """Its weights give the output a graph, in which the input is not."""
+    weight = torch.tensor(0.5).double().requires_grad_()
+    sigmas = karras_sigmas(5, LOW, 80.0, append_zero=False)
+    with pytest.raises(ValueError, match="does it detach its input"):
+        log_likelihood(lambda x, sigma: weight * x.detach(), noise(2, 3), sigmas)
