@@ -1,15 +1,18 @@
 """ODE solvers for diffusion models that go from noise to data and exactly back.
 
-`Denoiser`, `Grid`, `ConstantGamma`, `polyexponential_sigmas`, `vp_sigmas` and
-`side_information_bound` can be imported too; few users type them.
+`Denoiser`, `Grid`, `ConstantGamma`, `midpoint_sigmas`, `polyexponential_sigmas`, `vp_sigmas`
+and `side_information_bound` can be imported too; few users type them.
 """
 
 from pathlib import Path
 
+from .adaptive import adaptive_sigmas
 from .approximators import (
     DDIM,
+    EES25,
     RK3,
     RK4,
+    Dopri5,
     DPMSolverPP2S,
     Euler,
     Exponential,
@@ -37,13 +40,14 @@ from .grids import (
     ddim_timesteps,
     exponential_sigmas,
     karras_sigmas,
+    midpoint_sigmas as midpoint_sigmas,
     polyexponential_sigmas as polyexponential_sigmas,
     sigmas_from_alphas_cumprod,
     vp_sigmas as vp_sigmas,
 )
-from .iterative import DDIMInversion, FixedPointInversion
+from .iterative import DDIMInversion, FixedPointInversion, ReverseStepInversion
 from .likelihood import log_likelihood, log_likelihood_bound
-from .named import BELM, Rex
+from .named import BELM, MALI, Rex
 from .parsing import parse
 from .run import Denoiser as Denoiser
 from .stability import side_information_bound as side_information_bound, stability_report
@@ -62,12 +66,15 @@ __all__ = [
     "BELM",
     "DDIM",
     "EDICT",
+    "EES25",
+    "MALI",
     "RK3",
     "RK4",
     "Calibrated",
     "DDIMInversion",
     "DPMSolverPP2S",
     "DampedStepRatio",
+    "Dopri5",
     "Euler",
     "Exponential",
     "FixedPoint",
@@ -83,12 +90,14 @@ __all__ = [
     "Midpoint",
     "Objective",
     "PerStep",
+    "ReverseStepInversion",
     "ReversibleHeun",
     "Rex",
     "SmoothedOutput",
     "Solution",
     "State",
     "StepRatio",
+    "adaptive_sigmas",
     "calibrate",
     "ddim_timesteps",
     "exponential_sigmas",

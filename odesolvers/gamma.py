@@ -106,7 +106,7 @@ class ConstantGamma(GammaRule):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class StepRatio(GammaRule):
-    """``g_i = (h_i / h_{i+1})^power``: the step ahead over the step behind, in σ.
+    """``g_i = factor (h_i / h_{i+1})^power``: the step ahead over the step behind, in σ.
 
     - Order: ``power = p + 1`` cancels the leading error over a base of odd order p, which gains an
       order, see `order_gaining`. Over `Euler` it is 2, and the solver is O-BELM (Wang et al., NeurIPS
@@ -121,19 +121,26 @@ class StepRatio(GammaRule):
     on Stable Diffusion's schedule with trailing timesteps, and more on grids that end with
     short steps.
 
+    A `factor` below 1 damps the alternating solution by as much a step, and inverting amplifies by it;
+    over a base of odd order it costs the order gained, as a constant γ below 1 does.
+
     The steps are those of x whatever the scale of the approximator, as in the derivation.
     """
 
     power: float = 1.0
+    factor: float = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "power", number("power", self.power))
+        for name in ("power", "factor"):
+            object.__setattr__(self, name, number(name, getattr(self, name)))
         if not math.isfinite(self.power):
             raise ValueError(f"power must be a finite number, got {self.power}")
+        if not 0 < self.factor <= 1:
+            raise ValueError(f"factor must be in (0, 1], got {self.factor}")
 
     def weights(self, grid: Grid, scale: Callable[[float], float]) -> list[float]:
         del scale
-        return [r**self.power for r in step_ratios(grid)]
+        return [self.factor * r**self.power for r in step_ratios(grid)]
 
 
 @dataclass(frozen=True, repr=False, eq=False)

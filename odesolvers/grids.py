@@ -251,6 +251,23 @@ def sigmas_from_alphas_cumprod(
     return sigmas
 
 
+def midpoint_sigmas(sigmas: Sigmas) -> Tensor:
+    """The first level, the midpoints of all steps, and the last: the grid of `MALI`.
+
+    Args:
+        sigmas: a grid of n steps.
+
+    Returns:
+        float64 tensor of shape ``(n + 2,)``.
+
+    Raises:
+        ValueError: if `sigmas` is no grid.
+    """
+    grid = Grid.of(sigmas)
+    middles = ((sigma + target) / 2 for sigma, target in grid.intervals())
+    return torch.tensor([grid.levels[0], *middles, grid.levels[-1]], dtype=torch.float64)
+
+
 def level_dtype(state: torch.dtype) -> torch.dtype:
     """The dtype of noise levels beside a state: half precision would not resolve them."""
     return torch.float64 if state == torch.float64 else torch.float32

@@ -12,7 +12,7 @@ from typing import ClassVar, TypeAlias, final
 import torch
 from torch import Tensor
 
-from .approximators import DDIM, IntegrationApproximator, check_approximator
+from .approximators import DDIM, EES25, IntegrationApproximator, check_approximator, leaving
 from .formula import Shear
 from .grids import Grid
 from .run import Pair, Run, Steps
@@ -119,6 +119,44 @@ class DDIMInversion(IterativeSolver):
         self, residual: Residual, after: Tensor, guess: Tensor
     ) -> tuple[Tensor, Convergence | None]:
         return guess + residual(guess), None
+
+
+@final
+@dataclass(frozen=True, repr=False, eq=False)
+class ReverseStepInversion(Solver):
+    """Each step undone by the method's own step back, ``x_i ≈ x_{i-1} + Δ(i-1 → i | x_{i-1})``.
+
+    The same method integrates the flow up the grid. Over `EES25` that nearly leads back: a step there
+    and back errs by O(h⁶), where another method of order p leaves O(h^{p+1}), or O(h^{p+2}) if p is
+    even. Over `DDIM` it is the textbook DDIM inversion, with the noise at the state and the level where
+    the step begins; `DDIMInversion` hands that state to the network with the level where it ends. The
+    evaluations of a step are those of the method. From the level 0 up it is `HeunEDM`, as in `BDIA`.
+
+    Args:
+        approximator: the one-step method, down the grid and up.
+
+    Raises:
+        TypeError: at construction, if `approximator` is not usable.
+    """
+
+    approximator: IntegrationApproximator = EES25()
+
+    states: ClassVar[int] = 1
+    iterative: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_approximator(self, self.approximator)
+
+    def undo(self, run: Run, steps: Steps, pair: Pair) -> Pair:
+        s = run.grid.levels
+        back = ((k, (self.start(s[k + 1], s[k]),), False) for k, *_ in steps)
+        return run.walk(back, pair)
+
+    def start(self, sigma: float, target: float) -> Shear:
+        return leaving(sigma, self.approximator).start(sigma, target)
+
+    def steps(self, grid: Grid) -> list[tuple[Shear, ...]]:
+        return self.approximator.steps(grid)
 
 
 @final

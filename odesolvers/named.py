@@ -9,6 +9,7 @@ from .arithmetic import Arithmetic, FloatingPoint
 from .bdia import BDIA
 from .coupled import McCallumFoster
 from .gamma import PerStep, StepRatio
+from .values import number
 
 
 def BELM(a2: Sequence[float] | None = None, arithmetic: Arithmetic = FloatingPoint()) -> BDIA:
@@ -51,3 +52,31 @@ def Rex(
         TypeError, ValueError: if an argument is not usable.
     """
     return McCallumFoster(Exponential(approximator), zeta, arithmetic)
+
+
+def MALI(eta: float = 1.0, arithmetic: Arithmetic = FloatingPoint()) -> BDIA:
+    """The asynchronous leapfrog integrator of MALI (Zhuang et al. 2021, arXiv 2102.04668, algorithm 1).
+
+    It carries the state z with a velocity v, which begins as the slope d(z, σ). Over a step h:
+
+        k = z + h v / 2          v' = v + 2 η (d(k, σ + h / 2) - v)          z' = k + h v' / 2
+
+    The midpoints k follow `BDIA` over `Euler` with ``g_i = (2 η - 1) h_i / h_{i+1}``, h the distances of
+    midpoints, and z is where they begin and end. So MALI is that solver on another grid: n of its steps
+    over `sigmas` are n + 1 steps over ``midpoint_sigmas(sigmas)``, at one evaluation each, to the same
+    sample and, by the same evaluations, back. From a lone image at the level 0 up, see `BDIA`.
+
+    Order 2 for η = 1, where it is ``StepRatio(1)``; 1 for less, which damps the alternating error when
+    sampling and amplifies it when inverting.
+
+    Args:
+        eta: the damping η, in (1/2, 1]; at 1/2 the velocity is forgotten, and nothing leads back.
+        arithmetic: see `BDIA`.
+
+    Raises:
+        TypeError, ValueError: if an argument is not usable.
+    """
+    eta = number("eta", eta)
+    if not 0.5 < eta <= 1:
+        raise ValueError(f"eta must be in (1/2, 1], got {eta}")
+    return BDIA(Euler(), StepRatio(factor=2 * eta - 1), arithmetic)

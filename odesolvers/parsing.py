@@ -10,8 +10,10 @@ from typing import Any, Final, NoReturn
 
 from .approximators import (
     DDIM,
+    EES25,
     RK3,
     RK4,
+    Dopri5,
     DPMSolverPP2S,
     Euler,
     Exponential,
@@ -32,12 +34,13 @@ from .gamma import (
     StepRatio,
     order_gaining,
 )
-from .iterative import DDIMInversion, FixedPointInversion
-from .named import BELM, Rex
+from .iterative import DDIMInversion, FixedPointInversion, ReverseStepInversion
+from .named import BELM, MALI, Rex
 
-_METHODS = (DDIM, DPMSolverPP2S, Euler, Exponential, FlowEuler, HeunEDM, Midpoint, RK3, RK4)
-_SOLVERS = (BDIA, BELM, EDICT, McCallumFoster, ReversibleHeun, Rex)
-_ITERATIVE = (DDIMInversion, FixedPointInversion)
+_RUNGE_KUTTA = (Dopri5, EES25, HeunEDM, Midpoint, RK3, RK4)
+_METHODS = (*_RUNGE_KUTTA, DDIM, DPMSolverPP2S, Euler, Exponential, FlowEuler)
+_SOLVERS = (BDIA, BELM, EDICT, MALI, McCallumFoster, ReversibleHeun, Rex)
+_ITERATIVE = (DDIMInversion, FixedPointInversion, ReverseStepInversion)
 _STEP_RATIOS = (DampedStepRatio, HeunStepRatio, StepRatio, order_gaining)
 _RULES = (*_STEP_RATIOS, Calibrated, ConstantGamma, PerStep, SmoothedOutput)
 _ALL = (*_METHODS, *_SOLVERS, *_ITERATIVE, *_RULES, FixedPoint, FloatingPoint)

@@ -391,6 +391,8 @@ class IterativeContract(SolverContract):
     solver: ClassVar[IterativeSolver]
     # Relative error of a round trip of seven steps.
     bound: ClassVar[float]
+    # Whether a step is first evaluated on the way up where it begins on the way down, or where it ends.
+    undoes_at: ClassVar[int] = 0
 
     def test_samples_as_its_approximator(self) -> None:
         x = self.start(2, 5)
@@ -429,6 +431,7 @@ class IterativeContract(SolverContract):
         assert back.nfe == len(recorder.points)
         assert [info["i"] for info in seen] == [6, 5, 4, 3, 2, 1, 0]
         for info in seen:
-            assert float(info["sigma"]) == float(GRID[info["i"]])
+            level = float(GRID[info["i"] + self.undoes_at])
+            assert float(info["sigma"]) == (level or float(GRID[info["i"]]))
             expected = mixture()(info["x"], info["sigma"].expand(2))
             torch.testing.assert_close(info["denoised"], expected)

@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings, strategies as st
+from scipy.integrate import RK45
 
 from odesolvers import (
     BDIA,
     DDIM,
     EDICT,
+    EES25,
     RK4,
+    Dopri5,
     DPMSolverPP2S,
     Euler,
     Exponential,
@@ -38,7 +41,15 @@ from .contract import CoupledContract
 from .problems import Recorder, gaussian, increment, mixture, noise, relative_error
 from .test_inversion import grids, shapes, slope_of_rest
 
-BASES: list[IntegrationApproximator] = [Euler(), DDIM(), HeunEDM(), RK4(), DPMSolverPP2S()]
+BASES: list[IntegrationApproximator] = [
+    Euler(),
+    DDIM(),
+    HeunEDM(),
+    RK4(),
+    DPMSolverPP2S(),
+    Dopri5(),
+    EES25(),
+]
 SOLVERS: list[CoupledSolver] = [
     EDICT(),
     *(McCallumFoster(base) for base in BASES),
@@ -77,6 +88,14 @@ class TestMcCallumFosterDPMSolverPP2S(CoupledContract):
     solver = McCallumFoster(DPMSolverPP2S())
 
 
+class TestMcCallumFosterDopri5(CoupledContract):
+    solver = McCallumFoster(Dopri5())
+
+
+class TestMcCallumFosterEES25(CoupledContract):
+    solver = McCallumFoster(EES25())
+
+
 @pytest.mark.filterwarnings("ignore::odesolvers.InversionWarning")  # so few steps do not encode
 class TestRexEuler(CoupledContract):
     solver = Rex(Euler())
@@ -92,6 +111,12 @@ class TestRexHeunEDM(CoupledContract):
 @pytest.mark.filterwarnings("ignore::odesolvers.InversionWarning")  # so few steps do not encode
 class TestRexRK4(CoupledContract):
     solver = Rex(RK4())
+    encoding_grid = ABOVE_ZERO
+
+
+@pytest.mark.filterwarnings("ignore::odesolvers.InversionWarning")  # so few steps do not encode
+class TestRexDopri5(CoupledContract):
+    solver = Rex(Dopri5())
     encoding_grid = ABOVE_ZERO
 
 
@@ -173,6 +198,54 @@ def test_rex_with_heun_written_out_in_y_over_sigma() -> None:
     ours = run(Rex(HeunEDM(), zeta), [sigma, target], X, Y)
     assert relative_error(ours[0], y_next * target) < 1e-13
     assert relative_error(ours[1], v_next * target) < 1e-13
+
+
+RK4_TABLEAU = (((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (0.5, 0.5, 1.0), (1 / 6, 1 / 3, 1 / 3, 1 / 6))
+TABLEAUS: list[tuple[IntegrationApproximator, Any]] = [
+    (Euler(), ((), (), (1.0,))),
+    (RK4(), RK4_TABLEAU),
+    (Dopri5(), (RK45.A[1:], RK45.C[1:], RK45.B)),
+    (EES25(), (((1 / 3,), (-5 / 48, 15 / 16)), (1 / 3, 5 / 6), (0.1, 0.5, 0.4))),
+]
+
+
+@pytest.mark.parametrize(("base", "tableau"), TABLEAUS, ids=repr)
+def test_rex_in_the_variance_preserving_variables_of_its_paper(
+    base: IntegrationApproximator, tableau: Any
+) -> None:
+    """Down and back up, with x_t = α x, w = σ_t and ς = α / σ_t, for the data prediction:
+
+    x' = w'/w (ζ x + (1 - ζ) x̂) + w' Ψ_h(ς, x̂)          x̂' = w'/w x̂ - w' Ψ_{-h}(ς', x')
+
+    where Ψ is a Runge-Kutta method for the slope D(w x / w, ς) in the variable x / w.
+    """
+    zeta, levels = 0.9, [3.0, 2.0, 1.2]
+    coefficients, times, weights = tableau
+
+    def weight(s: float) -> float:  # σ_t, at the signal-to-noise ratio ς = α / σ_t = 1/σ
+        return (1 + s * s) ** -0.5
+
+    def data(s: float, x: torch.Tensor) -> torch.Tensor:
+        alpha = s * weight(s)
+        return denoised(x / alpha, 1 / s)
+
+    def psi(s: float, x: torch.Tensor, end: float) -> torch.Tensor:
+        h, k = end - s, [data(s, x)]
+        for row, c in zip(coefficients, times, strict=True):
+            y = x / weight(s) + h * sum(a * f for a, f in zip(row, k, strict=False))
+            k.append(data(s + c * h, weight(s + c * h) * y))
+        return h * sum(b * f for b, f in zip(weights, k, strict=True))
+
+    snr = [1 / sigma for sigma in levels]
+    scale = [s * weight(s) for s in snr]  # α
+    x, x_hat = X * scale[0], Y * scale[0]
+    for s, end in pairwise(snr):
+        w, w_end = weight(s), weight(end)
+        x = w_end / w * (zeta * x + (1 - zeta) * x_hat) + w_end * psi(s, x_hat, end)
+        x_hat = w_end / w * x_hat - w_end * psi(end, x, s)
+    ours = run(Rex(base, zeta), levels, X, Y)
+    assert relative_error(ours[0], x / scale[-1]) < 1e-13
+    assert relative_error(ours[1], x_hat / scale[-1]) < 1e-13
 
 
 def test_rex_is_mccallum_foster_over_the_exponential_method() -> None:

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from odesolvers import (
     DDIM,
+    EES25,
     RK4,
     DDIMInversion,
     DPMSolverPP2S,
@@ -21,6 +23,7 @@ from odesolvers import (
     HeunEDM,
     IntegrationApproximator,
     InversionWarning,
+    ReverseStepInversion,
     State,
     karras_sigmas,
 )
@@ -71,6 +74,18 @@ class TestDDIMInversion(IterativeContract):
 class TestDDIMInversionHeunEDM(IterativeContract):
     solver = DDIMInversion(HeunEDM())
     bound = 2.0
+
+
+class TestReverseStepInversion(IterativeContract):
+    solver = ReverseStepInversion()
+    bound = 0.5
+    undoes_at = 1  # a step back begins where the step ended
+
+
+class TestReverseStepInversionDDIM(IterativeContract):
+    solver = ReverseStepInversion(DDIM())
+    bound = 0.5
+    undoes_at = 1
 
 
 # --- DDIM inversion --------------------------------------------------------------------------------
@@ -141,6 +156,45 @@ def test_ddim_inversion_errs_and_does_not_say_so() -> None:
         errors.append(relative_error(back.x, x))
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.3)
     assert errors[1] / errors[2] == pytest.approx(2, rel=0.3)
+
+
+# --- the method's own step back --------------------------------------------------------------------
+
+
+def test_a_reverse_step_is_the_methods_own() -> None:
+    """Textbook DDIM inversion of z: the noise at the state and the level where the step begins."""
+    levels = karras_sigmas(5, 0.1, 10.0, append_zero=False).tolist()
+    image = noise(4, 3, seed=1)
+    alphas = [(1 + sigma**2) ** -0.5 for sigma in levels]
+    z = image * alphas[-1]
+    for k in reversed(range(4)):
+        a, b = alphas[k + 1], alphas[k]
+        denoised = mixture()(z / a, torch.full((4,), levels[k + 1], dtype=torch.float64))
+        epsilon = (z - a * denoised) / (a * levels[k + 1])
+        z = b / a * z + (b * levels[k] - b * levels[k + 1]) * epsilon
+    code = ReverseStepInversion(DDIM()).invert(mixture(), image, levels)
+    assert relative_error(code.x * alphas[0], z) < 1e-14
+    assert code.nfe == 4
+
+
+@pytest.mark.parametrize("base", [*BASES, EES25()], ids=repr)
+def test_from_the_level_0_up_it_is_heun(base: IntegrationApproximator) -> None:
+    image = noise(4, 3, seed=1)
+    code = ReverseStepInversion(base).invert(mixture(), image, [2.0, 0.5, 0.0], stop=1)
+    heun = increment(HeunEDM(), mixture(), image, 0.0, 0.5)
+    assert relative_error(code.x, image + heun) < 1e-14
+
+
+def test_ees25_leads_back_to_the_fifth_order() -> None:
+    """And the others of order 2 to the third, one order less than they err by in a step."""
+    x = noise(4, 3, sigma=5.0)
+    for base, order in ((EES25(), 5), (HeunEDM(), 3)):
+        solver, errors, steps = ReverseStepInversion(base), [], (40, 80, 160)
+        for n in steps:
+            grid = karras_sigmas(n + 1, 0.3, 5.0, rho=5.0, append_zero=False)
+            there = solver.sample(mixture(), x, grid)
+            errors.append(relative_error(solver.invert(mixture(), there.x, grid).x, x))
+        assert -np.polyfit(np.log(steps), np.log(errors), 1)[0] == pytest.approx(order, abs=0.3)
 
 
 # --- fixed-point iteration -------------------------------------------------------------------------

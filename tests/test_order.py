@@ -13,10 +13,14 @@ from odesolvers import (
     BELM,
     DDIM,
     EDICT,
+    EES25,
+    MALI,
     RK4,
     DampedStepRatio,
+    Dopri5,
     DPMSolverPP2S,
     Euler,
+    Exponential,
     GammaRule,
     HeunEDM,
     HeunStepRatio,
@@ -29,6 +33,7 @@ from odesolvers import (
     SmoothedOutput,
     StepRatio,
     karras_sigmas,
+    midpoint_sigmas,
     order_gaining,
 )
 from odesolvers.extend import Solver
@@ -57,13 +62,41 @@ def fitted_order(solver: Solver, steps: tuple[int, ...]) -> float:
 
 
 def steps_for(order: int) -> tuple[int, ...]:
-    return {1: (150, 300, 600), 2: (60, 120, 240), 3: (40, 80, 160)}.get(order, (40, 60, 90))
+    return {1: (150, 300, 600), 2: (60, 120, 240), 3: (40, 80, 160), 4: (40, 60, 90)}.get(
+        order, (20, 28, 40)
+    )
 
 
-@pytest.mark.parametrize("approximator", [*ALL, *EXPONENTIAL], ids=repr)
+# Its error constant is so small that the order shows only on a flow in closed form, see below.
+SLOWER = [a for a in (*ALL, *EXPONENTIAL) if not isinstance(a, Dopri5)]
+
+
+@pytest.mark.parametrize("approximator", SLOWER, ids=repr)
 def test_base(approximator: IntegrationApproximator) -> None:
     order = approximator.order
     assert fitted_order(approximator, steps_for(order)) == pytest.approx(order, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("solver", "std", "top", "steps"),
+    [
+        (Dopri5(), 4.0, 10.0, (32, 48, 72)),
+        (Exponential(Dopri5()), 0.5, 5.0, (28, 36, 48)),
+        (Rex(Dopri5(), 0.9), 0.5, 5.0, (28, 36, 48)),
+    ],
+    ids=repr,
+)
+def test_order_5(solver: Solver, std: float, top: float, steps: tuple[int, ...]) -> None:
+    """On Gaussian data, over steps of equal length in σ: before and behind, other terms are as large."""
+    data, x = Gaussian(std=std), noise(2, 3, sigma=top)
+    errors = [
+        relative_error(
+            solver.sample(data, x, torch.linspace(top, 1.0, n + 1, dtype=torch.float64)).x,
+            data.flow(x, top, 1.0),
+        )
+        for n in steps
+    ]
+    assert -np.polyfit(np.log(steps), np.log(errors), 1)[0] == pytest.approx(5, abs=0.2)
 
 
 ODD = [a for a in ALL if a.order % 2 == 1]
@@ -90,7 +123,7 @@ def test_odd_bases_gain_an_order_with_weights_near_one(
     assert fitted_order(solver, steps_for(gained)) == pytest.approx(gained, abs=0.2)
 
 
-@pytest.mark.parametrize("approximator", ODD, ids=repr)
+@pytest.mark.parametrize("approximator", [a for a in ODD if a in SLOWER], ids=repr)
 def test_odd_bases_keep_their_order_with_a_smaller_constant_gamma(
     approximator: IntegrationApproximator,
 ) -> None:
@@ -189,7 +222,11 @@ COUPLED: list[tuple[Solver, int]] = [
     (McCallumFoster(Euler(), 0.9), 1),
     (McCallumFoster(DDIM(), 0.9), 1),
     (Rex(Euler(), 0.9), 1),
-    *((make(base), base.order) for make in (McCallumFoster, Rex) for base in (HeunEDM(), RK4())),
+    *(
+        (make(base), base.order)
+        for make in (McCallumFoster, Rex)
+        for base in (HeunEDM(), EES25(), RK4())
+    ),
     (ReversibleHeun(), 2),
     (BELM(), 2),
 ]
@@ -204,3 +241,12 @@ def test_solvers_of_a_pair(solver: Solver, order: int) -> None:
 def test_a_coupling_near_one_is_between_two_orders(solver: Solver) -> None:
     """While there are fewer than 1 / (1 - ζ) steps, 1000 for the default."""
     assert 1.2 < fitted_order(solver, (100, 200, 400)) < 1.8
+
+
+@pytest.mark.parametrize(("eta", "order"), [(1.0, 2), (0.8, 1)])
+def test_mali(eta: float, order: int) -> None:
+    errors, steps = [], steps_for(order)
+    for n in steps:
+        grid = midpoint_sigmas(karras_sigmas(n + 1, BOTTOM, TOP, rho=5.0, append_zero=False))
+        errors.append(relative_error(MALI(eta).sample(mixture(), START, grid).x, exact()))
+    assert -np.polyfit(np.log(steps), np.log(errors), 1)[0] == pytest.approx(order, abs=0.2)

@@ -15,12 +15,15 @@ from odesolvers import (
     BELM,
     DDIM,
     EDICT,
+    EES25,
+    MALI,
     RK3,
     RK4,
     Calibrated,
     ConstantGamma,
     DampedStepRatio,
     DDIMInversion,
+    Dopri5,
     DPMSolverPP2S,
     Euler,
     Exponential,
@@ -33,6 +36,7 @@ from odesolvers import (
     McCallumFoster,
     Midpoint,
     PerStep,
+    ReverseStepInversion,
     ReversibleHeun,
     Rex,
     SmoothedOutput,
@@ -45,7 +49,7 @@ shares = st.floats(0, 1, exclude_min=True)
 sizes = st.floats(-1e300, 1e300)
 methods = st.recursive(
     st.one_of(
-        st.sampled_from([Euler(), DDIM(), FlowEuler(), RK3(), RK4()]),
+        st.sampled_from([Euler(), DDIM(), FlowEuler(), RK3(), RK4(), Dopri5(), EES25()]),
         st.sampled_from(["ahead", "behind", "both"]).map(HeunEDM),
         st.sampled_from(["ahead", "both"]).map(Midpoint),
         st.sampled_from(["ahead", "both"]).map(DPMSolverPP2S),
@@ -56,7 +60,7 @@ methods = st.recursive(
 rules = st.recursive(
     st.one_of(
         shares.map(ConstantGamma),
-        sizes.map(StepRatio),
+        st.builds(StepRatio, sizes, shares),
         st.just(HeunStepRatio()),
         st.builds(DampedStepRatio, st.floats(1e-300, 1e300), st.floats(0, 1e300)),
         st.lists(st.floats(0, 1e300), max_size=5).map(PerStep),
@@ -73,7 +77,9 @@ solvers = st.one_of(
     st.builds(McCallumFoster, methods, shares, arithmetics),
     st.builds(Rex, methods, shares, arithmetics),
     st.builds(ReversibleHeun, arithmetics),
+    st.builds(MALI, st.floats(0.5, 1, exclude_min=True), arithmetics),
     st.builds(DDIMInversion, methods),
+    st.builds(ReverseStepInversion, methods),
     st.builds(
         FixedPointInversion,
         methods,

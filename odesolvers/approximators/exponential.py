@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
-from ..checks import check_choice
+from ..checks import check_choice, check_is
 from ..formula import Combination, Denoise
 from .base import IntegrationApproximator, check_approximator, euler
 from .first_order import variance_preserving
 from .runge_kutta import leaving
+from .tableaus import Dopri5
 
 
 @final
@@ -104,13 +105,33 @@ class Exponential(IntegrationApproximator):
     ) -> Combination:
         if sigma == 0.0:
             return leaving(sigma, self.approximator).increment(x, sigma, target, denoise)
-        end = sigma / target
-
-        def transformed(y: Combination, u: float) -> Combination:
-            # Evaluations at the target itself are at that number and not at one that is near it.
-            return y - u * denoise(y / u, target if u == end else sigma / u)
-
+        end, transformed = sigma / target, _transformed(sigma, target, denoise)
         return (x + self.approximator.increment(x, 1.0, end, transformed)) / end - x
+
+    def embedded(
+        self, x: Combination, sigma: float, target: float, denoise: Denoise
+    ) -> tuple[Combination, Combination]:
+        """`increment` over `Dopri5` and the estimate of its error, see `Dopri5.embedded`.
+
+        Raises:
+            TypeError: over another method.
+        """
+        check_is(self.approximator, Dopri5, "an estimate of the error needs Exponential(Dopri5())")
+        method: Any = self.approximator
+        end, transformed = sigma / target, _transformed(sigma, target, denoise)
+        increment, error = method.embedded(x, 1.0, end, transformed)
+        return (x + increment) / end - x, error / end
 
     def scale(self, sigma: float) -> float:
         return 1 / sigma if sigma > 0.0 else math.inf
+
+
+def _transformed(sigma: float, target: float, denoise: Denoise) -> Denoise:
+    """The denoiser D' of `Exponential`, for a step from `sigma` to `target`."""
+    end = sigma / target
+
+    def transformed(y: Combination, u: float) -> Combination:
+        # Evaluations at the target itself are at that number and not at one that is near it.
+        return y - u * denoise(y / u, target if u == end else sigma / u)
+
+    return transformed
