@@ -1,0 +1,180 @@
+"""Noise found again from the 8-bit picture alone: ``python -m benchmarks.emoji.watermark``.
+
+Samples are made from noise that carries the signs of a key (`odesolvers.editing.embed`), guided and
+not, stored as 8-bit pictures, perhaps as JPEG or made smaller and larger again, and inverted without
+the pair, without guidance and without labels (`detect`). Figures: the fraction of signs that agree with
+the key, and the fraction of pictures found at one false alarm in a million. Every figure is kept as it
+is found, so that the command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from odesolvers import (
+    BDIA,
+    BELM,
+    DDIM,
+    EDICT,
+    DampedStepRatio,
+    DDIMInversion,
+    Euler,
+    FixedPointInversion,
+    McCallumFoster,
+    Rex,
+    StepRatio,
+    karras_sigmas,
+)
+from odesolvers.editing import detect, embed
+from odesolvers.models.edm import Preconditioner, load_edm
+from odesolvers.models.guidance import ClassifierFreeGuidance
+
+from ..common import TABLES, save, table, write
+from .data import Emoji, load_emoji
+
+EVALUATIONS: Final = (9, 19, 39)
+GUIDANCE: Final = (1.0, 3.0)
+KEY: Final = "the owner of these emoji"
+FALSE_ALARMS: Final = 1e-6
+BOTTOM: Final = 0.02
+
+SOLVERS: Final[dict[str, tuple[int, Callable[[], Any]]]] = {
+    "DDIM inversion": (1, DDIMInversion),
+    "BDIA(DDIM, 0.96)": (1, lambda: BDIA(DDIM(), 0.96)),
+    "BDIA(DDIM, 1)": (1, lambda: BDIA(DDIM(), 1.0)),
+    "BDIA(Euler, StepRatio(0.5))": (1, lambda: BDIA(Euler(), StepRatio(0.5))),
+    "BDIA(Euler, StepRatio(1))": (1, lambda: BDIA(Euler(), StepRatio(1))),
+    "O-BELM": (1, BELM),
+    "BDIA(Euler, DampedStepRatio(0.25))": (1, lambda: BDIA(Euler(), DampedStepRatio(0.25))),
+    "BDIA(Euler, DampedStepRatio(0.5))": (1, lambda: BDIA(Euler(), DampedStepRatio(0.5))),
+    "BDIA(Euler, DampedStepRatio(1))": (1, lambda: BDIA(Euler(), DampedStepRatio(1.0))),
+    "BDIA(Euler, DampedStepRatio(0.5, 2))": (1, lambda: BDIA(Euler(), DampedStepRatio(0.5, 2))),
+    "EDICT": (2, EDICT),
+    "McCallum-Foster (Euler)": (2, lambda: McCallumFoster(Euler())),
+    "Rex (Euler)": (2, lambda: Rex(Euler())),
+    "fixed point (DDIM)": (1, lambda: FixedPointInversion(DDIM(), tolerance=1e-4)),
+}
+"""Evaluations a step each way (of a fixed point: down), and the solver."""
+
+
+def eight_bits(images: Tensor) -> Tensor:
+    """Pictures as a file holds them, uint8 ``(B, 32, 32, 3)``."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def jpeg(quality: int) -> Callable[[Tensor], Tensor]:
+    """A JPEG file in between."""
+
+    def through(pictures: Tensor) -> Tensor:
+        back = []
+        for picture in pictures.numpy():
+            file = io.BytesIO()
+            Image.fromarray(picture).save(file, "JPEG", quality=quality)
+            back.append(np.asarray(Image.open(file)))
+        return torch.as_tensor(np.stack(back))
+
+    return through
+
+
+def resized(size: int) -> Callable[[Tensor], Tensor]:
+    """Another size in between."""
+
+    def through(pictures: Tensor) -> Tensor:
+        back = [
+            np.asarray(
+                Image.fromarray(picture)
+                .resize((size, size), Image.Resampling.BICUBIC)
+                .resize(picture.shape[:2], Image.Resampling.BICUBIC)
+            )
+            for picture in pictures.numpy()
+        ]
+        return torch.as_tensor(np.stack(back))
+
+    return through
+
+
+ATTACKS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
+    "8 bits": lambda pictures: pictures,
+    "JPEG 90": jpeg(90),
+    "JPEG 70": jpeg(70),
+    "64 pixels": resized(64),
+    "24 pixels": resized(24),
+}
+
+
+class Bench:
+    """The network, the labels and the figures found so far."""
+
+    def __init__(self, network: Preconditioner, results: Path, count: int) -> None:
+        self.network, self.path, self.count = network, results, count
+        self.emoji: Emoji = load_emoji()
+        self.results: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
+
+    def figures(self, name: str, evaluations: int, guidance: float) -> dict[str, list[float]]:
+        """The two figures after each attack."""
+        key = f"{name}|{evaluations}|{guidance:g}"
+        if key not in self.results:
+            cost, make = SOLVERS[name]
+            sigmas = karras_sigmas(evaluations // cost + 1, BOTTOM, append_zero=False)
+            self.results[key] = self._run(make(), sigmas, guidance)
+            save(self.path, json.dumps(self.results, indent=1) + "\n")
+            print(key, self.results[key]["8 bits"], flush=True)
+        return self.results[key]  # type: ignore[no-any-return]
+
+    def _run(self, solver: Any, sigmas: Tensor, guidance: float) -> dict[str, list[float]]:
+        rows = np.random.default_rng(11).choice(len(self.emoji.labels), self.count, replace=False)
+        labels = torch.as_tensor(self.emoji.labels[rows])
+        noise = torch.randn(len(rows), 3, 32, 32, generator=torch.Generator().manual_seed(12))
+        branches = {
+            "positive": {"class_labels": labels},
+            "negative": {"class_labels": torch.zeros_like(labels)},
+        }
+        guided = ClassifierFreeGuidance(self.network, guidance)
+        found = {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # contestants are run as they are
+            # Pictures come from the solver's own sampler; that of DDIM inversion is DDIM.
+            start = noise * sigmas[0].float()
+            pictures = eight_bits(embed(solver, guided, start, sigmas, KEY, source=branches).x)
+            for attack, change in ATTACKS.items():
+                seen = change(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+                detection = detect(solver, self.network, seen, sigmas, KEY)
+                bits = (detection.agreeing / detection.elements).mean()
+                caught = (detection.log10_p_value <= math.log10(FALSE_ALARMS)).double().mean()
+                found[attack] = [float(bits), float(caught)]
+        return found
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--network", type=Path, default=Path("out/emoji/emoji.safetensors"))
+    parser.add_argument("--results", type=Path, default=Path("out/emoji_watermark.json"))
+    parser.add_argument("--count", type=int, default=48, help="pictures")
+    args = parser.parse_args()
+    bench = Bench(load_edm(args.network), args.results, args.count)
+    for guidance in GUIDANCE:
+        lines = []
+        for evaluations in EVALUATIONS:
+            for name in SOLVERS:
+                found = bench.figures(name, evaluations, guidance)
+                cells = [f"{bits:.1%} / {caught:.0%}" for bits, caught in found.values()]
+                lines.append([name, str(evaluations), *cells])
+        heads = ["", "evaluations", *ATTACKS]
+        write(TABLES / f"emoji_watermark_{guidance:g}.md", table(heads, lines))
+
+
+if __name__ == "__main__":
+    main()
