@@ -56,8 +56,10 @@ def suite(module):
     return importlib.import_module(f"tests_of_diffusers.schedulers.{module}")
 
 
-COMMON = suite("test_schedulers").SchedulerCommonTest
-OF_DDIM = suite("test_scheduler_ddim").DDIMSchedulerTest
+CASES = {  # not as names of this file, of which pytest would run them
+    "common": suite("test_schedulers").SchedulerCommonTest,
+    "ddim": suite("test_scheduler_ddim").DDIMSchedulerTest,
+}
 
 
 def names(case, start):
@@ -65,9 +67,9 @@ def names(case, start):
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("name", names(COMMON, "test_"))
+@pytest.mark.parametrize("name", names(CASES["common"], "test_"))
 def test_common_tests_of_diffusers(name, config):
-    class Case(COMMON):
+    class Case(CASES["common"]):
         scheduler_classes = (InvertibleScheduler,)
         forward_default_kwargs = (("num_inference_steps", 50),)
 
@@ -82,14 +84,14 @@ def test_common_tests_of_diffusers(name, config):
         test()
 
 
-@pytest.mark.parametrize("name", names(OF_DDIM, "test_full_loop"))
+@pytest.mark.parametrize("name", names(CASES["ddim"], "test_full_loop"))
 def test_whole_runs_have_the_numbers_of_ddim(name):
     class Scheduler(InvertibleScheduler):
         def step(self, model_output, timestep, sample, eta=0.0, **options):
             assert eta == 0.0
             return super().step(model_output, timestep, sample, **options)
 
-    class Case(OF_DDIM):
+    class Case(CASES["ddim"]):
         scheduler_classes = (Scheduler,)
 
         def get_scheduler_config(self, **settings):
