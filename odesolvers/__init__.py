@@ -46,8 +46,9 @@ from .grids import (
     vp_sigmas as vp_sigmas,
 )
 from .iterative import DDIMInversion, FixedPointInversion, ReverseStepInversion
-from .likelihood import log_likelihood, log_likelihood_bound
+from .likelihood import log_likelihood
 from .named import BELM, MALI, Rex
+from .pair_likelihood import importance_samples as importance_samples, log_likelihood_bound
 from .parsing import parse
 from .run import Denoiser as Denoiser
 from .stability import side_information_bound as side_information_bound, stability_report

@@ -20,12 +20,14 @@ from odesolvers import (
     FixedPointInversion,
     HeunEDM,
     PerStep,
+    ReversibleHeun,
     StepRatio,
     karras_sigmas,
 )
 from odesolvers.extend import Solver
-from odesolvers.likelihood import Likelihood, log_likelihood, log_likelihood_bound
+from odesolvers.likelihood import Likelihood, log_likelihood
 from odesolvers.models import Gaussian, GaussianMixture
+from odesolvers.pair_likelihood import importance_samples, log_likelihood_bound
 
 from .problems import noise
 
@@ -199,6 +201,50 @@ def test_the_bound_is_equal_to_the_density_where_runs_are_linear() -> None:
     assert bits(found, right).mean().abs() < 1e-2
 
 
+WEIGHTED = [BDIA(Euler(), StepRatio(1)), BDIA(HeunEDM("behind"), StepRatio(1)), ReversibleHeun()]
+
+
+@pytest.mark.parametrize("solver", WEIGHTED, ids=repr)
+@pytest.mark.parametrize("samples", [1, 8])
+def test_weights_are_without_bias_at_any_number_of_steps(solver: Any, samples: int) -> None:
+    """Of samples of a denoiser of other data, towards a mixture whose moments are known.
+
+    Five steps are far from the flow, and the denoiser's mean and width are not those of the mixture.
+    """
+    target = torch.distributions.Normal(torch.tensor([0.2, -0.1]).double(), 0.4)
+    start = 80.0 * noise(20_000, 2, seed=4)
+    x, found = importance_samples(
+        solver,
+        Gaussian(0.0, 0.6),
+        start,
+        karras_sigmas(6, LOW, 80.0, append_zero=False),
+        samples=samples,
+        data_std=0.6,
+        generator=torch.Generator().manual_seed(5),
+    )
+    w = torch.exp(target.log_prob(x).sum(1) - found.log_p)
+    spread = w.std() / math.sqrt(len(w))
+    assert spread < 0.05
+    assert (w.mean() - 1).abs() < 4 * spread
+    for value, right in (
+        (x[:, 0], 0.2),
+        (x[:, 1], -0.1),
+        ((x[:, 0] - 0.2) ** 2, 0.16),
+        (x[:, 0] * x[:, 1], -0.02),
+    ):
+        of = w * (value - right)
+        assert of.mean().abs() < 4 * of.std() / math.sqrt(len(w))
+
+
+def test_the_first_of_the_samples_costs_no_run() -> None:
+    sigmas, solver = karras_sigmas(6, LOW, 80.0, append_zero=False), BDIA(Euler(), StepRatio(1))
+    x = 80.0 * noise(4, 2)
+    _, found = importance_samples(solver, Gaussian(), x, sigmas, samples=1)
+    assert found.nfe == 5 + 1  # the steps, and one for the mean of x_1
+    _, found = importance_samples(solver, Gaussian(), x, sigmas, samples=3)
+    assert found.nfe == 6 + 2 * 5
+
+
 def test_what_is_no_use_is_refused() -> None:
     x, sigmas = noise(2, 3), karras_sigmas(5, LOW, 80.0, append_zero=False)
     for solver in (Euler(), FixedPointInversion(Euler()), BDIA(Euler(), 1.0, FixedPoint())):
@@ -228,8 +274,16 @@ def test_what_is_no_use_is_refused() -> None:
         log_likelihood(Gaussian(), x, sigmas).bits_per_dim(0)
 
 
-@pytest.mark.parametrize("function", [log_likelihood, partial(log_likelihood_bound, BDIA(Euler()))])
-def test_data_of_another_form_are_refused(function: Callable[..., Likelihood]) -> None:
+@pytest.mark.parametrize(
+    "function",
+    [
+        log_likelihood,
+        partial(log_likelihood_bound, BDIA(Euler())),
+        partial(importance_samples, BDIA(Euler())),
+    ],
+    ids=["log_likelihood", "log_likelihood_bound", "importance_samples"],
+)
+def test_data_of_another_form_are_refused(function: Callable[..., Any]) -> None:
     sigmas, denoiser = karras_sigmas(5, LOW, 80.0, append_zero=False), Gaussian()
     solution = BDIA(Euler()).invert(denoiser, noise(2, 3), sigmas)
     for x, message in (
