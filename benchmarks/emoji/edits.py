@@ -39,10 +39,12 @@ from odesolvers import (
     DampedStepRatio,
     DDIMInversion,
     Denoiser,
+    Dopri5,
     Euler,
     FixedPointInversion,
     HeunEDM,
     McCallumFoster,
+    ReverseStepInversion,
     ReversibleHeun,
     Rex,
     StepRatio,
@@ -56,6 +58,7 @@ from ..common import TABLES, save, table, write
 from ..common.problems import CALIBRATION_SEED
 from .classifier import accuracies, load_classifier
 from .data import Emoji, load_emoji
+from .released import EditFriendly, LegacyRK4, ReleasedBDIA, adaptive, mali
 
 EDITS: Final = ("style", "tone", "motif", "group")
 GUIDANCE: Final = (1.0, 3.0, 7.0)
@@ -75,7 +78,8 @@ class Contestant:
 
     Attributes:
         make: the solver for a parameter and a grid.
-        cost: evaluations a step, each way.
+        cost: evaluations a step, each way; those with a grid or iterations of their own are listed with
+            the evaluations that they took.
         published: the parameters that its authors use.
         searched: the parameters of the search.
     """
@@ -108,12 +112,27 @@ def contestants(learn: Callable[[Tensor], Calibrated]) -> dict[str, Contestant]:
             lambda _, sigmas: BDIA(Euler(), learn(sigmas)), 1, (None,), (None,)
         ),
         "O-BELM": Contestant(lambda _, __: BELM(), 1, (None,), (None,)),
+        "O-BELM, as released": Contestant(lambda _, __: ReleasedBDIA(BELM()), 1, (None,), ()),
+        "BDIA(DDIM), as released with Rex": Contestant(
+            lambda g, _: ReleasedBDIA(BDIA(DDIM(), g)), 1, (0.5, 0.96), ()
+        ),
+        "MALI": Contestant(lambda eta, _: mali(eta), 1, (1.0,), (0.9, 1.0)),
         "EDICT": Contestant(lambda p, _: EDICT(p), 2, (0.93,), (0.9, 0.93, 0.97, 0.99)),
         "McCallum-Foster (Euler)": coupled(McCallumFoster, Euler(), 2),
         "McCallum-Foster (Heun)": coupled(McCallumFoster, HeunEDM(), 4),
         "Rex (Euler)": coupled(Rex, Euler(), 2),
         "Rex (Heun)": coupled(Rex, HeunEDM(), 4),
         "Rex (RK4)": coupled(Rex, RK4(), 8),
+        "Rex (RK4), as released": Contestant(
+            lambda zeta, _: Rex(LegacyRK4(), zeta=zeta), 6, (0.999,), ()
+        ),
+        "Rex (Dopri5, adaptive)": Contestant(
+            lambda tolerance, _: adaptive(Rex(Dopri5()), tolerance), 1, (1e-3,), (1e-1, 1e-2, 1e-3)
+        ),
+        "EES(2,5)": Contestant(lambda _, __: ReverseStepInversion(), 3, (None,), (None,)),
+        "edit-friendly noise maps": Contestant(
+            lambda skip, _: EditFriendly(skip), 1, (0.36,), (0.2, 0.36, 0.6)
+        ),
         "reversible Heun": Contestant(lambda _, __: ReversibleHeun(), 1, (None,), (None,)),
         "fixed point (DDIM)": Contestant(
             lambda _, __: FixedPointInversion(DDIM(), tolerance=1e-4), 1, (None,), (None,)
@@ -221,8 +240,9 @@ class Bench:
                         "negative": {"class_labels": torch.zeros_like(task.labels)},
                     }
                     guided: Denoiser = ClassifierFreeGuidance(self.network, guidance)
-                    edit = solver.sample(guided, code, sigmas, extra_args=branches).x
-                    found[f"{guidance:g}"] = self._judge(task, edit)
+                    down = solver.sample(guided, code, sigmas, extra_args=branches)
+                    found[f"{guidance:g}"] = self._judge(task, down.x)
+                    found[f"{guidance:g}"]["evaluations"] = (code.nfe + down.nfe) / 2
             except FloatingPointError:
                 pass
         return found
@@ -283,7 +303,8 @@ def rows(bench: Bench, evaluations: int) -> Iterator[tuple[str, dict[str, Any]]]
     """Every contestant as published and at its best, with its figures of each edit."""
     for name, contestant in bench.contestants.items():
         settings = {(p, 80.0): "as published" for p in contestant.published}
-        settings.setdefault(bench.best(name), "searched")
+        if contestant.searched:
+            settings.setdefault(bench.best(name), "searched")
         for (parameter, top), kind in settings.items():
             title = (
                 name + ("" if parameter is None else f" {parameter:g}") + f" from {top:g}, {kind}"
@@ -304,11 +325,21 @@ def report(bench: Bench) -> None:
             ("kept", EDITS),
         ):
             lines = [
-                [title, *(_cell(found[edit], w, figure) for edit in edits for w in GUIDANCE)]
+                [
+                    title,
+                    _spent(found),
+                    *(_cell(found[edit], w, figure) for edit in edits for w in GUIDANCE),
+                ]
                 for title, found in rows(bench, evaluations)
             ]
-            heads = ["", *(f"{edit}, {w:g}" for edit in edits for w in GUIDANCE)]
+            heads = ["", "each way", *(f"{edit}, {w:g}" for edit in edits for w in GUIDANCE)]
             write(TABLES / f"emoji_edits_{figure}_{evaluations}.md", table(heads, lines))
+
+
+def _spent(found: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Evaluations each way, over all edits."""
+    spent = [figures["evaluations"] for each in found.values() for figures in each.values()]
+    return f"{np.mean(spent):.0f}" if spent else ""
 
 
 def _cell(found: dict[str, dict[str, float]], guidance: float, figure: str) -> str:
