@@ -27,25 +27,30 @@ TOP, BOTTOM = 10.0, 0.05
 X = noise(1, 3, sigma=TOP)
 
 
+@pytest.mark.parametrize("up", [False, True])
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-4, 1e-6])
-def test_without_beta_the_levels_are_scipys(tolerance: float) -> None:
-    recorder = Recorder(mixture())
-    found = adaptive_sigmas(
-        recorder, X, TOP, BOTTOM, rtol=tolerance, atol=tolerance, first_step=0.05, beta=0.0
-    )
+def test_without_beta_the_levels_are_scipys(tolerance: float, up: bool) -> None:
+    start, end = (BOTTOM, TOP) if up else (TOP, BOTTOM)
+    x = noise(1, 3, seed=1) if up else X
 
     def flow(sigma: float, y: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        x = torch.from_numpy(y)[None]
-        return ((x - mixture()(x, torch.tensor([sigma]).double()))[0] / sigma).numpy()
+        z = torch.from_numpy(y)[None]
+        return ((z - mixture()(z, torch.tensor([sigma], dtype=torch.float64)))[0] / sigma).numpy()
 
+    recorder = Recorder(mixture())
     options = {"rtol": tolerance, "atol": tolerance, "first_step": 0.05}
-    theirs = solve_ivp(flow, (TOP, BOTTOM), X[0].numpy(), "RK45", **options)
-    assert len(found) == len(theirs.t)
-    np.testing.assert_allclose(found.numpy(), theirs.t, rtol=1e-8)
+    found = adaptive_sigmas(recorder, x, start, end, beta=0.0, **options)
+    theirs = solve_ivp(flow, (start, end), x[0].numpy(), "RK45", **options)
+    levels = np.sort(theirs.t)[::-1]
+    assert len(found) == len(levels)
+    np.testing.assert_allclose(found.numpy(), levels, rtol=1e-8)
     assert len(recorder.points) == theirs.nfev
 
 
-def test_in_the_time_of_rex_every_step_is_within_the_tolerance_and_sets_the_next() -> None:
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_in_the_time_of_rex_every_step_is_within_the_tolerance_and_sets_the_next(
+    beta: float,
+) -> None:
     """Each step again by scipy, for x / σ in 1/σ; the error and the tolerance are those of x."""
     found = adaptive_sigmas(
         mixture(),
@@ -55,14 +60,14 @@ def test_in_the_time_of_rex_every_step_is_within_the_tolerance_and_sets_the_next
         approximator=Exponential(Dopri5()),
         rtol=1e-6,
         atol=1e-5,
-        beta=0.0,
+        beta=beta,
     ).tolist()
 
     def flow(t: float, y: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         x, sigma = torch.from_numpy(y)[None] / t, torch.tensor([1 / t], dtype=torch.float64)
         return mixture()(x, sigma)[0].numpy()
 
-    y, predicted = X[0].numpy() / TOP, []
+    y, before, predicted = X[0].numpy() / TOP, 1e-4, []
     for sigma, target in pairwise(found):
         h = 1 / target - 1 / sigma
         step = RK45(flow, 1 / sigma, y, 1 / target, first_step=h, rtol=1e3, atol=1e3)
@@ -71,8 +76,8 @@ def test_in_the_time_of_rex_every_step_is_within_the_tolerance_and_sets_the_next
         error = step._estimate_error(step.K, h) * target
         r = float(np.sqrt(np.mean((error / scale) ** 2)))
         assert r <= 1
-        predicted.append(h * min(10.0, 0.9 * r**-0.2))
-        y = step.y
+        predicted.append(h * min(10.0, 0.9 * r ** -(0.2 - 0.75 * beta) * before**beta))
+        y, before = step.y, max(r, 1e-4)
     taken = [1 / target - 1 / sigma for sigma, target in pairwise(found)]
     kept = [abs(h / p - 1) < 1e-6 for h, p in zip(taken[1:-1], predicted, strict=False)]
     shorter = [h < p * (1 + 1e-6) for h, p in zip(taken[1:], predicted, strict=False)]

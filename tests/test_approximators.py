@@ -331,7 +331,7 @@ def test_dopri5_is_scipys_rk45() -> None:
 
     def flow(level: float, y: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         z = torch.from_numpy(y)[None]
-        return ((z - mixture()(z, torch.tensor([level])))[0] / level).numpy()
+        return ((z - mixture()(z, torch.tensor([level], dtype=torch.float64)))[0] / level).numpy()
 
     theirs = RK45(flow, sigma, x[0].numpy(), target, first_step=sigma - target, rtol=1, atol=1)
     theirs.step()
