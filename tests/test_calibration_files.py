@@ -21,6 +21,7 @@ RULE = Calibrated(
     (80.0, 10.0, 1.0, 0.1, 0.0),
     (0.9, 0.5, 0.25),
     CalibrationReport((0.1, 0.05), (0.2, math.nan), 0.3, runs=7, evaluations=21, moves=2),
+    levels_learned=True,
 )
 
 
@@ -86,7 +87,9 @@ def test_what_is_no_calibration_is_refused(tmp_path: Path, content: bytes) -> No
     [
         {"version": True},
         {"version": 1.0},
-        {"version": 2},
+        {"version": 1},
+        {"version": 3},
+        {"levels_learned": 1},
         {"base": 5},
         {"base": []},
         {"values": "abc"},
@@ -109,6 +112,20 @@ def test_types_and_ranges_are_checked(tmp_path: Path, change: dict[str, Any]) ->
     RULE.save(path)
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     refused(path)
+
+
+def test_files_of_the_first_version_are_read(tmp_path: Path) -> None:
+    """They knew no learned levels."""
+    path = tmp_path / "rule.json"
+    RULE.save(path)
+    content = json.loads(path.read_text()) | {"version": 1}
+    del content["levels_learned"], content["report"]["consistency"]
+    path.write_text(json.dumps(content))
+    rule = Calibrated.load(path)
+    assert rule == Calibrated(RULE.base, RULE.levels, RULE.values)
+    assert rule.report is not None
+    assert rule.report.runs == 7
+    assert all(map(math.isnan, rule.report.consistency))
 
 
 def test_a_file_of_the_rule_that_is_far_too_long_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Weights learned for a model: least squares over whole runs, sampling and encoding together."""
+"""Weights and noise levels learned for a model: least squares over whole runs, both ways at once."""
 
 from .fit import calibrate
 from .objective import Objective

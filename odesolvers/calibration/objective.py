@@ -18,29 +18,45 @@ _SKETCH: Final = 4096
 @final
 @dataclass(frozen=True)
 class Objective:
-    """The quantity that `calibrate` minimises: ``sampling · log e_s + encoding · log e_c``, on average.
+    """The quantity that `calibrate` minimises: the weighted mean of the logarithms of three errors.
 
-    e_s is the distance of a sample to the fine solution, e_c that of the code of a lone image to the
-    noise it came from, each relative to the root mean square of what it should be. Logarithms, so
-    that neither the scale of the two errors nor a few hard states decide.
+    Each error is a distance over the root mean square of its target. Logarithms, so that neither the
+    scale of the errors nor a few hard states decide.
 
     Attributes:
-        sampling: weight of the sampling error, 0 or more.
-        encoding: weight of the encoding error, 0 or more; not both 0.
+        sampling: weight of the distance of a sample to the fine solution, 0 or more.
+        encoding: weight of the distance of the code of a lone image, the end of the fine solution, to
+            the noise that it came from, 0 or more.
+        consistency: weight of the distance of the code of the solver's own sample, known in 8 bits
+            alone, to the noise that it came from, 0 or more: what detects a watermark in the noise.
+            For models of pictures in [-1, 1]. Not all three are 0.
     """
 
     sampling: float = 1.0
     encoding: float = 1.0
+    consistency: float = 0.0
 
     def __post_init__(self) -> None:
         for name, weight in vars(self).items():
             object.__setattr__(self, name, number(name, weight))
-        total = self.sampling + self.encoding
-        if not (self.sampling >= 0 and self.encoding >= 0 and 0 < total < math.inf):
+        weights = tuple(vars(self).values())
+        if not (all(weight >= 0 for weight in weights) and 0 < sum(weights) < math.inf):
+            found = ", ".join(f"{name} = {weight}" for name, weight in vars(self).items())
             raise ValueError(
-                "an objective weighs sampling and encoding by numbers of 0 or more, not both 0, got "
-                f"sampling = {self.sampling}, encoding = {self.encoding}"
+                "an objective weighs sampling, encoding and consistency by numbers of 0 or more, not "
+                f"all 0, got {found}"
             )
+
+
+def eight_bits(x: Tensor) -> Tensor:
+    """`x` in [-1, 1] as pictures of 8 bits have it, with rounding errors that do not depend on x.
+
+    Uniform noise of half the distance of two values stands for them, always the same, so that
+    differences of errors are smooth; values beyond the range are clipped.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(x.shape, generator=generator, dtype=torch.float64) * 2 - 1
+    return (x + noise.to(x) / 255).clamp(-1, 1)
 
 
 def rows(error: Tensor, like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Weights learned for a model: the rule that carries them, and its file."""
+"""Weights and levels learned for a model: the rule that carries them, and its file."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from typing import Any, Final, final
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from ..gamma import GammaRule, step_ratios
 from ..grids import Grid
 from ..typed import hexadecimal, optional, parsed, read, whole
+from ..values import count
 from ..writing import read_regular, replacing
 
 FORMAT: Final = "odesolvers calibration"
-VERSION: Final = 1
+VERSION: Final = 2
+"""Version 1 has neither the consistency error nor learned levels."""
 _LONGEST: Final = 2**23
 """Bytes of the longest file; one of 1000 steps has 0.06 million."""
 _BEYOND: Final = 4.0
@@ -39,6 +43,7 @@ class CalibrationReport:
         runs: how often the batch was sampled and encoded.
         evaluations: denoiser calls spent, the fine solution among them.
         moves: how often the fit improved on its start; 0 is the best of the starts as it was.
+        consistency: (before, after): likewise for the consistency error, see `Objective`.
     """
 
     sampling: tuple[float, float]
@@ -47,13 +52,15 @@ class CalibrationReport:
     runs: int
     evaluations: int
     moves: int = 0
+    consistency: tuple[float, float] = (math.nan, math.nan)
 
     def __str__(self) -> str:
         lines = [
             f"calibrated in {self.runs} runs, {self.evaluations} denoiser calls of the batch, "
             f"{self.moves} moves from the best start"
         ]
-        for name, (before, after) in (("sampling", self.sampling), ("encoding", self.encoding)):
+        for name in ("sampling", "encoding", "consistency"):
+            before, after = getattr(self, name)
             if math.isfinite(after):
                 lines.append(f"  {name} error {after:.2e}, {before:.2e} with StepRatio(1)")
         if math.isfinite(self.base):
@@ -66,8 +73,8 @@ class CalibrationReport:
 class Calibrated(GammaRule):
     """Weights that `calibrate` learned for one model, base and range of noise levels.
 
-    The grid of the calibration uses them as they are. A grid with another number of steps in the
-    same range uses their ratio to the step ratio,
+    The grid of the calibration, `sigmas`, uses them as they are, and so does a copy of it in float32.
+    Another grid in the same range uses their ratio to the step ratio,
 
         ψ_k = (g_1 ... g_k) / (h_k / h_0),        g_i = (h_i / h_{i+1}) (ψ_i / ψ_{i+1})
 
@@ -76,17 +83,22 @@ class Calibrated(GammaRule):
     in log σ at the middle of each step, and its trend goes on below the lowest of them, to a quarter of
     that level. As steps shrink, g_i goes to 1, and a base of odd order gains its order.
 
+    Where the levels were learned with the weights, `sigmas_in` gives them for other numbers of steps,
+    and other levels in the same number, which the weights do not suit, are refused.
+
     Attributes:
         base: the `repr` of their approximator.
         levels: the grid of the calibration.
         values: g_i in x, one for every step but the first, in sampling order.
         report: the outcome of the calibration; not a setting of the rule.
+        levels_learned: whether the levels were learned with the weights.
     """
 
     base: str
     levels: tuple[float, ...]
     values: tuple[float, ...]
     report: CalibrationReport | None = field(default=None, compare=False)
+    levels_learned: bool = False
 
     def __post_init__(self) -> None:
         if len(self.values) != len(self.levels) - 2 or len(self.values) == 0:
@@ -100,11 +112,45 @@ class Calibrated(GammaRule):
             )
         Grid(self.levels)
 
+    @property
+    def sigmas(self) -> Tensor:
+        """The grid of the calibration, float64 ``(n + 1,)`` on the CPU."""
+        return torch.tensor(self.levels, dtype=torch.float64, device="cpu")
+
+    def sigmas_in(self, steps: int) -> Tensor:
+        """The grid of the calibration in another number of steps.
+
+        ``σ^(1/7)`` at k / n is interpolated by a monotone cubic (Fritsch and Butland 1984): the steps
+        of a longer grid change as smoothly as second-order solvers need.
+
+        Args:
+            steps: 1 or more; as many as the calibration has give `sigmas`.
+
+        Returns:
+            float64 tensor ``(steps + 1,)`` on the CPU, with the same ends.
+
+        Raises:
+            TypeError, ValueError: if `steps` is not a number of steps.
+        """
+        steps = count("steps", steps)
+        if steps < 1:
+            raise ValueError(f"a grid has 1 step or more, got steps = {steps}")
+        if steps == len(self.levels) - 1:
+            return self.sigmas
+        levels = _resampled(np.array(self.levels) ** (1 / 7), steps) ** 7
+        levels[0], levels[-1] = self.levels[0], self.levels[-1]
+        return torch.from_numpy(levels)
+
+    def _learned_on(self, grid: Grid) -> bool:
+        """Whether `grid` is that of the calibration, or a copy of it in float32."""
+        own, other = (np.array(levels, np.float32) for levels in (self.levels, grid.levels))
+        return np.array_equal(own, other)
+
     def encoding_error(self, grid: Grid) -> float | None:
-        if self.report is None or grid.levels != self.levels:
+        if self.report is None or not self._learned_on(grid):
             return None
-        error = self.report.encoding[1]
-        return error if math.isfinite(error) else None
+        measured = (self.report.encoding[1], self.report.consistency[1])
+        return next(filter(math.isfinite, measured), None)
 
     def check_approximator(self, approximator: object) -> None:
         if repr(approximator) != self.base:
@@ -115,8 +161,14 @@ class Calibrated(GammaRule):
 
     def weights(self, grid: Grid, scale: Callable[[float], float]) -> list[float]:
         del scale
-        if grid.levels == self.levels:
+        if self._learned_on(grid):
             return list(self.values)
+        if self.levels_learned and len(grid.levels) == len(self.levels):
+            raise ValueError(
+                f"these weights were learned together with {len(self.levels)} noise levels of their "
+                "own, and this grid of as many has others: pass rule.sigmas as the grid, or calibrate "
+                "on this one"
+            )
         own, levels = Grid(self.levels), grid.levels
         if not self.levels[0] / 2 <= levels[0] <= 2 * self.levels[0]:
             raise ValueError(
@@ -144,6 +196,7 @@ class Calibrated(GammaRule):
             "levels": [sigma.hex() for sigma in self.levels],
             "values": [g.hex() for g in self.values],
             "report": None if self.report is None else _without_nan(asdict(self.report)),
+            "levels_learned": self.levels_learned,
         }
         with replacing(path) as file:
             file.write((json.dumps(content, indent=1) + "\n").encode())
@@ -166,12 +219,13 @@ class Calibrated(GammaRule):
             kind = {"format": found.get("format"), "version": found.get("version")}
             if kind["format"] != FORMAT:
                 raise ValueError("it was not saved by Calibrated.save")
-            if type(kind["version"]) is not int or kind["version"] != VERSION:
+            if type(kind["version"]) is not int or not 1 <= kind["version"] <= VERSION:
                 raise ValueError(
                     f"it is in version {kind['version']!r:.20} of the format, this odesolvers reads "
-                    f"version {VERSION}"
+                    f"versions up to {VERSION}"
                 )
-            fields = read({k: v for k, v in found.items() if k not in kind}, _FILE)
+            form = _FILE if kind["version"] == VERSION else _FIRST
+            fields = read({k: v for k, v in found.items() if k not in kind}, form)
             report = fields.pop("report")
             return cls(**fields, report=None if report is None else CalibrationReport(**report))
         except ValueError as error:  # what came from a file may be of any length
@@ -187,20 +241,24 @@ def _measured(value: Any) -> float:
     raise ValueError(f"must be a number or null, got {short(value)}")
 
 
-_FILE: Final = {
+_REPORT: Final = {
+    "sampling": (_measured, _measured),
+    "encoding": (_measured, _measured),
+    "base": _measured,
+    "runs": whole(0),
+    "evaluations": whole(0),
+    "moves": whole(0),
+}
+_FIRST: Final = {
     "base": str,
     "levels": [hexadecimal],
     "values": [hexadecimal],
-    "report": optional(
-        {
-            "sampling": (_measured, _measured),
-            "encoding": (_measured, _measured),
-            "base": _measured,
-            "runs": whole(0),
-            "evaluations": whole(0),
-            "moves": whole(0),
-        }
-    ),
+    "report": optional(_REPORT),
+}
+_FILE: Final = {
+    **_FIRST,
+    "report": optional({**_REPORT, "consistency": (_measured, _measured)}),
+    "levels_learned": bool,
 }
 
 
@@ -220,3 +278,20 @@ def _log_middles(grid: Grid) -> npt.NDArray[np.float64]:
         [(sigma + target) / 2 for sigma, target in grid.intervals()]
     )
     return middles
+
+
+def _resampled(u: npt.NDArray[np.float64], steps: int) -> npt.NDArray[np.float64]:
+    """`steps` + 1 values at even places of the monotone cubic through decreasing `u` at even places."""
+    d = np.diff(u)
+    slopes = np.concatenate([d[:1], 2 * d[:-1] * d[1:] / (d[:-1] + d[1:]), d[-1:]])
+    if len(d) > 1:  # of the parabola through three points, within what is monotone
+        ends = np.array([1.5 * d[0] - 0.5 * d[1], 1.5 * d[-1] - 0.5 * d[-2]])
+        slopes[[0, -1]] = np.clip(ends, 3 * d[[0, -1]], 0.0)
+    at = np.linspace(0, len(d), steps + 1)
+    k = np.minimum(at.astype(int), len(d) - 1)
+    t = at - k
+    a, b, p, q = u[k], u[k + 1], slopes[k], slopes[k + 1]
+    found: npt.NDArray[np.float64] = (
+        (1 + 2 * t) * (1 - t) ** 2 * a + t * t * (3 - 2 * t) * b
+    ) + t * (1 - t) * ((1 - t) * p - t * q)
+    return found
