@@ -22,7 +22,7 @@ MODELS = ROOT.parent / "models"  # installs as `odesolvers.models`
 
 # From the top. A file imports files of its own floor or of lower ones, and never in a circle.
 FLOORS = (
-    ("cli", "page", "editing", "pipelines", "interop", "schedulers"),
+    ("cli", "jobs", "page", "editing", "pipelines", "interop", "schedulers"),
     ("__init__", "extend"),
     ("parsing", "named"),
     ("adaptive", "calibration", "likelihood", "stability", "stepwise"),

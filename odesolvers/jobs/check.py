@@ -1,0 +1,101 @@
+"""Verification of a job: files whole, and elements that lead back to where they came from."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import State
+from .inputs import Entry
+from .job import Output
+from .models import Model
+from .runner import Runner
+
+
+def verify(
+    folder: str | os.PathLike[str],
+    *,
+    pictures: int = 1,
+    tolerance: float = 0.01,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    model: Model | None = None,
+    watch: Callable[[int], None] = lambda done: None,
+) -> dict[str, Any]:
+    """Checks the checksum of every shard, and takes some elements of each back to their start.
+
+    Codes are sampled, and compared with the pictures of the input; samples are inverted, and compared
+    with the noise of their seeds. In fixed point they must agree to the bit, else within a relative
+    error. Whole batches are run, as in the job, so that the denoiser computes the same bits.
+
+    Args:
+        folder: the folder of a job.
+        pictures: elements of every shard, at random, rounded up to whole batches.
+        tolerance: the largest ``|x - reference| / |reference|`` of an element; unused in fixed point.
+        seed: of the choice.
+        device: the device; in fixed point, one of the kind that the job ran on.
+        model: the model, if it is loaded already.
+        watch: called with the number of shards that are verified.
+
+    Returns:
+        ``elements`` that were compared, the ``largest`` error, and ``faults``, a sentence each.
+    """
+    output = Output(Path(folder))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(output.job.threads)
+    try:
+        runner = Runner(output, torch.device(device), model)
+        done, compared, largest, faults = output.done(), 0, 0.0, list[str]()
+        for k in range(output.count):
+            if k not in done:
+                faults.append(f"shard {k} is not written: run the job again")
+            elif not output.failed(k).exists():
+                try:
+                    errors = _back(runner, k, pictures, random.Random(f"{seed} {k}"))
+                except (ArithmeticError, RuntimeError, ValueError) as error:
+                    faults.append(f"shard {k}: {error}")
+                    continue
+                compared += len(errors)
+                largest = max(largest, *errors.values())
+                limit = 0.0 if runner.solver.arithmetic.exact else tolerance
+                faults += [
+                    f"shard {k}: {name} comes back with an error of {error:.2g}, over {limit:g}"
+                    for name, error in errors.items()
+                    if not error <= limit
+                ]
+            watch(k + 1)
+        return {"elements": compared, "largest": largest, "faults": faults}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _back(runner: Runner, k: int, pictures: int, chance: random.Random) -> dict[str, float]:
+    """The errors of some elements of a shard, by name."""
+    state, notes = State.load_with_notes(runner.output.shard(k))
+    if notes.get("job") != runner.output.digest:
+        raise ValueError(f"{runner.output.shard(k)} is a shard of another job")
+    entries = [Entry(*entry) for entry in notes["entries"]]
+    size, names = runner.job.batch, [entry.id for entry in entries]
+    batches = range(-(-len(entries) // size))
+    chosen = chance.sample(batches, min(len(batches), -(-pictures // size)))
+    source, _ = runner.read(k)
+    places = {entry.id: place for place, entry in enumerate(source.entries)}
+    errors: dict[str, float] = {}
+    for batch in chosen:
+        rows = list(range(batch * size, min((batch + 1) * size, len(entries))))
+        if gone := [names[row] for row in rows if names[row] not in places]:
+            raise ValueError(f"{gone[0]} cannot be read from the input any more")
+        reference = source[[places[names[row]] for row in rows]]
+        for row, found in zip(rows, reference.hashes, strict=False):
+            if notes["sha256"][row] != found:
+                raise ValueError(f"{names[row]} is another picture now than when the job ran")
+        part = state[rows].to(runner.device)
+        back = runner.walk(part, reference.entries, down=runner.job.kind != "sample")
+        found_errors = runner.errors(back.x, runner.start(reference))
+        errors |= dict(zip((names[row] for row in rows), found_errors, strict=True))
+    return errors

@@ -1,0 +1,296 @@
+"""The inputs of jobs: pictures in folders, WebDatasets and Hugging Face data sets; seeds and prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..typed import parsed, read
+
+Condition: TypeAlias = int | str | None
+"""A label, a prompt, or neither."""
+
+ENDINGS: Final = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+FORMATS: Final = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Formats that are decoded. Pillow knows more, of which EPS would run another program."""
+MODES: Final = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
+"""Pillow's modes of 8 bits a channel at most: the range of the others is not always known."""
+MAX_PIXELS: Final = 2**26
+
+
+class Entry(NamedTuple):
+    """One element of an input."""
+
+    id: str
+    """Its name, which no other element has."""
+    place: tuple[str, int, int] | int
+    """The file below the root, with the first byte and the number of bytes; or a row; or a seed."""
+    condition: Condition
+
+    def line(self) -> bytes:
+        """One line of JSON, which `of_line` reads back."""
+        return json.dumps(self, separators=(",", ":")).encode() + b"\n"
+
+    @classmethod
+    def of_line(cls, line: bytes) -> Entry:
+        """The entry that `line` wrote; or a ValueError."""
+        return cls(*parsed(line, (str, _place, _condition)))
+
+
+class Input(ABC):
+    """Elements in an order that depends on nothing but the data."""
+
+    pictures: bool = True
+    """Whether the elements are pictures; else they are seeds of noise."""
+
+    @abstractmethod
+    def entries(self) -> Iterator[Entry]:
+        """The elements in order; holds the names of one folder at a time."""
+
+    def read(self, entry: Entry) -> bytes:
+        """The encoded picture of an entry.
+
+        Raises:
+            OSError: if it cannot be read.
+        """
+        raise NotImplementedError(f"{type(self).__name__} holds no pictures")
+
+
+class Pictures(Input):
+    """The pictures below a folder, or in its WebDataset shards (``*.tar``), or in one of them.
+
+    ``NAME.cls`` beside a picture ``NAME.png``, in the folder or the archive, holds its label, a whole
+    number; ``NAME.txt`` its prompt. The name ends at the first dot, as in WebDataset.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.root = path if path.is_dir() else path.parent
+        self.only = None if path.is_dir() else path.name
+
+    def entries(self) -> Iterator[Entry]:
+        if self.only is not None:
+            yield from self._archive(self.only)
+            return
+        for folder, folders, names in os.walk(self.root, onerror=_raise):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            inner = Path(folder).relative_to(self.root)
+            found: list[tuple[str, str, int, int]] = []
+            for name in sorted(name for name in names if not name.startswith(".")):
+                file = (inner / name).as_posix()
+                if name.endswith(".tar"):
+                    yield from self._archive(file)
+                elif name.endswith((*_lower_and_upper(ENDINGS), ".cls", ".txt")):
+                    found.append((file, file, 0, os.stat(self.root / file).st_size))
+            yield from self._conditioned(found)
+
+    def read(self, entry: Entry) -> bytes:
+        assert not isinstance(entry.place, int)
+        return self._bytes(*entry.place)
+
+    def _bytes(self, file: str, offset: int, size: int) -> bytes:
+        with open(self.root / file, "rb") as opened:
+            opened.seek(offset)
+            return opened.read(size)
+
+    def _archive(self, file: str) -> Iterator[Entry]:
+        try:
+            with tarfile.open(self.root / file, "r:") as archive:  # without compression
+                yield from self._conditioned(
+                    (f"{file}/{member.name}", file, member.offset_data, member.size)
+                    for member in archive
+                    if member.isfile()
+                )
+        except tarfile.TarError as error:
+            raise ValueError(f"{self.root / file} is not a whole tar archive: {error}") from error
+
+    def _conditioned(self, members: Iterable[tuple[str, str, int, int]]) -> Iterator[Entry]:
+        """The pictures among neighbours (id, file, offset, size) of one name, with their condition."""
+        for _, group in groupby(members, key=lambda member: _key(member[0])):
+            pictures: list[tuple[str, tuple[str, int, int]]] = []
+            condition: Condition = None
+            for id, file, offset, size in group:
+                if id.lower().endswith(ENDINGS):
+                    pictures.append((id, (file, offset, size)))
+                elif id.endswith((".cls", ".txt")):
+                    text = self._bytes(file, offset, size).decode(errors="replace").strip()
+                    condition = text if id.endswith(".txt") else _label(id, text)
+            yield from (Entry(id, place, condition) for id, place in pictures)
+
+
+class HuggingFace(Input):
+    """A data set that `datasets` wrote with ``save_to_disk``, or a split of one on the hub.
+
+    The columns are ``image`` (or ``img``) and, if there is one, ``label`` or ``text``, the condition.
+    """
+
+    def __init__(self, name: str, split: str) -> None:
+        try:
+            import datasets
+        except ImportError as error:
+            raise ImportError("hf: needs datasets: pip install datasets") from error
+        found = (
+            datasets.load_from_disk(name)
+            if Path(name).is_dir()
+            else datasets.load_dataset(name, split=split)
+        )
+        if isinstance(found, dict):
+            found = found[split]
+        self.image = next((k for k in ("image", "img") if k in found.column_names), None)
+        if self.image is None:
+            raise ValueError(f"hf:{name} must have a column image or img, got {found.column_names}")
+        self.condition = next((k for k in ("label", "text") if k in found.column_names), None)
+        self.data = found.cast_column(self.image, datasets.Image(decode=False))
+
+    def entries(self) -> Iterator[Entry]:
+        columns = self.data.select_columns([self.condition] if self.condition else [])
+        for row in range(len(self.data)):
+            condition = columns[row][self.condition] if self.condition else None
+            yield Entry(f"row-{row:09d}", row, condition)
+
+    def read(self, entry: Entry) -> bytes:
+        found = self.data[entry.place][self.image]
+        return found["bytes"] if found["bytes"] is not None else Path(found["path"]).read_bytes()
+
+
+class Seeds(Input):
+    """Noise of the seeds 0 to `count` - 1, each under the next of `conditions` in turn."""
+
+    pictures = False
+
+    def __init__(self, count: int, conditions: Sequence[Condition]) -> None:
+        self.count, self.conditions = count, tuple(conditions) or (None,)
+
+    def entries(self) -> Iterator[Entry]:
+        for seed in range(self.count):
+            yield Entry(f"seed-{seed:09d}", seed, self.conditions[seed % len(self.conditions)])
+
+
+@lru_cache(maxsize=4)
+def open_input(text: str, labels: tuple[int, ...] = ()) -> Input:
+    """The input that a text names.
+
+    Args:
+        text: a folder of pictures or of WebDataset shards, or one shard ``NAME.tar``; ``hf:NAME`` or
+            ``hf:NAME@SPLIT``, by default the split train; ``seeds:N``; or ``prompts:FILE@N``, N
+            pictures of every line of a text file.
+        labels: the labels of seeds, in turn.
+
+    Raises:
+        ValueError, OSError: if there is no such input.
+        ImportError: if it needs a library that is not installed.
+    """
+    scheme, colon, rest = text.partition(":")
+    if colon and scheme in ("seeds", "prompts"):
+        file, at, number = rest.rpartition("@") if scheme == "prompts" else ("", "@", rest)
+        if not at or not number.isdecimal() or not 0 < int(number) < 2**40:
+            form = "seeds:N" if scheme == "seeds" else "prompts:FILE@N"
+            raise ValueError(f"{text} must be {form} with a whole number N above 0")
+        if scheme == "seeds":
+            return Seeds(int(number), labels)
+        prompts = [line.strip() for line in Path(file).read_text("utf-8").splitlines()]
+        prompts = [prompt for prompt in prompts if prompt]
+        if not prompts:
+            raise ValueError(f"{file} must hold a prompt in each line, and is empty")
+        return Seeds(int(number) * len(prompts), prompts)
+    if labels:
+        raise ValueError(
+            "labels in turn are those of seeds; a picture NAME.png has its label in NAME.cls"
+        )
+    if colon and scheme == "hf":
+        name, _, split = rest.partition("@")
+        return HuggingFace(name, split or "train")
+    path = Path(text)
+    if not (path.is_dir() or (path.is_file() and path.suffix == ".tar")):
+        raise FileNotFoundError(
+            f"there is no input {text}: give a folder, a file NAME.tar, hf:NAME, seeds:N or "
+            "prompts:FILE@N"
+        )
+    return Pictures(path)
+
+
+def decode(data: bytes, shape: Sequence[int]) -> Tensor:
+    """A picture, float32 of the `shape` (C, H, W) in [-1, 1].
+
+    Upright by its EXIF orientation, on white where it is transparent, cropped about its centre to the
+    proportions of the model and resized (Pillow's `ImageOps.fit`, bicubic).
+
+    Raises:
+        Exception: of many kinds, if the data are no whole picture.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    channels, height, width = shape
+    try:
+        opened = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(f"it is no picture in a format of {', '.join(FORMATS)}") from None
+    with opened:
+        if opened.width * opened.height > MAX_PIXELS:
+            raise ValueError(f"it has {opened.width} x {opened.height} pixels, over {MAX_PIXELS}")
+        if opened.mode not in MODES:
+            raise ValueError(f"its mode {opened.mode} has more than 8 bits a channel: convert it")
+        if getattr(opened, "is_animated", False):
+            raise ValueError("it is animated, or holds several pictures")
+        picture: Any = ImageOps.exif_transpose(opened)
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    picture = picture.convert("L" if channels == 1 else "RGB")
+    if picture.size != (width, height):
+        picture = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(picture)).reshape(height, width, -1).permute(2, 0, 1)
+    return pixels.contiguous().float() / 127.5 - 1
+
+
+def noise(key: str | int, shape: Sequence[int]) -> Tensor:
+    """Standard normal noise of a seed, or of the name of an element; float64, equal everywhere."""
+    if isinstance(key, str):
+        key = int.from_bytes(hashlib.sha256(os.fsencode(key)).digest()[:7], "big")
+    generator = torch.Generator().manual_seed(key)
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+
+
+def _place(value: Any) -> tuple[str, int, int] | int:
+    if type(value) is int:
+        return value
+    found: tuple[str, int, int] = read(value, (str, int, int))
+    return found
+
+
+def _condition(value: Any) -> Condition:
+    if value is None or type(value) in (int, str):
+        found: Condition = value
+        return found
+    raise ValueError(f"must be a label, a prompt or null, got {value!r}")
+
+
+def _key(name: str) -> str:
+    path = PurePosixPath(name)
+    return str(path.parent / path.name.partition(".")[0])
+
+
+def _label(id: str, text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"{id} must hold a label, a whole number from 0, got {text[:80]!r}")
+    return int(text)
+
+
+def _lower_and_upper(endings: Iterable[str]) -> tuple[str, ...]:
+    return tuple(form for ending in endings for form in (ending, ending.upper()))
+
+
+def _raise(error: OSError) -> None:
+    raise error
