@@ -53,5 +53,5 @@ def small(device: Any = "cpu") -> Model:
 
 
 def slow(device: Any = "cpu") -> Model:
-    """The same at 5 ms a call, for processes that are killed on the way."""
-    return Model(Network(0.005).to(device), SHAPE, karras_sigmas, branches=_branches)
+    """The same at 0.1 s a call, for processes that are killed on the way."""
+    return Model(Network(0.1).to(device), SHAPE, karras_sigmas, branches=_branches)
