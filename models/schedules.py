@@ -22,6 +22,8 @@ Spacing: TypeAlias = Literal["leading", "trailing", "linspace"]
 Final: TypeAlias = Literal["zero", "first"]
 
 DISCRETE = (
+    "CogVideoXDDIMScheduler",
+    "CogVideoXDPMScheduler",
     "DDIMInverseScheduler",
     "DDIMParallelScheduler",
     "DDIMScheduler",

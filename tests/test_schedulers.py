@@ -58,6 +58,8 @@ def test_eulers_method_is_the_scheduler_of_diffusers(diffusers, pipeline, family
         "1.x": (diffusers.DDIMScheduler, {"clip_sample": False}),
         "2.x-v": (diffusers.DDIMScheduler, {}),
         "xl": (diffusers.EulerDiscreteScheduler, {}),
+        # Under "trailing" it steps to a level beside its next timestep, if the steps do not divide 1000.
+        "cogvideox": (diffusers.CogVideoXDDIMScheduler, {"timestep_spacing": "leading"}),
     }
     kind, settings = published.get(family, (diffusers.FlowMatchEulerDiscreteScheduler, {}))
     if family == "wan":  # its UniPC is of a higher order

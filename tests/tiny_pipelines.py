@@ -6,11 +6,16 @@ import torch
 
 from odesolvers.models import save_tiny_stable_diffusion
 
-FAMILIES = ("1.x", "2.x-v", "xl", "sd3", "flux", "wan")
+FAMILIES = ("1.x", "2.x-v", "xl", "sd3", "flux", "wan", "cogvideox")
 """Text to image by UNets and by transformers of flow matching, and text to video."""
 
-WIDTH = {"1.x": 32, "2.x-v": 32, "xl": 96, "sd3": 32, "flux": 32, "wan": 32}
-SHAPE = {"sd3": (1, 4, 8, 8), "flux": (1, 16, 16), "wan": (1, 4, 2, 4, 4)}
+WIDTH = {"1.x": 32, "2.x-v": 32, "xl": 96, "sd3": 32, "flux": 32, "wan": 32, "cogvideox": 32}
+SHAPE = {
+    "sd3": (1, 4, 8, 8),
+    "flux": (1, 16, 16),
+    "wan": (1, 4, 2, 4, 4),
+    "cogvideox": (1, 3, 4, 2, 2),
+}
 
 
 def save_pipeline(folder, family):
@@ -21,7 +26,8 @@ def save_pipeline(folder, family):
         return save_tiny_stable_diffusion(folder, family)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pipeline = {"sd3": _sd3, "flux": _flux, "wan": _wan}[family](diffusers)
+        make = {"sd3": _sd3, "flux": _flux, "wan": _wan, "cogvideox": _cogvideox}
+        pipeline = make[family](diffusers)
     pipeline.save_pretrained(folder)
     return None
 
@@ -60,6 +66,7 @@ def conditions(family, dtype=torch.float32):
     sizes = {
         "flux": {"height": 16, "width": 16},
         "wan": {"height": 32, "width": 32, "num_frames": 5},
+        "cogvideox": {"height": 16, "width": 16, "num_frames": 9},
     }
     guidance = "true_cfg_scale" if family == "flux" else "guidance_scale"
     return {**both, **sizes.get(family, {}), guidance: 3.0}
@@ -154,6 +161,41 @@ def _wan(diffusers):
         transformer=transformer,
         scheduler=diffusers.UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+    )
+
+
+def _cogvideox(diffusers):
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=2,
+        text_embed_dim=32,
+        num_layers=1,
+        sample_width=2,
+        sample_height=2,
+        sample_frames=9,
+        max_text_seq_length=7,
+    )
+    vae = diffusers.AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
+    return diffusers.CogVideoXPipeline(
+        transformer=transformer,
+        scheduler=diffusers.CogVideoXDPMScheduler(
+            prediction_type="v_prediction",
+            timestep_spacing="trailing",
+            rescale_betas_zero_snr=True,
         ),
         vae=vae,
         text_encoder=None,
