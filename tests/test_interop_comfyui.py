@@ -245,6 +245,7 @@ def test_previews_and_interruptions(
 
 
 DOCS = Path(__file__).parents[1] / "docs"
+PACKAGE = Path(__file__).parents[1] / "comfyui"
 STOCK = {  # nodes of ComfyUI: their inputs, None for a widget, and their outputs
     "CheckpointLoaderSimple": ({"ckpt_name": None}, ("MODEL", "CLIP", "VAE")),
     "LoadImage": ({"image": None}, ("IMAGE", "MASK")),
@@ -293,10 +294,23 @@ def test_the_workflow_of_the_docs_is_made_of_nodes_that_exist(nodes: Any) -> Non
     assert chosen["solver"] in nodes.SOLVERS
 
 
+def test_the_node_package_is_of_this_version() -> None:
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    node, own = (
+        tomllib.loads((folder / "pyproject.toml").read_text())
+        for folder in (PACKAGE, PACKAGE.parent)
+    )
+    assert node["project"]["version"] == own["project"]["version"]
+    assert node["project"]["dependencies"] == [own["project"]["name"]]
+    assert node["tool"]["comfy"].keys() == {"PublisherId", "DisplayName"}
+    assert "comfy" not in own["tool"]  # where the registry would find no nodes
+
+
 def test_the_file_of_the_docs_registers_the_nodes(nodes: Any, tmp_path: Path) -> None:
     page = (DOCS / "comfyui.md").read_text()
     [text] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert text.strip() in re.sub(r"(?m)^ {4}", "", nodes.__doc__)
+    assert text == (PACKAGE / "__init__.py").read_text()
     file = tmp_path / "exact_inversion.py"
     file.write_text(text)
     spec = importlib.util.spec_from_file_location(str(file.with_suffix("")), file)
