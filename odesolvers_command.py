@@ -22,7 +22,7 @@ def main() -> None:
     from odesolvers import cli
 
     with suppress(Exception):  # the command meets it again, and says what it is
-        importlib.import_module("odesolvers.cli.app")
+        importlib.import_module("odesolvers.cli.parser")
     for number in signals:
         signal.signal(number, _interrupt)
     try:

@@ -93,7 +93,7 @@ def edit(
         raise ValueError(f"an edit inverts the picture, and {solver} cannot: use BDIA({solver})")
     grid, denoiser = Grid.of(sigmas), as_denoiser(denoiser)
     stop = _first_level(solver, grid.steps, strength)
-    guided, condition = _guided(
+    guided, condition = guide(
         denoiser, guidance, target, source if negative is None else negative
     )
     up: Any = {"extra_args": source, "progress": progress and mask is None}
@@ -318,7 +318,7 @@ def as_denoiser(denoiser: Any) -> Any:
     return denoiser
 
 
-def _guided(denoiser: Any, scale: float, target: Arguments, negative: Arguments) -> tuple[Any, Any]:
+def guide(denoiser: Any, scale: float, target: Arguments, negative: Arguments) -> tuple[Any, Any]:
     """The denoiser under guidance, and its arguments."""
     if number("guidance", scale) == 1.0:
         return denoiser, target

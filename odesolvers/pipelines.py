@@ -127,6 +127,12 @@ class PipelineDenoiser:
         self.pipeline.maybe_free_model_hooks()
         return pictures
 
+    def mask(self, pixels: Tensor) -> Tensor:
+        """A mask (H, W) of pixels as one of latents: 1 for all that an edited pixel touches."""
+        sides = [side // self.factor for side in pixels.shape]
+        small = torch.nn.functional.adaptive_max_pool2d(pixels[None, None], sides)
+        return self._pack(small.expand(1, self.pipeline.vae.config.latent_channels, -1, -1))
+
     def guided(self, scale: float, target: Any, negative: Any) -> dict[str, Any]:
         """The arguments `target` under guidance, away from the prompt of `negative`."""
         call = {**(target or {}), "guidance_scale": scale}

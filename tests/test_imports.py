@@ -22,10 +22,10 @@ MODELS = ROOT.parent / "models"  # installs as `odesolvers.models`
 
 # From the top. A file imports files of its own floor or of lower ones, and never in a circle.
 FLOORS = (
-    ("cli", "jobs", "page", "editing", "pipelines", "interop", "schedulers"),
+    ("__main__", "cli", "jobs", "page", "opening", "editing", "pipelines", "interop", "schedulers"),
     ("__init__", "extend"),
     ("parsing", "named"),
-    ("adaptive", "calibration", "likelihood", "stability", "stepwise"),
+    ("adaptive", "calibration", "likelihood", "pair_likelihood", "stability", "stepwise"),
     ("bdia", "coupled", "iterative"),
     ("gamma", "approximators"),
     ("solver",),

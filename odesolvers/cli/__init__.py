@@ -1,14 +1,15 @@
-"""The command line: `odesolvers roundtrip`, `sample`, `invert`, `edit`, `calibrate` and `list`."""
+"""The command line: `odesolvers sample`, `invert`, `edit` and others; see docs/command_line.md."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, suppress
 from signal import SIGINT
 from typing import Any, Final, cast
 
-EXTRA: Final = {"rich": "rich", "tqdm": "tqdm", "PIL": "pillow", "matplotlib": "matplotlib"}
+EXTRA: Final = {"tqdm": "tqdm", "PIL": "pillow", "safetensors": "safetensors", "shtab": "shtab"}
 """What the commands import of the extra `cli`, and the names that pip knows."""
 LONGEST: Final = 1000
 
@@ -16,8 +17,8 @@ LONGEST: Final = 1000
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command `odesolvers`.
 
-    Files are written whole or not at all, and before anything is printed. An error of any kind is one
-    line; Python's development mode (``python -X dev``) shows where it comes from.
+    Files are written whole or not at all. An error of any kind is one line; Python's development mode
+    (``python -X dev``) shows where it comes from.
 
     Raises:
         SystemExit: after one line on stderr, with the code 2 if something cannot be done as asked, and
@@ -25,19 +26,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     with redirect_stderr(cast(Any, _Aside(sys.stderr))):
         try:
-            from .app import run
+            from .parser import run
 
             run(sys.argv[1:] if argv is None else argv)
             return
         except KeyboardInterrupt as stop:
             code = 128 + (*stop.args, SIGINT)[0]
-            line = "Interrupted. No file is left half written; the same command starts again."
+            line = "Interrupted. Finished files are whole and stay; the same command goes on from them."
         except Exception as error:
             if sys.flags.dev_mode:
                 raise
             code, line = 2, f"Error: {_message(error)}"
         print(line, file=sys.stderr)
     raise SystemExit(code)
+
+
+def say(text: str) -> None:
+    """Prints a line of a result at once.
+
+    Raises:
+        OSError: if stdout takes it no more.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), flush=True)
+    except OSError as error:
+        with suppress(
+            OSError, ValueError
+        ):  # or Python prints the rest when it ends, and fails again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OSError(f"printing failed ({error}); files that were finished are whole") from error
 
 
 class _Aside:

@@ -1,33 +1,31 @@
-"""A shell in a folder of its own, where each model is loaded once."""
+"""A shell in a folder of its own, where each model of the package is loaded once."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from odesolvers.cli import choices
+from odesolvers import opening
 
 from .shell import Shell
 
 
 @pytest.fixture(scope="session")
-def models() -> dict[str, choices.Model]:
+def bundled() -> Mapping[str, Any]:
     """The models, each loaded once."""
-    cached = {name: functools.cache(model.load) for name, model in choices.MODELS.items()}
-    return {n: dataclasses.replace(m, load=cached[n]) for n, m in choices.MODELS.items()}
+    return {name: (functools.cache(load), what) for name, (load, what) in opening.BUNDLED.items()}
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: dict[str, choices.Model]
-) -> None:
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundled: Mapping[str, Any]) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
-    for name, model in models.items():
-        monkeypatch.setitem(choices.MODELS, name, model)
+    for name, entry in bundled.items():
+        monkeypatch.setitem(opening.BUNDLED, name, entry)  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from odesolvers import cli
-from odesolvers.cli import app, work
 
-DIGITS = " --model digits"
+DIGITS = " --model digits --steps 6"
 
 
 class Shell:
@@ -32,17 +34,19 @@ class Shell:
         with pytest.raises(SystemExit) as caught:
             cli.main(shlex.split(command))
         assert caught.value.code == 2
-        output, self.error = self.capsys.readouterr()
+        _, self.error = self.capsys.readouterr()
         *_, message = self.error.splitlines()
         assert message.startswith("Error: ")
-        assert not output
         return message
 
 
-def setup_of(command: str) -> work.Setup:
-    """The setup of a command's options."""
-    return work.Setup.of(app.parser().parse_args(shlex.split(command)))
+def pixels(path: str | Path) -> np.ndarray:
+    """The bytes of a picture as whole numbers."""
+    with Image.open(path) as picture:
+        return np.asarray(picture).astype(int)
 
 
-def code_std(output: str) -> float:
-    return float(output.split("standard deviation ")[1].split()[0])
+def files(folder: str = ".") -> list[str]:
+    """The files below a folder that are not hidden."""
+    found = (path for path in Path(folder).rglob("*") if path.is_file())
+    return sorted(str(path) for path in found if not path.name.startswith("."))

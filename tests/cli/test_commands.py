@@ -1,9 +1,11 @@
-"""The commands, run as a person would, on few images and few steps."""
+"""The commands, run as a person would, on few pictures and few steps."""
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import re
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,282 +14,313 @@ from PIL import Image
 
 from odesolvers import (
     BDIA,
-    DDIM,
+    Calibrated,
     DampedStepRatio,
     Euler,
-    FixedPoint,
     State,
     StepRatio,
     karras_sigmas,
+    stability_report,
 )
-from odesolvers.cli import choices, report, work
-from odesolvers.models import IdealDenoiser, load_digits
+from odesolvers.editing import edit, mark, matches
+from odesolvers.models import ClassifierFreeGuidance, IdealDenoiser, load_digits, load_letters
+from odesolvers.models.letters import LETTERS, random_letters
 
-from .shell import DIGITS, Shell, code_std, setup_of
+from .shell import DIGITS, Shell, files, pixels
 
-# roundtrip
-
-
-def test_roundtrip_prints_every_solver_and_draws(shell: Shell) -> None:
-    output = shell.run("roundtrip --count 2 --steps 5 --out deep/trip.png")
-    for name in choices.METHODS.split():
-        assert len(re.findall(rf"^{re.escape(name)} +\d", output, re.MULTILINE)) == 2
-    for name in choices.OTHERS.split():
-        assert len(re.findall(rf"^{re.escape(name)} +\d", output, re.MULTILINE)) == 1
-    assert "gamma=1 " in output
-    assert "gamma=DampedStepRatio() " in output
-    assert "9+7 " in output.split("HeunEDM()")[1].split("\n")[0]  # 2 * 4 + 1, 2 * 3 + 1
-    assert "wrote deep/trip.png" in output
-    assert max(len(line) for line in output.splitlines()) <= 80
-    with Image.open("deep/trip.png") as picture:
-        assert picture.width > 1000
-        assert len(np.unique(np.asarray(picture.convert("L")))) > 100
+GRID = karras_sigmas(7, 0.02, append_zero=False)
+LETTER = " --steps 6"
 
 
-def test_roundtrip_numbers_are_those_of_the_library() -> None:
-    setup = setup_of("roundtrip")
-    (row,) = work.compare(setup, [("", "", setup.solver)], count=6, seed=3)
-    images, _ = load_digits()
-    solver, sigmas = BDIA(Euler(), DampedStepRatio()), karras_sigmas(18)
-    denoiser = IdealDenoiser(images)
-    noise = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    noise = (80 * noise).float()
-    there = solver.sample(denoiser, noise, sigmas)
-    back = solver.invert(denoiser, there.state, sigmas)
-    assert row.solver == solver
-    assert torch.equal(row.noise, noise)
-    assert torch.equal(row.samples, there.x)
-    assert torch.equal(row.recovered, back.x)
-    assert row.evaluations == (18, 17)
-    assert row.error == pytest.approx(((back.x - noise).norm() / noise.norm()).item())
-    assert row.error < 1e-3
-    distances = [((x - images).flatten(1).norm(dim=1).min() / 8).item() for x in there.x]
-    assert row.distance == pytest.approx(np.median(distances), rel=0.5, abs=1e-6)
-    assert row.distance < 1e-2
-    assert row.again < 1e-6
-    mean, std = row.latent
-    assert 0.2 < std < 0.4
-    assert abs(mean) < 0.1
+def to_bytes(x: torch.Tensor) -> np.ndarray:
+    """Images (C, H, W) in [-1, 1] as a picture has them."""
+    return ((x.double().clamp(-1, 1) + 1) * 127.5).round().int().permute(1, 2, 0).numpy()
 
 
-def test_the_findings_follow_the_numbers() -> None:
-    poor = setup_of('roundtrip --solver "BDIA(HeunEDM(), gamma=1)"')
-    good = setup_of("roundtrip")
-    solvers = [("", "poor", poor.solver), ("", "good", good.solver)]
-    rows = list(work.compare(good, solvers, count=4, seed=0))
-    assert "Its samples are digits" in report.findings(rows, good)[0]
-    assert "Its samples are not digits" in report.findings(rows, poor)[0]
-    assert "1 of the 2 solvers" in report.findings(rows, good)[1]
-    assert not any("solvers" in sentence for sentence in report.findings(rows[1:], good))
-    assert "standard deviation 0." in report.findings(rows, good)[-1]
-    wide = dataclasses.replace(rows[1], latent=(0.0, 30.0))
-    assert "amplifies errors" in report.findings([wide], good)[-1]
+def save_letters(count: int = 2, folder: str = "photos") -> torch.Tensor:
+    """Pictures of letters that were not trained on, as files, and their values."""
+    Path(folder).mkdir(exist_ok=True)
+    images, _ = random_letters(count, seed=7)
+    for k, image in enumerate(images):
+        Image.fromarray(to_bytes(image).astype(np.uint8)).save(f"{folder}/{k}.png")
+    return torch.stack([torch.from_numpy(to_bytes(i)).permute(2, 0, 1) / 127.5 - 1 for i in images])
 
 
-def test_a_chosen_solver_that_is_not_in_the_table_is_added() -> None:
-    known = work.compared(BDIA(Euler(), DampedStepRatio()))
-    chosen = BDIA(Euler(), 0.9)
-    section, name, solver = work.compared(chosen)[-1]
-    assert (section, name, solver) == ("--solver", repr(chosen), chosen)
-    assert work.compared(BDIA(Euler(), 1.0)) == known
-    assert len(work.compared(chosen)) == len(known) + 1
+def label(letter: str) -> dict[str, torch.Tensor]:
+    return {"class_labels": torch.tensor([LETTERS.index(letter) if letter else -1])}
 
 
-# sample and invert
+# sample, invert, and the states between them
 
 
-def test_sample_then_invert_gives_the_noise_back(shell: Shell) -> None:
-    output = shell.run("sample --count 3 --seed 7 --save a/state.safetensors" + DIGITS)
-    assert "18 evaluations of the denoiser for 3 digits" in output
-    assert float(output.split("median: ")[1].split()[0]) < 1e-2
-    output = shell.run("invert a/state.safetensors --save code.safetensors")
-    assert "17 evaluations" in output
-    code = State.load("code.safetensors")
-    noise = setup_of("sample" + DIGITS).noise(3, seed=7)
+def test_samples_are_those_of_the_library(shell: Shell) -> None:
+    output = shell.run(f"sample --count 3 --seed 5 --prompt A --prompt B {LETTER}")
+    assert output == "wrote 3 pictures in out/sample\n"
+    assert files() == [f"out/sample/00000{k}.png" for k in (5, 6, 7)]
+    generator = torch.Generator().manual_seed(6)
+    x = (80 * torch.randn(1, 3, 32, 32, generator=generator, dtype=torch.float64)).float()
+    guided = ClassifierFreeGuidance(load_letters(), 3.0)
+    extra = {"positive": label("B"), "negative": label("")}
+    right = BDIA(Euler(), DampedStepRatio()).sample(guided, x, GRID, extra_args=extra).x
+    assert abs(pixels("out/sample/000006.png") - to_bytes(right[0])).max() <= 1
+
+
+def test_there_and_back_by_states(shell: Shell) -> None:
+    shell.run("sample --count 2 --prompt 3 --dtype float64 --save" + DIGITS)
+    shell.run("invert out/sample/000000.safetensors out/sample/000001.safetensors")
+    code = State.load("out/invert/000001.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    noise = 80 * torch.randn(1, 1, 8, 8, generator=generator, dtype=torch.float64)
     assert code.partner is not None
-    assert work.relative(code.partner, noise) < 1e-3
-    assert code_std(output) == pytest.approx(noise.div(80).std().item(), abs=1e-3)
-    for name in ("out/samples.png", "out/inverted.png"):
-        with Image.open(name) as picture:
-            assert picture.height == 2 * 64 + 6
+    assert (code.partner - noise).norm() < 1e-6 * noise.norm()
+    assert re.search(r"000001: code of mean -?0\.\d+, standard deviation [01]\.\d+", shell.error)
+    shell.run("sample out/invert/000000.safetensors --out again --save")
+    assert (pixels("again/000000.png") == pixels("out/sample/000000.png")).all()
+    first, notes = State.load_with_notes("out/sample/000000.safetensors")
+    assert notes["prompt"] == "3"
+    assert torch.allclose(State.load("again/000000.safetensors").current, first.current, atol=1e-9)
+    shell.run("sample out/invert/000000.safetensors --prompt 5 --out five")
+    assert (pixels("five/000000.png") != pixels("again/000000.png")).any()
 
 
-def test_sampling_from_a_code_ends_where_it_came_from(shell: Shell) -> None:
-    options = "--count 2 --labels 3,8 --dtype float64 --save state.safetensors"
-    shell.run(f"sample {options}{DIGITS}")
-    shell.run("invert state.safetensors --save code.safetensors")
-    shell.run("sample --from code.safetensors --save again.safetensors")
-    first = State.load("state.safetensors")
-    again, notes = State.load_with_notes("again.safetensors")
-    assert work.relative(again.current, first.current) < 1e-10
-    assert notes["labels"] == [3, 8]
-    images, labels = load_digits()
-    nearest = torch.cdist(first.current.flatten(1), images.double().flatten(1)).argmin(1)
-    assert labels[nearest].tolist() == [3, 8]
-
-
-def test_a_code_may_be_sampled_under_another_label(shell: Shell) -> None:
-    shell.run("sample --count 1 --steps 8 --labels 3 --save state.safetensors" + DIGITS)
-    shell.run("invert state.safetensors --save code.safetensors")
-    shell.run("sample --from code.safetensors --labels 5")
-    message = shell.refused("invert state.safetensors --labels 5")
-    assert "labels = (3,), not (5,)" in message
-
-
-def test_a_fixed_point_code_of_an_image_may_be_sampled_under_another_label(shell: Shell) -> None:
-    np.save("digit.npy", load_digits()[0][0].numpy())
-    solver = BDIA(Euler(), StepRatio(1), FixedPoint())
-    options = f'--solver "{solver}" --steps 8 --labels 0 --save code.safetensors'
-    shell.run(f"invert digit.npy {options}{DIGITS}")
-    shell.run("sample --from code.safetensors --labels 5")
+def test_options_that_contradict_a_state_are_refused(shell: Shell) -> None:
+    shell.run("sample --count 1 --prompt 3 --save" + DIGITS)
+    state = "out/sample/000000.safetensors"
+    assert "made with prompt = 3, not 5" in shell.refused(f"invert {state} --prompt 5")
+    assert "with guidance = 1.0, not 2.0" in shell.refused(f"invert {state} --guidance 2")
+    assert "leave out --dtype" in shell.refused(f"invert {state} --dtype float64")
+    assert "with model = digits, not letters" in shell.refused(
+        f"sample {state} --model letters --out x"
+    )
+    State.load(state).save("bare.safetensors")
+    assert "was not saved by a command" in shell.refused("invert bare.safetensors --out y")
 
 
 def test_fixed_point_goes_back_to_the_bit(shell: Shell) -> None:
-    solver = BDIA(Euler(), DampedStepRatio(), FixedPoint())
-    options = f'--solver "{solver}" --count 2 --steps 6 --save s.safetensors'
-    shell.run(f"sample {options}{DIGITS}")
-    shell.run("invert s.safetensors --save code.safetensors")
-    shell.run("sample --from code.safetensors --save again.safetensors")
-    first, again = State.load("s.safetensors"), State.load("again.safetensors")
-    assert torch.equal(first.current, again.current)
+    shell.run("sample --solver exact --count 2 --save" + DIGITS)
+    shell.run("invert out/sample/000001.safetensors")
+    shell.run("sample out/invert/000001.safetensors --save --out again")
+    a, b = (State.load(f"{f}/000001.safetensors") for f in ("out/sample", "again"))
+    assert torch.equal(a.current, b.current)
 
 
-def test_the_solver_and_grid_of_a_state_are_its_own(shell: Shell) -> None:
-    options = '--count 1 --solver "BDIA(DDIM(), 0.9)" --steps 9 --save s.safetensors'
-    shell.run(f"sample {options}{DIGITS}")
-    assert "8 evaluations" in shell.run("invert s.safetensors")
-    shell.run('invert s.safetensors --solver "BDIA(DDIM(), gamma=0.90)" --steps 9')
-    message = shell.refused('invert s.safetensors --solver "BDIA(DDIM(), 0.8)"')
-    assert "comes from another solver" in message
-    assert "comes from another grid" in shell.refused("invert s.safetensors --steps 10")
-    assert "leave out --dtype" in shell.refused("invert s.safetensors --dtype float64")
-    assert "leave out --model" in shell.refused("invert s.safetensors --model letters")
+def test_the_default_of_codes_is_the_recommended_one(shell: Shell) -> None:
+    save_letters(1)
+    shell.run(f"invert photos/0.png --prompt A {LETTER} --dtype float64")
+    code = State.load("out/invert/0.safetensors")
+    assert code.solver == repr(BDIA(Euler(), StepRatio(1)))
+    assert code.sigmas == tuple(GRID.tolist())
+    assert pixels("out/invert/0.png").shape == (32, 32, 3)
+    shell.run("sample out/invert/0.safetensors")
+    # Back to the picture with the noise of the last level, 0.02, that was added to it.
+    difference = pixels("out/sample/0.png") - pixels("photos/0.png")
+    assert 0.3 < np.sqrt((difference**2).mean()) / (0.02 * 127.5) < 1.2
 
 
-def test_a_state_saved_by_the_library_needs_to_be_told_its_model(shell: Shell) -> None:
-    solver, denoiser = BDIA(DDIM(), 1.0), IdealDenoiser(load_digits()[0])
-    solution = solver.sample(denoiser, torch.randn(1, 1, 8, 8) * 80, karras_sigmas(5))
-    solution.state.save("s.safetensors")
-    message = shell.refused("invert s.safetensors")
-    assert "s.safetensors names no model; the commands need --model letters or digits" in message
-    shell.run("invert s.safetensors --model digits")
-    solution.state.save("s.safetensors", {"model": "mine"})
-    assert "s.safetensors names the model mine" in shell.refused("invert s.safetensors")
-    flat = solver.sample(lambda x, sigma: 0 * x, torch.randn(1, 3) * 80, karras_sigmas(5))
-    flat.state.save("s.safetensors")
-    message = shell.refused("invert s.safetensors --model digits")
-    assert "states of shape (3,), digits are (1, 8, 8)" in message
+# edit
 
 
-def test_a_lone_image_is_inverted(shell: Shell) -> None:
-    digit = load_digits()[0][0]
-    np.save("digit.npy", digit.numpy())
-    output = shell.run("invert digit.npy --save code.safetensors --dtype float64" + DIGITS)
-    assert 0.1 < code_std(output) < 1
-    shell.run("sample --from code.safetensors --save again.safetensors")
-    assert work.relative(State.load("again.safetensors").current[0], digit) < 1e-10
-    Image.fromarray(np.full((40, 40, 3), 255, np.uint8)).save("white.png")
-    assert "evaluations" in shell.run("invert white.png --steps 5" + DIGITS)
-    assert "Warning" not in shell.error
+def test_an_edit_is_that_of_the_library(shell: Shell) -> None:
+    images = save_letters()
+    shell.run(f"edit photos --prompt A --to H {LETTER} --dtype float64 --strength 0.8 --guidance 2")
+    assert files("out") == ["out/edit/0.png", "out/edit/1.png"]
+    noise = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
+    x = images[1:].double() + 0.02 * noise
+    options: Any = {"source": label("A"), "target": label("H"), "guidance": 2.0, "strength": 0.8}
+    right = edit(BDIA(Euler(), DampedStepRatio()), load_letters(), x, GRID, **options)
+    assert abs(pixels("out/edit/1.png") - to_bytes((right.x - 0.02 * noise)[0])).max() <= 1
+    shell.run(f"edit photos/1.png --prompt A --to A --guidance 1 --out same.png {LETTER}")
+    assert abs(pixels("same.png") - pixels("photos/1.png")).max() <= 1
 
 
-def test_a_warning_is_one_line_on_stderr(shell: Shell) -> None:
-    np.save("digit.npy", load_digits()[0][0].numpy())
-    shell.run(f'invert digit.npy --solver "BDIA(Euler(), 0.3)"{DIGITS}')
-    (warning,) = (line for line in shell.error.splitlines() if "Warning: " in line)
-    assert "code of a lone image" in warning
+@pytest.mark.parametrize("solver", ["damped", "exact"])
+def test_outside_of_the_mask_the_picture_is_as_it_was(shell: Shell, solver: str) -> None:
+    save_letters(1)
+    mask = np.zeros((32, 32), np.uint8)
+    mask[:, 16:] = 255
+    Image.fromarray(mask).save("mask.png")
+    command = f"edit photos/0.png --prompt A --to H --mask mask.png --solver {solver}"
+    shell.run(command + LETTER)
+    found, given = pixels("out/edit/0.png"), pixels("photos/0.png")
+    assert (found[:, :16] == given[:, :16]).all()
+    assert abs(found[:, 16:] - given[:, 16:]).mean() > 3
 
 
-# edit, and the letters
+# interpolate
 
 
-def test_edit_draws_the_same_code_under_other_labels(shell: Shell) -> None:
-    options = "--count 3 --labels 3,1,4 --to 0-2 --guidance 1 --steps 10 --dtype float64"
-    output = shell.run(f"edit {options}{DIGITS}")
-    assert "46 evaluations" in output  # 10 up from lone images; 9 down, under each of 4 labels
-    assert re.search(r"back under its own label to \d\.\de-(0[6-9]|[12]\d)", output)
-    with Image.open("out/edit.png") as picture:
-        assert picture.width > 400
+def test_an_interpolation_ends_at_the_pictures(shell: Shell) -> None:
+    save_letters()
+    output = shell.run(f"interpolate photos/0.png photos/1.png --frames 4 {LETTER}")
+    assert output == "wrote 4 pictures in out/interpolate\n"
+    assert files("out") == [f"out/interpolate/00{k}.png" for k in (1, 2, 3, 4)]
+    for frame, photo in ((1, 0), (4, 1)):
+        got, given = pixels(f"out/interpolate/00{frame}.png"), pixels(f"photos/{photo}.png")
+        assert abs(got - given).max() <= 1
+    assert abs(pixels("out/interpolate/002.png") - pixels("photos/0.png")).mean() > 3
+    assert "two pictures" in shell.refused("interpolate photos/0.png --out x")
 
 
-def test_real_images_are_of_the_labels_in_turn() -> None:
-    setup = setup_of("edit --labels 3,1" + DIGITS)
-    images, labels = setup.real_images(5, seed=0)
-    assert labels == (3, 1, 3, 1, 3)
-    nearest = torch.cdist(images.flatten(1), setup.images.flatten(1)).argmin(1)
-    assert setup.classes[nearest].tolist() == [3, 1, 3, 1, 3]
-    assert not torch.equal(images[0], images[2])
+# watermark
 
 
-def test_an_edit_of_a_file_needs_its_label(shell: Shell) -> None:
-    Image.fromarray(np.zeros((8, 8), np.uint8)).save("dark.png")
-    assert "give --labels for dark.png" in shell.refused("edit dark.png --to 3" + DIGITS)
-    shell.run("edit dark.png --labels 1 --to 3 --steps 5" + DIGITS)
+def test_a_watermark_is_found_by_its_key_alone(shell: Shell) -> None:
+    shell.run(f"watermark embed --key mine --count 2 --prompt A {LETTER}")
+    output = shell.run(f"watermark detect out/watermark --key mine --prompt A {LETTER}")
+    found = [float(p) for p in re.findall(r"p = 10\^(-?[\d.]+)", output)]
+    assert len(found) == 2
+    assert max(found) < -10
+    output = shell.run(f"watermark detect out/watermark --key other {LETTER}")
+    assert min(float(p) for p in re.findall(r"p = 10\^(-?[\d.]+)", output)) > -4
+    assert "mine" not in Path("out/watermark/.odesolvers.json").read_text()
+    marked = mark(torch.ones(1, 3, 32, 32), "mine")
+    assert matches(marked, "mine").agreeing.item() == 3072
+    assert "a photo has no key" in shell.refused("watermark embed out/watermark --key a")
 
 
-def test_the_letters_are_the_default_where_they_are_installed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert choices.default_model() == "letters"
-    missing = dataclasses.replace(choices.MODELS["letters"], modules=("no_such_module",))
-    monkeypatch.setitem(choices.MODELS, "letters", missing)
-    assert choices.default_model() == "digits"
+# roundtrip, calibrate, report, list
 
 
-@pytest.mark.usefixtures("k_diffusion")
-def test_the_commands_run_on_the_letters(shell: Shell) -> None:
-    output = shell.run("sample --count 2 --labels A,Z --steps 4 --save a.safetensors")
-    assert "4 evaluations of the denoiser for 2 letters" in output
-    assert State.load_with_notes("a.safetensors")[1]["guidance"] == 3.0
-    assert "guidance = 3.0, not 1.0" in shell.refused("invert a.safetensors --guidance 1")
-    shell.run("invert a.safetensors --save n.safetensors --model letters")
-    noise = setup_of("sample --steps 4").noise(2, seed=0)
-    code = State.load("n.safetensors").partner
-    assert code is not None
-    assert work.relative(code, noise) < 1e-3
-    shell.run("sample --from n.safetensors --labels Z --model letters")
-    message = shell.refused("sample --from n.safetensors --labels 5")
-    assert "labels are A to Z, got '5'" in message
-    output = shell.run("edit --count 2 --to B --steps 4 --dtype float64")
-    assert 0.8 < code_std(output) < 1.2  # less without the noise of the last level
-    assert re.search(r"back under its own label to \d\.\de-(0[5-9]|[12]\d)", output)
-
-
-# list
-
-
-def test_list_names_everything(shell: Shell) -> None:
-    output = shell.run("list")
-    names = " ".join([*choices.LISTED.values(), choices.METHODS, *choices.GRIDS, *choices.MODELS])
-    for name in [*names.split(), *(loader[0] for loader in choices.LOADERS)]:
-        assert re.search(rf"^{re.escape(name)} ", output, re.MULTILINE)
-    assert "pip install '.[extra]'" in output
-    assert "load('FILE.json')" in output
-    assert re.search(r"^digits .* digits +yes", output, re.MULTILINE)
-    assert max(len(line) for line in output.splitlines()) <= 80
-
-
-def test_list_says_what_is_not_installed(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    missing = dataclasses.replace(choices.MODELS["letters"], modules=("no_such_module",))
-    monkeypatch.setitem(choices.MODELS, "letters", missing)
-    assert re.search(r"^letters .* letters +no", shell.run("list"), re.MULTILINE)
-
-
-# calibrate
+def test_a_round_trip_compares_solvers(shell: Shell) -> None:
+    save_letters(1)
+    output = shell.run(f"roundtrip photos --compare ddim,edict --dtype float64 {LETTER}")
+    rows = {line.split()[1]: line.split() for line in output.splitlines()[1:-1]}
+    assert list(rows) == ["damped", "ddim", "edict"]
+    assert float(rows["damped"][3]) < 1e-12 < 1e-3 < float(rows["ddim"][3])
+    assert rows["ddim"][2] == "6+6"
+    assert pixels("out/roundtrip/0.png").shape == (32, 32 * 3 + 4, 3)
+    output = shell.run("roundtrip --compare '' --out noise" + DIGITS)
+    assert [line.split()[1] for line in output.splitlines()[1:-1]] == ["damped"]
 
 
 def test_weights_that_were_learned_serve_as_a_solver(shell: Shell) -> None:
-    grid = "--steps 5 --sigma-min 0.05" + DIGITS
-    output = shell.run(f"calibrate {grid} --count 4 --runs 8 --out deep/rule.json")
-    assert "wrote deep/rule.json (weights)" in output
+    output = shell.run(
+        "calibrate --sigma-min 0.05 --count 4 --runs 8 --out deep/rule.json" + DIGITS
+    )
     assert "encoding error" in output
-    output = shell.run(f"sample {grid} --weights deep/rule.json --count 2 --save s.safetensors")
-    assert "5 evaluations" in output
-    assert "4 evaluations" in shell.run("invert s.safetensors")
-    shell.run("invert s.safetensors --weights deep/rule.json")
-    rule = "load('deep/rule.json')"
-    shell.run(f'sample {grid} --count 2 --solver "BDIA(Euler(), {rule}, FixedPoint())"')
-    message = shell.refused(f'sample {grid} --solver "BDIA(DDIM(), {rule})"')
-    assert "calibrated for Euler()" in message
-    message = shell.refused("sample --weights deep/rule.json --solver Euler()" + DIGITS)
-    assert "leave out --solver, or --weights" in message
+    assert output.endswith("wrote deep/rule.json\n")
+    rule = "\"load('deep/rule.json')\""
+    shell.run(f"sample --sigma-min 0.05 --solver {rule} --count 1 --save{DIGITS}")
+    Path("deep/rule.json").unlink()
+    shell.run("invert out/sample/000000.safetensors")  # the state carries the weights
+    state = State.load("out/sample/000000.safetensors")
+    assert state.solver.startswith("BDIA(Euler(), gamma=Calibrated(")
+
+
+def test_other_weights_in_a_file_of_the_same_name_are_noticed(shell: Shell) -> None:
+    sigmas = tuple(karras_sigmas(4).tolist())
+    command = "sample --count 1 --model digits --steps 4 --solver \"load('g.json')\""
+    Calibrated("Euler()", sigmas, (0.5, 0.75, 0.625)).save("g.json")
+    shell.run(command)
+    assert "1 of 1 are finished" in shell.run(command)
+    Calibrated("Euler()", sigmas, (0.5, 0.75, 0.5)).save("g.json")
+    assert "results of other settings (solver)" in shell.refused(command)
+
+
+def test_the_report_is_that_of_the_library(shell: Shell) -> None:
+    output = shell.run("report --model letters --steps 6")
+    assert output == f"{stability_report(BDIA(Euler(), DampedStepRatio()), GRID)}\n"
+
+
+def test_list_names_what_the_options_take(shell: Shell) -> None:
+    output = shell.run("list")
+    for name in ("damped", "codes", "exact", "ddim", "letters", "digits", "karras", "hub id"):
+        assert name in output
+    assert max(len(line) for line in output.splitlines()) <= 80
+
+
+# finished results, and folders
+
+
+def test_what_is_finished_is_not_made_again(shell: Shell) -> None:
+    save_letters(3)
+    command = f"edit photos --prompt A --to H {LETTER}"
+    shell.run(command)
+    before = {name: Path(name).stat().st_mtime_ns for name in files("out")}
+    Path("out/edit/1.png").unlink()
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save("photos/2.png")  # another picture
+    output = shell.run(command)
+    assert output == "1 of 3 are finished in out/edit\nwrote 2 pictures in out/edit\n"
+    after = {name: Path(name).stat().st_mtime_ns for name in files("out")}
+    assert [before[name] == after[name] for name in sorted(before)] == [True, False, False]
+    message = shell.refused(command.replace("--to H", "--to I"))
+    assert "out/edit holds results of other settings (to): give another --out" in message
+    assert "wrote 3" in shell.run(command.replace("--to H", "--to I") + " --again")
+
+
+def test_more_samples_go_on_from_those_that_are_there(shell: Shell) -> None:
+    shell.run("sample --count 2" + DIGITS)
+    first = pixels("out/sample/000001.png")
+    assert "wrote 2 pictures" in shell.run("sample --count 4 --batch 1" + DIGITS)
+    assert (pixels("out/sample/000001.png") == first).all()
+    shell.run("sample --count 4 --batch 3 --out other" + DIGITS)  # the batch changes nothing
+    for k in range(4):
+        assert abs(pixels(f"other/00000{k}.png") - pixels(f"out/sample/00000{k}.png")).max() <= 1
+
+
+# networks of one's own, and EDM's
+
+OWN = """
+import torch
+class Denoiser:
+    shape = (1, 8, 8)
+    sigma_min, sigma_max = 0.01, 50.0
+    def __call__(self, x, sigma, mean=0.0):
+        v = (sigma**2).reshape(-1, 1, 1, 1).to(x)
+        return (0.09 * x + v * mean) / (0.09 + v)
+    def condition(self, prompts):
+        return {"mean": float(prompts[0] or 0)}
+def load():
+    return Denoiser()
+def poor():
+    return lambda x, sigma: x
+"""
+
+
+def test_a_function_of_ones_own_is_a_model(shell: Shell) -> None:
+    Path("mine_for_test.py").write_text(OWN)
+    shell.run("sample --model mine_for_test:load --prompt 0.5 --guidance 1 --count 2 --save")
+    state = State.load("out/sample/000001.safetensors")
+    assert state.sigmas == tuple(karras_sigmas(18, 0.01, 50.0).tolist())
+    shift = 1 - 0.3 / math.hypot(0.3, 50)
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(1, 1, 8, 8, generator=generator, dtype=torch.float64)
+    right = 0.5 * shift + 50 * z * 0.3 / math.hypot(0.3, 50)
+    assert (state.current - right).abs().max() < 0.1
+    assert "attribute `shape`" in shell.refused("sample --model mine_for_test:poor --out x")
+    assert "cannot be imported" in shell.refused("sample --model mine_for_test:none --out x")
+    assert "cannot be imported" in shell.refused("sample --model no_such_module:f --out x")
+
+
+def test_edm_checkpoints_are_models(shell: Shell) -> None:
+    from odesolvers.models import save_edm
+    from odesolvers.models.edm import EDMPrecond, SongConfig, SongUNet
+
+    config = SongConfig(
+        img_resolution=8,
+        in_channels=3,
+        out_channels=3,
+        label_dim=4,
+        model_channels=8,
+        channel_mult=(1,),
+        num_blocks=1,
+        attn_resolutions=(),
+    )
+    save_edm(EDMPrecond(SongUNet(config)), "net.safetensors")
+    output = shell.run("sample --model net.safetensors --prompt 3 --count 1 --steps 4")
+    assert "wrote 1 picture in out/sample" in output
+    assert pixels("out/sample/000000.png").shape == (8, 8, 3)
+    assert "prompts of this model are 0 to 3, got '4'" in shell.refused(
+        "sample --model net.safetensors --prompt 4 --out x"
+    )
+
+
+def test_the_digits_are_the_ideal_denoiser(shell: Shell) -> None:
+    """Its samples are digits of the data, whatever the noise."""
+    shell.run("sample --count 3 --model digits --steps 18 --prompt 7 --save")
+    images, labels = load_digits()
+    for k in range(3):
+        x = State.load(f"out/sample/00000{k}.safetensors").current
+        nearest = torch.cdist(x.flatten(1), images.flatten(1)).argmin()
+        assert labels[nearest] == 7
+    assert IdealDenoiser(images, labels) is not None

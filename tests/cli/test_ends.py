@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
-import json
 import os
 import resource
 import shlex
@@ -15,24 +13,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors import SafetensorError
 
 import odesolvers_command
-from odesolvers import BDIA, Calibrated, Euler, State, cli, karras_sigmas
-from odesolvers.cli import choices
-from odesolvers.models import IdealDenoiser, load_digits
+from odesolvers import Calibrated, State, cli, opening
 
-from .shell import DIGITS, Shell
+from .shell import DIGITS, Shell, files
 
-SAMPLE = f"sample --count 2 --steps 3 --save s.safetensors{DIGITS}"
-WRITTEN = ["out/samples.png", "s.safetensors"]
-
-
-def files() -> list[str]:
-    return sorted(str(path) for path in Path().rglob("*") if path.is_file())
+SAMPLE = f"sample --count 2 --save{DIGITS}"
+PICTURES = ["out/sample/000000.png", "out/sample/000001.png"]
+WRITTEN = sorted(name.replace(".png", end) for name in PICTURES for end in (".png", ".safetensors"))
 
 
 def ended(command: str) -> int:
@@ -70,7 +64,7 @@ def test_stdout_that_is_closed_costs_no_result(
     assert message.startswith("Error: printing failed ([Errno ")
     if command == SAMPLE:
         assert files() == WRITTEN
-        assert "; wrote s.safetensors (state); wrote out/samples.png (contact sheet)" in message
+        assert message.endswith("files that were finished are whole")
 
 
 def test_stderr_that_is_closed_ends_nothing(
@@ -78,7 +72,7 @@ def test_stderr_that_is_closed_ends_nothing(
 ) -> None:
     for stream in (broken, None):
         monkeypatch.setattr(sys, "stderr", stream)
-        assert "evaluations" in shell.run(SAMPLE)
+        assert "wrote 2 pictures" in shell.run(f"{SAMPLE} --again")
         assert ended("sample --steps none") == 2
     monkeypatch.undo()
     with pytest.raises(OSError, match="Errno"):
@@ -96,41 +90,48 @@ def test_an_encoding_without_greek_ends_nothing(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("command", "outputs"),
     [
-        (SAMPLE, WRITTEN),
-        (f"roundtrip --count 2 --steps 3{DIGITS}", ["out/roundtrip.png"]),
-        (f"edit --count 1 --labels 1 --to 2 --steps 3{DIGITS}", ["out/edit.png"]),
-        (f"calibrate --count 1 --steps 3 --runs 2{DIGITS}", ["out/gamma.json"]),
+        (f"{SAMPLE} --batch 2", WRITTEN),
+        (f"roundtrip --compare ''{DIGITS}", ["out/roundtrip/000000.png"]),
+        (f"edit a.png --prompt 1 --to 2{DIGITS}", ["out/edit/a.png"]),
+        (f"calibrate --count 1 --runs 2{DIGITS}", ["out/gamma.json"]),
     ],
 )
 def test_a_full_disk_leaves_the_old_files(shell: Shell, command: str, outputs: list[str]) -> None:
-    Path("out").mkdir()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save("a.png")
     for name in outputs:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_bytes(b"old")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
     try:
         code = ended(command)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 2
-    output, error = shell.capsys.readouterr()
-    assert output == ""
-    assert error.splitlines()[-1].startswith("Error: [Errno 27] File too large")
+    assert (
+        shell.capsys.readouterr()
+        .err.splitlines()[-1]
+        .startswith("Error: [Errno 27] File too large")
+    )
     assert [Path(name).read_bytes() for name in outputs] == [b"old"] * len(outputs)
-    assert files() == sorted(outputs)
+    assert files() == sorted(["a.png", *outputs])
 
 
-def test_places_that_cannot_be_written_to_are_named(shell: Shell) -> None:
+def test_places_that_cannot_be_written_to_are_named_before_the_run(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Path("file").write_text("")
+    Path("closed").mkdir(mode=0o500)
+    monkeypatch.setitem(opening.BUNDLED, "digits", (None, ""))  # type: ignore[arg-type]
     ends = {
-        f"{SAMPLE} --out file/a/x.png": "file/a/x.png cannot be written: file",
-        f"sample --count 1 --steps 3 --save file/s.safetensors{DIGITS}": "file is no folder",
-        f"{SAMPLE} --out .": ".",
-        f"{SAMPLE} --out x.xyz": "x.xyz does not end as an image file does: use .png",
-        f"roundtrip --count 1 --steps 3 --out x.xyz{DIGITS}": "x.xyz does not end as an image file",
+        "file/a": "file/a cannot be written: a file is where a folder should be",
+        "x.xyz": "x.xyz ends as no picture",
+        "a/b.png": "a/b.png is one picture, and there are 2",
     }
-    for command, words in ends.items():
-        assert words in shell.refused(command), command
+    if os.geteuid():  # root writes everywhere
+        ends["closed"] = "closed cannot be written to"
+    for out, words in ends.items():
+        assert words in shell.refused(f"{SAMPLE} --out {out}"), out
 
 
 # errors
@@ -157,8 +158,7 @@ def test_errors_of_every_kind_are_one_line(
     def fail() -> Any:
         raise error
 
-    failing = dataclasses.replace(choices.MODELS["digits"], load=fail)
-    monkeypatch.setitem(choices.MODELS, "digits", failing)
+    monkeypatch.setitem(opening.BUNDLED, "digits", (fail, ""))  # type: ignore[arg-type]
     assert shell.refused("sample" + DIGITS) == f"Error: {line}"
     assert shell.error.count("\n") == 1
 
@@ -166,45 +166,33 @@ def test_errors_of_every_kind_are_one_line(
 @pytest.mark.parametrize(
     ("notes", "words"),
     [
-        ({"model": None}, "names no model"),
-        ({"model": ["digits"]}, "names the model ['digits']"),
-        ({"labels": []}, "it names no label"),
-        ({"labels": "3"}, "must be of type list"),
-        ({"labels": [1.5]}, "must be an integer from 0 to 9, got 1.5"),
-        ({"labels": [10]}, "from 0 to 9, got 10"),
-        ({"labels": [True]}, "got True"),
-        ({"labels": {"a": 1}}, "must be of type list"),
-        ({"guidance": None}, "must be a finite number, got None"),
-        ({"guidance": "x"}, "must be a finite number, got 'x'"),
-        ({"guidance": float("nan")}, "must be a finite number, got nan"),
-        ({"guidance": [1] * 1000}, "must be a finite number, got [1, 1, 1"),
+        ({"model": None}, "model: must be a string"),
+        ({"model": ["digits"]}, "model: must be a string"),
+        ({"prompt": 3}, "prompt: must be of type str"),
+        ({"guidance": None}, "guidance: must be of type float"),
+        ({"guidance": "x"}, "guidance: must be of type float"),
+        ({"size": [1]}, "no height and width"),
+        ({"size": "big"}, "size: must be of type list"),
     ],
 )
 def test_notes_of_another_kind_are_refused(shell: Shell, notes: dict[str, Any], words: str) -> None:
     state = State(torch.zeros(1, 1, 8, 8), None, 0, (2.0, 1.0, 0.0), "BDIA(Euler(), gamma=1.0)")
-    state.save("s.safetensors", {"model": "digits", **notes})
+    known = {"model": "digits", "size": None, "prompt": None, "negative": None, "guidance": 1.0}
+    state.save("s.safetensors", {**known, **notes})
     assert words in shell.refused("invert s.safetensors")
 
 
-def test_a_state_carries_the_weights_that_made_it(shell: Shell) -> None:
-    sigmas = tuple(karras_sigmas(4).tolist())
-    Calibrated("Euler()", sigmas, (0.5, 0.75, 0.625)).save("gamma.json")
-    shell.run(f"sample --weights gamma.json --count 2 --steps 4 --save s.safetensors{DIGITS}")
-    Path("gamma.json").unlink()
-    shell.run("invert s.safetensors --save code.safetensors")
-    state, notes = State.load_with_notes("s.safetensors")
-    assert "gamma.json" not in json.dumps([state.solver, notes])
-    rule = Calibrated("Euler()", sigmas, (0.5, 0.75, 0.625))
-    right = BDIA(Euler(), rule).invert(IdealDenoiser(load_digits()[0]), state, sigmas)
-    assert torch.allclose(State.load("code.safetensors").current, right.state.current, rtol=1e-4)
-
-
-def test_a_state_does_not_choose_which_files_are_read(shell: Shell) -> None:
+def test_a_state_does_not_choose_which_files_or_modules_are_read(shell: Shell) -> None:
     Calibrated("Euler()", (2.0, 1.0, 0.0), (0.5,)).save("gamma.json")
-    solver = "BDIA(Euler(), load('gamma.json'))"
-    state = State(torch.zeros(1, 1, 8, 8), None, 0, (2.0, 1.0, 0.0), solver)
-    state.save("s.safetensors", {"model": "digits"})
-    assert "'load'" in shell.refused("invert s.safetensors")
+    known = {"size": None, "prompt": None, "negative": None, "guidance": 1.0}
+    for solver, model, words in (
+        ("BDIA(Euler(), load('gamma.json'))", "digits", "'load'"),
+        ("BDIA(Euler(), gamma=1.0)", "antigravity:fly", "give --model antigravity:fly"),
+        ("BDIA(Euler(), gamma=1.0)", "someone/pipeline", "give --model someone/pipeline"),
+    ):
+        state = State(torch.zeros(1, 1, 8, 8), None, 0, (2.0, 1.0, 0.0), solver)
+        state.save("s.safetensors", {"model": model, **known})
+        assert words in shell.refused("invert s.safetensors")
 
 
 # signals
@@ -227,7 +215,7 @@ def test_a_signal_ends_a_command_with_one_line_and_no_half_file(
     shell: Shell, number: int, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in WRITTEN:
-        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).parent.mkdir(exist_ok=True, parents=True)
         Path(name).write_bytes(b"old")
 
     def stop(*args: Any, **options: Any) -> Any:
@@ -243,8 +231,7 @@ def test_a_signal_ends_a_command_with_one_line_and_no_half_file(
         print(*args, **options)
 
     if place == "a run":
-        stopping = dataclasses.replace(choices.MODELS["digits"], load=stop)
-        monkeypatch.setitem(choices.MODELS, "digits", stopping)
+        monkeypatch.setitem(opening.BUNDLED, "digits", (stop, ""))  # type: ignore[arg-type]
     else:
         owner, method = (Image.Image, "save") if place == "a picture" else (os, "fsync")
         monkeypatch.setattr(owner, method, stop)
@@ -255,13 +242,40 @@ def test_a_signal_ends_a_command_with_one_line_and_no_half_file(
     assert caught.value.code == 128 + number
     output, error = shell.capsys.readouterr()
     *_, line = error.splitlines()
-    assert line == "Interrupted. No file is left half written; the same command starts again."
+    assert line.startswith(
+        "Interrupted. Finished files are whole and stay; the same command goes on"
+    )
     assert "Traceback" not in error
     assert output == ""
     assert files() == WRITTEN
-    assert Path("out/samples.png").read_bytes() == b"old"
-    assert (Path("s.safetensors").read_bytes() == b"old") == (place != "a picture")
+    assert Path(PICTURES[0]).read_bytes() == b"old"
+    first = Path(PICTURES[0]).with_suffix(".safetensors").read_bytes()
+    assert (first == b"old") == (place != "a picture")
     os.kill(os.getpid(), signal.SIGINT)  # while Python ends: not heard any more
+
+
+def test_an_interrupted_command_goes_on(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C at the third of five pictures: two are there, and three are made by the next run."""
+    saved = Image.Image.save
+    count = 0
+
+    def stop(self: Any, *args: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt(signal.SIGINT)
+        return saved(self, *args, **options)
+
+    command = f"sample --count 5 --batch 1{DIGITS}"
+    with monkeypatch.context() as patched:
+        patched.setattr(Image.Image, "save", stop)
+        assert ended(command) == 130
+    assert files("out") == PICTURES
+    before = [Path(name).stat().st_mtime_ns for name in PICTURES]
+    assert (
+        shell.run(command) == "2 of 5 are finished in out/sample\nwrote 3 pictures in out/sample\n"
+    )
+    assert [Path(name).stat().st_mtime_ns for name in PICTURES] == before
 
 
 DURING_IMPORTS = """

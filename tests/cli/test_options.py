@@ -9,45 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from PIL import Image
 
-from odesolvers import (
-    BDIA,
-    DampedStepRatio,
-    Euler,
-    StepRatio,
-    cli,
-    karras_sigmas,
-)
-from odesolvers.cli import app, choices, pictures, report, work
+from odesolvers import BDIA, DDIM, EDICT, DampedStepRatio, Euler, FixedPoint, cli, karras_sigmas
+from odesolvers.cli import commands, outputs, parser, pictures
+from odesolvers.opening import SHORT, solver_of
 
-from .shell import DIGITS, Shell, setup_of
+from .shell import DIGITS, Shell, files
+
+NAMES = [function.__name__.rstrip("_") for function, *_ in parser.COMMANDS]
 
 
-def test_labels_are_read() -> None:
-    digits, letters = choices.MODELS["digits"], choices.MODELS["letters"]
-    assert digits.labels("3") == (3,)
-    assert digits.labels("0-3,7") == (0, 1, 2, 3, 7)
-    assert letters.labels("A-C, Z") == (0, 1, 2, 25)
-    for text in ("", "a", "1,", "5-3", "-1", "5-", "12"):
-        with pytest.raises(ValueError, match=r"labels are 0 to 9, got .*: give one"):
-            digits.labels(text)
-
-
-def test_every_grid_can_be_asked_for() -> None:
-    for name in choices.GRIDS:
-        assert len(setup_of(f"sample --grid {name} --steps 5{DIGITS}").sigmas) == 6
-    sigmas = setup_of("sample --steps 9 --rho 3" + DIGITS).sigmas
-    assert torch.equal(sigmas, karras_sigmas(9, rho=3.0))
-
-
-def test_the_default_solver() -> None:
-    assert setup_of("sample" + DIGITS).solver == BDIA(Euler(), DampedStepRatio())
-    text = '"BDIA(Euler(), gamma=StepRatio(2))"'
-    assert setup_of(f"sample --solver {text}{DIGITS}").solver == BDIA(Euler(), StepRatio(2))
-
-
-@pytest.mark.parametrize("command", ["", "-h", *(f"{c[0].__name__} -h" for c in app.COMMANDS[:-1])])
+@pytest.mark.parametrize("command", ["", "-h", *(f"{name} -h" for name in NAMES)])
 def test_help_fits_the_screen(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(command.split())
@@ -57,55 +30,113 @@ def test_help_fits_the_screen(command: str, capsys: pytest.CaptureFixture[str]) 
     assert max(len(line) for line in output.splitlines()) <= 80
 
 
+def test_help_says_the_defaults_that_are_used(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, words in (
+        ("invert", ["(codes)", "(out/invert)", "(letters)"]),
+        ("edit", ["(damped)", "(1.0)", "(out/edit)", "(crop)"]),
+        ("calibrate", ["(16)", "(1000)", "(out/gamma.json)", "(80)"]),
+        ("interpolate", ["(9)", "(codes)"]),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        output = capsys.readouterr().out
+        for word in words:
+            assert word in output, (name, word)
+
+
+def test_the_version_and_the_completion(capsys: pytest.CaptureFixture[str]) -> None:
+    import odesolvers
+
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"odesolvers {odesolvers.__version__}\n"
+    for shell in ("bash", "zsh"):
+        with pytest.raises(SystemExit):
+            cli.main(["--print-completion", shell])
+        script = capsys.readouterr().out
+        assert "--strength" in script
+        checked = [shell, "-n"] if shell == "bash" else ["true"]
+        assert not subprocess.run(checked, input=script, text=True).returncode
+
+
+def test_short_names_are_solvers() -> None:
+    sigmas = karras_sigmas(5)
+    assert solver_of("damped", "Euler()", sigmas) == BDIA(Euler(), DampedStepRatio())
+    assert solver_of("codes", "DDIM()", sigmas).approximator == DDIM()  # type: ignore[attr-defined]
+    assert solver_of("edict", "Euler()", sigmas) == EDICT()
+    assert solver_of("exact", "Euler()", sigmas).arithmetic == FixedPoint()
+    flow = karras_sigmas(5, 0.1, 2.0**20)  # a level that 40 fractional bits leave no room above
+    solver_of("exact", "FlowEuler()", flow).arithmetic.check(parser.commands.ode.Grid.of(flow))
+    for name in SHORT:
+        solver_of(name, "Euler()", sigmas)
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
         ("frobnicate", "choose from"),
         ("--steps 3", "see `odesolvers --help`"),
         ("--bogus", "COMMAND"),
-        ("sample more", "odesolvers sample takes no 'more'; see `odesolvers sample --help`"),
+        ("list more", "odesolvers list takes no 'more'; see `odesolvers list --help`"),
         ("sample --stepps 3", "odesolvers sample takes no '--stepps'"),
         ("sample --step 3", "odesolvers sample takes no '--step'"),
         ("sample --count", "--count: expected one argument"),
         ("sample --solver Heun()", "no 'Heun' to name a solver by; did you mean 'HeunEDM'? Known:"),
         ("sample --solver HeunEDM", "'HeunEDM' is neither a number"),
         ("sample --solver 'BDIA('", "'BDIA(' is not an expression"),
-        ("sample --solver StepRatio(2)", "--solver must name a solver such as BDIA(Euler()"),
+        ("sample --solver StepRatio(2)", "--solver must name a solver such as 'BDIA(Euler()"),
         ("sample --solver 'BDIA(Euler(), gamma=3)'", "gamma must be in (0, 1]"),
         ("sample --solver \"__import__('os')\"", "no '__import__' to name a solver by"),
-        ("sample --weights absent.json", "there is no file absent.json"),
+        ("sample --solver \"load('absent.json')\"", "absent.json"),
         ("calibrate --base EDICT()", "--base must name a method such as Euler()"),
-        ("sample --model digit", "'digit' (choose from"),
-        ("sample --grid karas", "'karas' (choose from"),
-        ("sample --dtype int8", "'int8' (choose from"),
+        ("calibrate --out rule.txt", "must be a file that ends in .json, got rule.txt"),
+        ("sample --model digit", "there is no such file or folder, and it is no hub id"),
+        ("sample --model absent/model.safetensors", "there is no file absent/model.safetensors"),
+        ("sample --grid karas", "must be one of karras, exponential, vp, got 'karas'"),
+        ("sample --dtype int8", "must be one of float32, float64, bfloat16, got 'int8'"),
         ("sample --steps 1", "needs n >= 2"),
         ("sample --sigma-min 90", "0 < sigma_min < sigma_max"),
         ("sample --sigma-min low", "--sigma-min: must be a finite number, got 'low'"),
         ("sample --grid vp --sigma-max 3", "the grid vp takes no --sigma-max"),
         ("sample --count 0", "--count: must be a whole number from 1 to 10000, got '0'"),
-        ("sample --seed -1", "--seed: must be a whole number from 0 to 2^63 - 1, got '-1'"),
-        ("sample --labels 1 --guidance 2", "needs labels, and a model that was trained without"),
-        ("sample --labels 12", "labels are 0 to 9, got '12'"),
-        ("sample --labels ''", "labels are 0 to 9, got ''"),
+        ("sample --seed -1", "--seed: must be a whole number from 0 to 2^62, got '-1'"),
+        ("sample --prompt 12", "prompts of this model are 0 to 9, got '12'"),
+        ("sample --prompt ''", "prompts of this model are 0 to 9, got ''"),
         ("sample --device nowhere", "device 'nowhere' cannot be used here"),
-        ("sample --save state.pt", "must end in .safetensors"),
-        ("roundtrip --count 1 --steps 3 --solver Euler()", "cannot be inverted"),
-        ("roundtrip --count 1 --steps 3 --solver 'BDIA(Euler(), 0)'", "cannot be inverted"),
-        ("invert", "required: FILE"),
-        ("invert absent.png", "there is no file absent.png"),
-        ("invert absent.safetensors", "there is no file absent.safetensors"),
-        ("sample --from absent.safetensors", "there is no file absent.safetensors"),
-        ("invert .", "there is no file ."),
+        ("sample --size 8 8", "--size is for pipelines"),
+        ("sample --network float16", "--network is for EDM files and pipelines"),
+        ("sample --out x.xyz", "x.xyz ends as no picture (.png"),
+        ("sample --count 2 --out x.png", "x.png is one picture, and there are 2: give a folder"),
+        ("invert", "odesolvers invert needs pictures: FILE"),
+        ("invert absent.png", "there is no file or folder absent.png"),
+        ("invert .", "there is no picture in ."),
+        ("edit a.png --to 3 --strength 0", "strength must be from"),
+        ("edit a.png --to 3 --strength x", "--strength: must be a finite number"),
+        ("edit a.png", "required: --to"),
+        ("edit a.png --to 3 --mask absent.png", "there is no file absent.png"),
+        ("edit a.png --to 3 --solver Euler()", "cannot: use BDIA(Euler())"),
+        ("edit a.png b/a.png --to 3", "two pictures are named a: their results would be one"),
+        ("interpolate a.png --frames 2", "two pictures are interpolated, got 1"),
+        ("interpolate a.png a.png --frames 1", "from 2 to 10000, got '1'"),
+        ("watermark a.png --key k", "invalid choice: 'a.png'"),
+        ("watermark detect a.png", "required: --key"),
+        ("watermark detect --key k", "there is no picture in"),
     ],
 )
 def test_bad_options_are_explained(shell: Shell, command: str, message: str) -> None:
-    model = "" if "--model" in command or not command[0].isalpha() else DIGITS
+    known = command.split()[0] in ("sample", "edit", "invert", "interpolate", "calibrate")
+    model = "" if "--model" in command or not known else " --model digits"
+    if command != "invert .":
+        Path("b").mkdir()
+        for name in ("a.png", "b/a.png"):
+            Image.fromarray(np.zeros((8, 8), np.uint8)).save(name)
     assert message in shell.refused(command + model)
+    assert not [name for name in files() if name not in ("a.png", "b/a.png")]
 
 
 def test_files_of_another_kind_are_explained(shell: Shell) -> None:
     def message(name: str) -> str:
-        return shell.refused(f"invert {name}{DIGITS}")
+        return shell.refused(f"invert {name}{DIGITS} --again")
 
     Path("text.txt").write_text("no image")
     assert "text.txt cannot be read as an image: give" in message("text.txt")
@@ -115,24 +146,26 @@ def test_files_of_another_kind_are_explained(shell: Shell) -> None:
     assert "not a saved state" in message("text.safetensors")
     np.save("large.npy", np.full((8, 8), 3.0))
     assert "floating point in [-1, 1]" in message("large.npy")
-    np.save("flat.npy", np.zeros(64))
-    assert "(B, C, H, W), got (64,)" in message("flat.npy")
+    np.save("many.npy", -np.ones((2, 1, 8, 8)))
+    assert "many.npy holds 2 pictures: save each as a file of its own" in message("many.npy")
     Path("text.json").write_text("{")
-    message_of_weights = shell.refused("sample --weights text.json" + DIGITS)
-    assert "text.json is not a calibration" in message_of_weights
-    np.save("digit.npy", -np.ones((8, 8)))
-    shell.capsys.readouterr()
-    with pytest.raises(SystemExit):
-        cli.main(shlex.split(f"invert digit.npy --steps 3 --out picture.xyz{DIGITS}"))
-    assert (
-        "picture.xyz does not end as an image file does: use .png" in shell.capsys.readouterr().err
+    assert "text.json is not a calibration" in shell.refused(
+        "sample --solver \"load('text.json')\"" + DIGITS
     )
+
+
+def test_a_damaged_list_of_what_is_finished_is_explained(shell: Shell) -> None:
+    shell.run("sample --count 1" + DIGITS)
+    for content in ("{", "[]", '{"settings": {}, "done": {"a": 3}}'):
+        Path("out/sample/.odesolvers.json").write_text(content)
+        assert ".odesolvers.json is damaged" in shell.refused("sample --count 1" + DIGITS)
+    shell.run("sample --count 1 --again" + DIGITS)
 
 
 @pytest.fixture
 def _not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line as before its first import."""
-    for module in (app, choices, pictures, report, work):
+    for module in (commands, outputs, parser, pictures):
         monkeypatch.delitem(sys.modules, module.__name__)
         monkeypatch.delattr(cli, module.__name__.split(".")[-1])
 
@@ -141,10 +174,9 @@ def _not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("absent", "hint"),
     [
-        ("rich.console", "rich tqdm pillow matplotlib"),
-        ("tqdm", "rich tqdm pillow matplotlib"),
-        ("PIL", "rich tqdm pillow matplotlib"),
-        ("matplotlib.figure", "rich tqdm pillow matplotlib"),
+        ("tqdm", "tqdm pillow safetensors shtab"),
+        ("PIL", "tqdm pillow safetensors shtab"),
+        ("shtab", "tqdm pillow safetensors shtab"),
         ("safetensors.torch", "safetensors"),
         ("sklearn.datasets", "scikit-learn"),
     ],
@@ -153,9 +185,14 @@ def test_missing_extras_are_named(
     shell: Shell, absent: str, hint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, absent, None)
+    from odesolvers import opening
+
+    if absent == "sklearn.datasets":
+        entry = opening._digits, ""
+        monkeypatch.setitem(opening.BUNDLED, "digits", entry)  # type: ignore[arg-type]
     shell.capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
-        cli.main(f"sample --count 1 --steps 3 --save s.safetensors{DIGITS}".split())
+        cli.main(shlex.split("sample --count 1 --save" + DIGITS))
     assert caught.value.code == 2
     assert f"pip install {hint}" in shell.capsys.readouterr().err
 
@@ -164,9 +201,10 @@ def test_the_library_does_not_import_the_command_line() -> None:
     code = """
 import sys, odesolvers, odesolvers.models
 assert 'odesolvers.cli' not in sys.modules
-sys.modules['rich'] = None
-import odesolvers.cli.__main__
+sys.modules['tqdm'] = None
+sys.argv = ['odesolvers', 'list']
+import odesolvers.__main__
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 2
-    assert result.stderr.startswith("Error: the command line needs rich: pip install rich tqdm ")
+    assert result.stderr.startswith("Error: the command line needs tqdm: pip install tqdm ")

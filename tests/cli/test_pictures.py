@@ -197,10 +197,30 @@ def test_other_sizes_are_resized_and_never_squashed() -> None:
         close(read_images(Path("a.png"), (1, size, size)), values(pillow)[:, :1], levels=0.1)
     for height, width in ((64, 63), (32, 64), (1, 64)):
         Image.fromarray(np.zeros((height, width), np.uint8)).save("a.png")
-        words = f"is {width} x {height} pixels, the model's images are 32 x 32", "crop it"
+        words = f"is {width} x {height} pixels, the model's images are 32 x 32", "--fit crop"
         refused("written", *words)
     Image.fromarray(np.zeros((76, 101), np.uint8)).save("a.png")
     assert read_images(Path("a.png"), (3, 48, 64)).shape == (1, 3, 48, 64)  # 4:3, to the pixel
+
+
+def test_other_proportions_are_cropped_or_padded(capsys: pytest.CaptureFixture[str]) -> None:
+    """A square ring on white, 40 high and 60 wide: its centre, or all of it between white bars."""
+    wide = np.full((40, 60), 255, np.uint8)
+    wide[:, 10:50] = 0
+    wide[5:35, 15:45] = 128
+    Image.fromarray(wide).save("a.png")
+    cropped = read_images(Path("a.png"), (1, 40, 40), "crop")
+    close(cropped, values(wide[:, 10:50])[:, :1])
+    assert "its centre of 40 x 40 is taken; --fit pad" in capsys.readouterr().err
+    padded = read_images(Path("a.png"), (1, 60, 60), "pad")
+    close(padded[:, :, 10:50], values(wide)[:, :1])
+    assert (padded[:, :, :10] == 1).all()
+    assert (padded[:, :, 50:] == 1).all()
+    Image.fromarray(wide.T).save("a.png")
+    close(read_images(Path("a.png"), (1, 40, 40), "crop"), values(wide.T[10:50])[:, :1])
+    assert read_images(Path("a.png"), (1, 20, 30), "crop").shape == (1, 1, 20, 30)
+    Image.fromarray(np.zeros((1, 64), np.uint8)).save("a.png")
+    assert read_images(Path("a.png"), (1, 8, 8), "crop").shape == (1, 1, 8, 8)
 
 
 def animation(name: str) -> None:

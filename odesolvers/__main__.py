@@ -1,0 +1,5 @@
+"""``python -m odesolvers``, the command line."""
+
+from odesolvers_command import main
+
+main()

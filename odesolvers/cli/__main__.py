@@ -1,5 +1,0 @@
-"""``python -m odesolvers.cli``"""
-
-from . import main
-
-main()
