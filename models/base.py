@@ -57,11 +57,11 @@ def check_device(x: Tensor, of_model: Tensor, **others: Tensor | None) -> None:
             )
 
 
-def check_floating_dtype(dtype: torch.dtype) -> None:
+def check_floating_dtype(dtype: object) -> None:
     """Check that a network can compute in `dtype`.
 
     Raises:
         TypeError: if `dtype` is not a floating point dtype.
     """
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating point dtype, got {dtype}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating point dtype, got {dtype!r}")

@@ -113,12 +113,22 @@ def evaluate(
     Floating point `t` is given in float64 to networks in float64, and in float32 to all others.
 
     Raises:
-        TypeError: if the output is neither a tensor nor an output of diffusers.
+        TypeError: if the output is neither a tensor nor an output of diffusers, or the weights of the
+            network are of another dtype.
         ValueError: if its shape is not that of `z`, or twice the channels under `learned_variance`.
     """
     if t.is_floating_point():
         t = t.to(level_dtype(dtype))
-    output = network(z.to(dtype), t, **extra_args)
+    try:
+        output = network(z.to(dtype), t, **extra_args)
+    except RuntimeError as error:
+        if "same dtype" not in str(error) and "should be the same" not in str(error):
+            raise
+        raise TypeError(
+            f"the network met two dtypes ({error}): its input z is {dtype}, t {t.dtype}. Give the "
+            "denoiser that of its weights, such as dtype=torch.bfloat16, and the state keeps its own; if "
+            "z has it already, convert t or the conditions inside the network"
+        ) from error
     if not isinstance(output, Tensor):
         output = getattr(output, "sample", output)  # of the models of diffusers
     if not isinstance(output, Tensor):

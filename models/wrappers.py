@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -105,7 +105,8 @@ class DiscreteDenoiser(NetworkDenoiser):
             `t` is float64 beside float64 and float32 otherwise.
 
     Raises:
-        TypeError: if `network` is not callable or `dtype` is not a floating point dtype.
+        TypeError: if `network` is not callable, `dtype` is not a floating point dtype, or
+            `alphas_cumprod` is a scheduler.
         ValueError: if `prediction` is unknown, cannot be made of pure noise, or if `alphas_cumprod` is
             another row of numbers than that.
     """
@@ -122,6 +123,11 @@ class DiscreteDenoiser(NetworkDenoiser):
     ) -> None:
         super().__init__(network, dtype)
         self.prediction = check_prediction_name(prediction)
+        if hasattr(alphas_cumprod, "alphas_cumprod") or isinstance(alphas_cumprod, Mapping):
+            raise TypeError(
+                f"alphas_cumprod must be a row of numbers, got a {type(alphas_cumprod).__name__}: pass "
+                "scheduler.alphas_cumprod"
+            )
         alphas = _check_alphas(row(alphas_cumprod, torch.float64), prediction)
         self.schedule = DiscreteSchedule(
             alphas, prediction, spacing="trailing", offset=0, final="zero"

@@ -291,10 +291,9 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Latents with noise of the levels of some of `timesteps`, one for each element of the batch."""
-        found = [self._find(timestep)[0] for timestep in timesteps]
-        levels = [self._calls[call].sigma for call in found]
-        scale = original_samples.new_tensor([self._scale(sigma) for sigma in levels])
-        share = original_samples.new_tensor([self._scale(sigma) * sigma for sigma in levels])
+        calls = [self._calls[self._find(t)[0]] for t in timesteps.tolist()]
+        factors = [(call.scale, call.scale * call.sigma) for call in calls]
+        scale, share = original_samples.new_tensor(factors).unbind(1)
         scale, share = append_dims(scale, noise), append_dims(share, noise)
         noisy: Tensor = scale * original_samples + share * noise
         return noisy

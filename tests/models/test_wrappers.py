@@ -279,6 +279,30 @@ def test_other_rows_than_alphas_cumprod(alphas, words):
         DiscreteDenoiser(Network(), alphas)
 
 
+def test_a_scheduler_in_place_of_its_alphas_cumprod(diffusers):
+    scheduler = diffusers.DDPMScheduler()
+    for given in (scheduler, scheduler.config):
+        with pytest.raises(TypeError, match=r"pass scheduler\.alphas_cumprod"):
+            DiscreteDenoiser(Network(), given)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.Conv1d(2, 2, 1)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_network_of_another_dtype_than_the_state(layer, dtype):
+    layer = layer.to(dtype)
+    x, sigma = noise(3, 2, 8, dtype=torch.float32), torch.full((3,), 0.5)
+    for wrap in (lambda net, **settings: DiscreteDenoiser(net, ALPHAS, **settings), FlowDenoiser):
+        with pytest.raises(TypeError, match="met two dtypes .* its input z is torch.float32"):
+            wrap(lambda z, t: layer(z))(x, sigma)
+        assert wrap(lambda z, t: layer(z), dtype=dtype)(x, sigma).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int64])
+def test_dtypes_that_are_none(dtype):
+    with pytest.raises(TypeError, match="dtype must be a floating point dtype"):
+        FlowDenoiser(Network(), dtype)
+
+
 def test_zero_terminal_snr_of_v_prediction():
     alphas = torch.cat([ALPHAS, torch.zeros(1)])
     assert DiscreteDenoiser(Network(), alphas, "v_prediction").sigma_max == pytest.approx(2.0**20)
