@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .cli.pictures import noise_in_view, read_images, to_picture
@@ -88,12 +89,13 @@ def build(model: str, device: torch.device, network: torch.dtype | None = None) 
     gradio = _gradio()
     opened = {"name": model, "model": open_model(model, device, network, None)}
 
-    def load(name: str) -> str:
+    def load(name: str) -> tuple[Any, ...]:
         if ":" in name and "://" not in name:  # a page is no place to name code
             raise gradio.Error("functions are opened from the command line: odesolvers app --model")
         opened["model"] = _shown(gradio, lambda: open_model(name.strip(), device, network, None))
         opened["name"] = name.strip()
-        return _about(opened)
+        its: Any = opened["model"]
+        return _about(opened), gradio.Slider(value=its.steps), gradio.Slider(value=its.guidance)
 
     def draw(prompt: str, steps: float, guidance: float, seed: float) -> Any:
         def work() -> Any:
@@ -103,7 +105,7 @@ def build(model: str, device: torch.device, network: torch.dtype | None = None) 
             denoiser, extra = its.guided([prompt or None], guidance if prompt else None, None)
             noise = its.draw([int(seed)], float(sigmas[0]), its.dtype)
             x = solver.sample(denoiser, noise, sigmas, extra_args=extra).x
-            return to_picture(its.leave(x)[0])
+            return _enlarged(to_picture(its.leave(x)[0]))
 
         return _shown(gradio, work)
 
@@ -118,7 +120,7 @@ def build(model: str, device: torch.device, network: torch.dtype | None = None) 
             picture = read_images(Path(path), its.shape, "crop")[:1]
             settings: Any = {"steps": int(steps), "guidance": guidance, "strength": strength}
             found = compare(its, picture, prompt or None, target or None, **settings)
-            return [part for pictures, said in found.values() for part in (*pictures, said)]
+            return [p for row, said in found.values() for p in (*map(_enlarged, row), said)]
 
         return _shown(gradio, work)
 
@@ -147,7 +149,7 @@ def build(model: str, device: torch.device, network: torch.dtype | None = None) 
                             label = f"{solver}: {what}"
                             outputs.append(gradio.Image(label=label, format="png", height=220))
                     outputs.append(gradio.Markdown())
-        loads.click(load, name, about)
+        loads.click(load, name, [about, steps, guidance])
         draws.click(draw, [prompt, steps, guidance, seed], picture)
         runs.click(run, [picture, prompt, target, steps, guidance, strength], outputs)
     return page.queue(default_concurrency_limit=1)
@@ -158,6 +160,12 @@ def launch(model: str, port: int, device: torch.device, network: torch.dtype | N
     build(model, device, network).launch(
         server_name="127.0.0.1", server_port=port, share=False, show_error=True
     )
+
+
+def _enlarged(picture: Image.Image) -> Image.Image:
+    """A small picture in whole multiples of its size, to be seen."""
+    times = max(1, 200 // picture.width)
+    return picture.resize((times * picture.width, times * picture.height), Image.Resampling.NEAREST)
 
 
 def _about(opened: dict[str, Any]) -> str:

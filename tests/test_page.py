@@ -89,8 +89,8 @@ def test_the_page_in_a_browser(address: str, tmp_path: Path) -> None:
         assert float(said.split("off by ")[1].split()[0]) < 1e-5
         said = tab.get_by_text("DDIM inversion: off by").inner_text()
         assert float(said.split("off by ")[1].split()[0]) > 1e-2
-        shown = "() => [...document.images].filter(i => i.naturalWidth == 32).length"
-        assert tab.evaluate(shown) == 7  # the picture, and three for each solver
+        shown = "() => [...document.images].filter(i => i.naturalWidth == 192).length"
+        assert tab.evaluate(shown) == 6  # three for each solver, six times as large
         tab.screenshot(path=str(tmp_path / "page.png"), full_page=True)
         before = tab.locator("img").first.get_attribute("src")
         tab.get_by_label("Prompt of the picture").fill("no letter")
@@ -106,5 +106,5 @@ def test_the_page_in_a_browser(address: str, tmp_path: Path) -> None:
         tab.get_by_role("button", name="Draw a picture of the prompt").click()
         drawn = "src => document.querySelector('img').src != src"
         tab.wait_for_function(drawn, arg=before, timeout=60_000)
-        tab.wait_for_function("() => document.querySelector('img').naturalWidth == 8")
+        tab.wait_for_function("() => document.querySelector('img').naturalWidth == 200")
         browser.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, suppress
@@ -39,23 +38,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             code, line = 2, f"Error: {_message(error)}"
         print(line, file=sys.stderr)
     raise SystemExit(code)
-
-
-def say(text: str) -> None:
-    """Prints a line of a result at once.
-
-    Raises:
-        OSError: if stdout takes it no more.
-    """
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    try:
-        print(text.encode(encoding, "replace").decode(encoding), flush=True)
-    except OSError as error:
-        with suppress(
-            OSError, ValueError
-        ):  # or Python prints the rest when it ends, and fails again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise OSError(f"printing failed ({error}); files that were finished are whole") from error
 
 
 class _Aside:

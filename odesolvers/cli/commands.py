@@ -20,8 +20,7 @@ from ..editing import edit as edit_picture, interpolate as between, mark, matche
 from ..extend import IntegrationApproximator, Solver
 from ..opening import BUNDLED, GRIDS, SHORT, Model, open_model, solver_of
 from ..typed import optional, printable, read
-from . import say
-from .outputs import STATE, Outputs, digest_of
+from .outputs import STATE, Outputs, digest_of, say
 from .pictures import noise_in_view, read_images, side_by_side, to_picture
 
 LEVELS: Final = ("sigma_min", "sigma_max", "rho")

@@ -16,7 +16,8 @@ import torch
 
 from .. import StabilityWarning, __version__
 from ..opening import BUNDLED, GRIDS
-from . import commands, say
+from . import commands
+from .outputs import say
 from .pictures import FITS
 
 DTYPES: Final = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
