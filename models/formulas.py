@@ -126,8 +126,8 @@ def evaluate(
             raise
         raise TypeError(
             f"the network met two dtypes ({error}): its input z is {dtype}, t {t.dtype}. Give the "
-            "denoiser that of its weights, such as dtype=torch.bfloat16, and the state keeps its own; if "
-            "z has it already, convert t or the conditions inside the network"
+            "denoiser the dtype of the weights, such as dtype=torch.bfloat16, and the state keeps its "
+            "own; if z has it already, convert t or the conditions inside the network"
         ) from error
     if not isinstance(output, Tensor):
         output = getattr(output, "sample", output)  # of the models of diffusers

@@ -347,7 +347,8 @@ def test_refusals_say_what_to_do(act, words):
 
 @pytest.mark.parametrize("told", [True, False])
 def test_a_run_begins_in_the_middle_where_its_solver_can(told):
-    for text in ("DDIM()", SOLVER, "BDIA(HeunEDM(), gamma=HeunStepRatio())"):
+    able = ("DDIM()", SOLVER, "BDIA(HeunEDM(), gamma=HeunStepRatio())")
+    for text in (*able, "Rex(Euler())", "McCallumFoster(DDIM())"):
         scheduler = InvertibleScheduler(text, **SD, steps_offset=1)
         scheduler.set_timesteps(5)
         begin = 2 * scheduler.order

@@ -331,7 +331,7 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                     "going up, it begins at the data"
                     if self.config["inverted"]
                     else "to begin in the middle, as image to image does, use a solver with equally "
-                    "many evaluations in every step, such as BDIA over DDIM, and scheduler.start = None"
+                    "many evaluations in every step, such as BDIA(DDIM()), and scheduler.start = None"
                 )
             )
         self._route, solver = route, self.solver

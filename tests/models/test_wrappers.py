@@ -292,7 +292,7 @@ def test_a_network_of_another_dtype_than_the_state(layer, dtype):
     layer = layer.to(dtype)
     x, sigma = noise(3, 2, 8, dtype=torch.float32), torch.full((3,), 0.5)
     for wrap in (lambda net, **settings: DiscreteDenoiser(net, ALPHAS, **settings), FlowDenoiser):
-        with pytest.raises(TypeError, match="met two dtypes .* its input z is torch.float32"):
+        with pytest.raises(TypeError, match=r"met two dtypes .* its input z is torch\.float32"):
             wrap(lambda z, t: layer(z))(x, sigma)
         assert wrap(lambda z, t: layer(z), dtype=dtype)(x, sigma).dtype == torch.float32
 
