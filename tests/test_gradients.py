@@ -69,7 +69,7 @@ class Network(nn.Module):
                 p.copy_(0.4 * torch.randn(p.shape, generator=generator))
 
     def forward(self, x: Tensor, sigma: Tensor, shift: Tensor | None = None) -> Tensor:
-        s = sigma[:, None].to(x.dtype)
+        s = sigma.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
         inner = torch.tanh(self.inner(x / (1 + s**2).sqrt()) + torch.log(s))
         output: Tensor = x / (1 + s**2) + s / (1 + s**2).sqrt() * self.outer(inner)
         return output if shift is None else output + shift
@@ -90,13 +90,13 @@ def gradients(
     *,
     dtype: torch.dtype = torch.float64,
     sigmas: Tensor = SIGMAS,
-    batch: int = 2,
+    shape: tuple[int, ...] = (2, 3),
 ) -> list[Tensor]:
     """Of the start, the condition and the parameters."""
     network = Network(dtype)
     scale = sigmas[0].item() if way == "sample" else 1.0
-    x = noise(batch, 3, sigma=scale, dtype=dtype).requires_grad_()
-    shift = noise(batch, 3, sigma=0.1, seed=1, dtype=dtype).requires_grad_()
+    x = noise(*shape, sigma=scale, dtype=dtype).requires_grad_()
+    shift = noise(*shape, sigma=0.1, seed=1, dtype=dtype).requires_grad_()
     run = getattr(solver, way)
     solution = run(network, x, sigmas, extra_args={"shift": shift}, differentiable=differentiable)
     loss_of(solution).backward()
@@ -127,17 +127,17 @@ def test_gradients_are_those_of_autograd(solver: Solver, way: str) -> None:
     n=st.integers(2, 9),
     low=st.floats(0.05, 0.5),
     rho=st.floats(1, 9),
-    batch=st.integers(1, 3),
+    shape=st.lists(st.integers(1, 3), min_size=1, max_size=3),
     zero=st.booleans(),
 )
-def test_gradients_on_any_grid(
-    solver: Solver, way: str, n: int, low: float, rho: float, batch: int, zero: bool
+def test_gradients_on_any_grid_and_shape(
+    solver: Solver, way: str, n: int, low: float, rho: float, shape: list[int], zero: bool
 ) -> None:
     sigmas = karras_sigmas(n, low, 5.0, rho, append_zero=zero and way == "sample")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InversionWarning)
         ours, theirs = (
-            gradients(solver, way, kind, sigmas=sigmas, batch=batch)
+            gradients(solver, way, kind, sigmas=sigmas, shape=(*shape, 3))
             for kind in ("reversible", True)
         )
     assert farthest(ours, theirs) < 1e-8
