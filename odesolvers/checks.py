@@ -80,8 +80,8 @@ def refuse_call(denoiser: object, extra_args: object) -> NoReturn:
     )
 
 
-def check_differentiable(differentiable: object) -> None:
-    """True or "reversible", where gradients can be recorded; or an error."""
+def check_differentiable(differentiable: object, solver: Any) -> None:
+    """True or "reversible", where gradients of a run of `solver` can be recorded; or an error."""
     if differentiable is not True and differentiable != "reversible":
         raise TypeError(
             f"differentiable must be True, False or 'reversible', got {differentiable!r}"
@@ -90,6 +90,16 @@ def check_differentiable(differentiable: object) -> None:
         raise RuntimeError(
             f"differentiable={differentiable!r} records nothing under torch.inference_mode(): call it "
             "outside"
+        )
+    if differentiable is True and solver.arithmetic.exact:
+        raise ValueError(
+            f"autograd has no gradient of a run in {solver.arithmetic}, which rounds every state: use "
+            "differentiable='reversible', or arithmetic=FloatingPoint()"
+        )
+    if differentiable == "reversible" and solver.states == 1:
+        raise ValueError(
+            f"differentiable='reversible' undoes the run, and {solver} has no exact inverse: use "
+            "BDIA over its method, or record every call with differentiable=True"
         )
 
 
@@ -209,11 +219,12 @@ def check_output(
             f"odesolvers.models.InDtype(denoiser, {output.dtype}) to keep the network in that dtype and "
             "the state in its own, or convert x"
         )
-    if earlier and any(overlap(output, value) for value in earlier):
-        raise ValueError(
-            f"the denoiser returned the storage of an earlier output again, {place(sigma, k)}: a step "
-            "needs several outputs at once; return a new tensor, such as output.clone()"
-        )
+    for value in earlier:
+        if overlap(output, value):
+            raise ValueError(
+                f"the denoiser returned the storage of an earlier output again, {place(sigma, k)}: a "
+                "step needs several outputs at once; return a new tensor, such as output.clone()"
+            )
     if finite and not is_finite(output):
         what = "the denoiser's output" if is_finite(x) else "the state handed to the denoiser"
         raise FloatingPointError(f"{what} is not finite {place(sigma, k)}; {OVERFLOW}")

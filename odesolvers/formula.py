@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, TypeAlias, TypeVar
 
 from torch import Tensor
@@ -129,7 +130,7 @@ class Shear:
     rest: Combination
     gain: float = 0.0
 
-    @property
+    @cached_property
     def exchanges(self) -> bool:
         """Whether it only exchanges the two states, which no rounding and no memory is needed for."""
         return self.gain == 1.0 and not self.rest.terms

@@ -58,16 +58,27 @@ class Grid:
                 )
 
     @classmethod
-    def of(cls, sigmas: Sigmas) -> Grid:
-        """Reads a grid given as a tensor, an array or a sequence of numbers."""
-        if isinstance(sigmas, Grid):
+    def of(cls, sigmas: Sigmas | None, own: tuple[float, ...] | None = None) -> Grid:
+        """Reads a grid given as a tensor, an array or a sequence of numbers.
+
+        `own` are the levels of a state. They stand for `sigmas` that are left out, or are a copy of
+        them in float32.
+        """
+        if isinstance(sigmas, Grid) and own is None:
             return sigmas
-        levels = sigmas if isinstance(sigmas, Tensor) else row(sigmas, torch.float64)
-        if levels.ndim != 1:
+        if sigmas is None and own is None:
+            raise TypeError("sigmas, the grid of noise levels, is needed: only a State has its own")
+        given = own if sigmas is None else sigmas.levels if isinstance(sigmas, Grid) else sigmas
+        row_ = given if isinstance(given, Tensor) else row(given, torch.float64)
+        if row_.ndim != 1:
             raise ValueError(
-                f"sigmas must be one row of noise levels, got shape {tuple(levels.shape)}"
+                f"sigmas must be one row of noise levels, got shape {tuple(row_.shape)}"
             )
-        return cls(tuple(levels.tolist()))
+        levels = tuple(row_.tolist())
+        if own is not None and len(own) == len(levels) and own != levels:
+            a, b = (torch.tensor(numbers, dtype=torch.float32) for numbers in (own, levels))
+            levels = own if torch.equal(a, b) else levels
+        return cls(levels)
 
     @property
     def steps(self) -> int:

@@ -44,8 +44,7 @@ class IterativeSolver(Solver):
 
     @final
     def undo(self, run: Run, steps: Steps, pair: Pair) -> Pair:
-        x, levels = pair[1], run.grid.levels
-        assert x is not None
+        (_, x), levels = pair, run.grid.levels
         failed: list[tuple[float, float]] = []
         for k, shears, _ in steps:
             x, outcome = self._undo(run, k, shears, x)
@@ -74,9 +73,7 @@ class IterativeSolver(Solver):
         ratio = scale(target) / scale(sigma)
 
         def residual(y: Tensor) -> Tensor:
-            _, reached = run.step(k, shears, (None, y))
-            assert reached is not None
-            return after - reached
+            return after - run.rest(shears[0], y, k).to(after.dtype)
 
         return self.solve(residual, after, after * (ratio if math.isfinite(ratio) else 1.0))
 

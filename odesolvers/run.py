@@ -31,7 +31,7 @@ from .settings import identity, once
 from .state import Convergence, Solution, State
 from .trust import expected_sampling_error
 
-Pair: TypeAlias = "tuple[Tensor | None, Tensor | None]"
+Pair: TypeAlias = "tuple[Tensor | None, Tensor]"
 """Two stored states: the far one, which a shear replaces, and the near one, at which it calls."""
 
 Steps: TypeAlias = "Iterable[tuple[int, tuple[Shear, ...], bool]]"
@@ -55,10 +55,10 @@ class Denoiser(Protocol):
 
 
 @contextmanager
-def modes(differentiable: object, *functions: Any) -> Iterator[list[Any]]:
+def modes(differentiable: object, *functions: Any, solver: Any = None) -> Iterator[list[Any]]:
     """The modes of torch in a run; yields `functions` put back in the caller's."""
     if differentiable is not False:
-        check_differentiable(differentiable)
+        check_differentiable(differentiable, solver)
     if torch.is_inference_mode_enabled():
         functions = tuple(torch.inference_mode()(f) if callable(f) else f for f in functions)
     # What is made in inference mode has no version, by which a write to it would be noticed.
@@ -73,8 +73,8 @@ class Run:
 
     Args:
         solver: for its arithmetic, its kind of pair, and its steps, worked out once for equal settings.
-        denoiser, x, sigmas, extra_args, callback, differentiable: see `Solver.sample`.
-        index: the place on the grid of an `x` that is a tensor.
+        denoiser, x, sigmas, extra_args, callback: see `Solver.sample`.
+        index: the place on the grid of an `x` that is a tensor; None for the end, and a run up the grid.
 
     Attributes:
         grid: the noise levels.
@@ -82,8 +82,10 @@ class Run:
         plan: the steps of the solver down the grid, numbered.
         sampling_error: the expected relative error of samples, see `stability_report`.
         dtype: that of the states that the denoiser sees.
+        memory: the working memory of an exact arithmetic.
         nfe: denoiser calls so far.
         convergence: the outcomes of iterations so far.
+        check: whether every output is checked for values that are not finite, at once.
     """
 
     def __init__(
@@ -95,73 +97,62 @@ class Run:
         index: int | None = 0,
         extra_args: Mapping[str, Any] | None = None,
         callback: Callback | None = None,
-        differentiable: Differentiable = False,
     ) -> None:
         if not callable(denoiser) or not (extra_args is None or isinstance(extra_args, Mapping)):
             refuse_call(denoiser, extra_args)
         self.solver, self.arithmetic, self.denoiser = solver, solver.arithmetic, denoiser
         self.extra_args, self.callback = dict(extra_args or {}), callback
-        if isinstance(x, Solution):
-            x = x.state
-        self.grid, self.up = _grid(x, sigmas), index is None
-        if differentiable is True and self.arithmetic.exact:
-            raise ValueError(
-                f"autograd has no gradient of a run in {self.arithmetic}, which rounds every state: use "
-                "differentiable='reversible', or arithmetic=FloatingPoint()"
-            )
-        if differentiable == "reversible" and solver.states == 1:
-            raise ValueError(
-                f"differentiable='reversible' undoes the run, and {solver} has no exact inverse: use "
-                "BDIA over its method, or record every call with differentiable=True"
-            )
+        self.up, self.exact = index is None, self.arithmetic.exact
+        given: Any = x.state if isinstance(x, Solution) else x
+        self.grid = Grid.of(sigmas, given.sigmas if isinstance(given, State) else None)
         self.name, *classes = identity(solver)
-        self.state, self.dtype = self._stored(
-            x, len(self.grid.levels) - 1 if index is None else index
+        self.state = self._stored(given, self.grid.steps if index is None else index)
+        current = self.state.current
+        self._level, self._batch = (
+            current.new_empty(0, dtype=level_dtype(self.dtype)),
+            current.shape[:1],
         )
-        dtype = level_dtype(self.dtype)
-        key = self.name, *classes, self.grid.levels, dtype
-
-        def planned() -> tuple[Plan, float]:
-            plan = solver.plan(self.grid)
-            check_coefficients(plan, self.grid, dtype)
-            return plan, expected_sampling_error(solver, plan, self.grid, dtype)
-
-        self.plan, self.sampling_error = once(key, planned)
-        self._levels = self.state.current.new_empty(0, dtype=dtype)
-        self._twice = self.arithmetic.check_determinism
-        self._last: tuple[Tensor, Call, Tensor, int] | None = None
-        self._reported = -1
+        key = self.name, *classes, self.grid.levels, self._level.dtype
+        self.plan, self.sampling_error = once(key, self._planned)
         self.memory: Any = None
-        self.nfe, self.convergence = 0, list[Convergence]()
-        self.check = self.arithmetic.exact
-        """Whether every output is checked for values that are not finite, at once."""
+        self.nfe, self.convergence, self.check = 0, list[Convergence](), self.exact
+        self._twice, self._reported = self.arithmetic.check_determinism, -1
+        self._last: tuple[Tensor, Call, Tensor, int] | None = None
 
-    def _stored(self, x: Tensor | State, index: int) -> tuple[State, torch.dtype]:
-        """`x` as a checked and stored state, and the dtype of its values."""
-        current: Any = x
-        partner, side = None, None
+    def _planned(self) -> tuple[Plan, float]:
+        plan, dtype = self.solver.plan(self.grid), self._level.dtype
+        check_coefficients(plan, self.grid, dtype)
+        return plan, expected_sampling_error(self.solver, plan, self.grid, dtype)
+
+    def _stored(self, x: Any, index: int) -> State:
+        """`x` as a checked and stored state, in storage of its own: who has `x` may write to it."""
+        current, partner, side = x, None, None
         if isinstance(x, State):
             check_origin(x, self.grid, self.solver, self.name)
-            current, partner, index, side = x.current, x.partner, x.index, x.side
-        if self.solver.states == 1:
-            partner = None
-        if self.arithmetic.exact:
+            current, index, side = x.current, x.index, x.side
+            partner = x.partner if self.solver.states == 2 else None
+        if self.exact:
             self.arithmetic.check(self.grid)
-        if side is None:  # in storage of its own: the caller, or the denoiser, may write to `x`
-            given = (current,) if partner is None else (current, partner)
-            kept = {id(x): self.arithmetic.store(check_start(x).clone()) for x in given}
-            dtype, current, partner = current.dtype, kept[id(current)], kept.get(id(partner))
-        else:
-            dtype = side.dtype
+        if side is None:
+            own = check_start(current).clone()
+            self.dtype, own = own.dtype, self.arithmetic.store(own) if self.exact else own
+            if partner is not None and partner is not current:
+                partner = self.arithmetic.store(check_start(partner).clone())
+            current, partner = own, own if partner is current else partner
+        else:  # what was made in inference mode shows no writes
+            self.dtype = side.dtype
+            current, partner = (
+                y.clone() if y is not None and y.is_inference() else y for y in (current, partner)
+            )
         if self.solver.coupled and partner is None:
             partner = current
-        args = self.grid.levels, self.name, side, self.solver.coupled
-        return State(current, partner, index, *args), dtype
+        sigmas: Any = self.grid  # checked
+        return State(current, partner, index, sigmas, self.name, side, self.solver.coupled)
 
     def finish(
         self,
         steps: Sequence[tuple[int, tuple[Shear, ...], bool]],
-        walk: Callable[[Steps, Pair], Pair],
+        walk: Callable[[Steps, Pair], object],
         progress: bool,
         origin: int,
         stop: int,
@@ -171,44 +162,35 @@ class Run:
         `origin` is the index of the first pair of the run, see `Arithmetic.open`.
         """
         bar = progress_bar(steps, desc=type(self.solver).__name__) if progress else steps
-        index, pair, finite = self._through(walk, bar, origin)
-        if not finite:
+        if not self._through(walk, bar, origin):
             # What is not finite stays so: it is found at the end, and named by a second run.
             self.check, self.callback = True, None
-            *_, finite = self._through(walk, steps, origin)
             raise FloatingPointError(
                 "the run ended with a state that is not finite, and made again it did not: the "
                 "denoiser does not return the same output for the same input"
-                if finite
+                if self._through(walk, steps, origin)
                 else f"the final state is not finite; {OVERFLOW}"
             )
-        state = self._state(index, pair, self.memory)
-        x = state.current if index == stop else state.partner
+        state = self._state()
+        x = state.current if state.index == stop else state.partner
         assert x is not None
         # The caller may write to it.
         x = x.clone() if state.side is None else self.arithmetic.load(x, self.dtype)
         return Solution(x, state, self.nfe, tuple(self.convergence))
 
-    def _through(
-        self, walk: Callable[[Steps, Pair], Pair], steps: Steps, origin: int
-    ) -> tuple[int, Pair, bool]:
-        """The index and the pair that `steps` lead to, and whether it is finite.
-
-        An exception on the way carries the last whole state.
-        """
-        state, exact = self.state, self.arithmetic.exact
-        self.memory = self.arithmetic.open(state, origin, self.dtype) if exact else None
-        start = self.turned(state.current, state.partner)
-        self.reach(state.index, start)
+    def _through(self, walk: Callable[[Steps, Pair], object], steps: Steps, origin: int) -> bool:
+        """Whether `steps` lead to a finite pair; an exception carries the last whole state."""
+        state = self.state
+        self.memory = self.arithmetic.open(state, origin, self.dtype) if self.exact else None
+        self.reach(state.index, self.turned(state.current, state.partner))
         try:
-            pair = walk(steps, start)
-            return self._reached[0], pair, all(map(is_finite, pair))  # waits
+            walk(steps, self.reached[1])
+            return all(map(is_finite, self.reached[1]))  # waits
         except BaseException as error:
             with suppress(Exception):
-                index, pair, versions, memory = self._reached
-                same = versions == [x._version for x in pair if x is not None]
-                if same and all(map(is_finite, pair)):
-                    error.state = self._state(index, pair, memory)  # type: ignore[attr-defined]
+                index, pair, versions, _ = self.reached
+                if versions == _versions(*pair) and all(map(is_finite, pair)):
+                    error.state = self._state()  # type: ignore[attr-defined]
                     if index != state.index and hasattr(error, "add_note"):
                         error.add_note(
                             f"error.state is the state at level {index} of the grid, from which the "
@@ -218,65 +200,62 @@ class Run:
 
     def reach(self, index: int, pair: Pair) -> None:
         """Notes that a step is done: `pair` stands at `index`."""
-        self._reached = index, pair, [x._version for x in pair if x is not None], copy(self.memory)
+        self.reached = index, pair, _versions(*pair), self.memory and copy(self.memory)
 
     def turned(self, one: Any, other: Any) -> Any:
         """The current state and its partner as the far and the near one of the walk, or back."""
         straight = self.up != self.solver.coupled and one is not None and other is not None
         return (one, other) if straight else (other, one)
 
-    def _state(self, index: int, pair: Pair, memory: Any) -> State:
-        """The pair at `index`, as it is given to the caller."""
+    def _state(self) -> State:
+        """The pair that was reached, as it is given to the caller."""
+        index, (far, near), _, memory = self.reached
         if not torch.is_grad_enabled():  # a denoiser may have asked for a gradient
-            a, b = (x.detach() if x is not None and x.requires_grad else x for x in pair)
-            pair = a, b
-        current, partner = self.turned(*pair)
-        if self.solver.states == 1:
-            current, partner = pair[1], None
+            far = far.detach() if far is not None and far.requires_grad else far
+            near = near.detach() if near.requires_grad else near
+        current, partner = self.turned(far, near) if self.solver.states == 2 else (near, None)
         side = None
-        if memory is not None and partner is None:
+        if self.exact and partner is None:
             current = self.arithmetic.load(current, self.dtype)
-        elif memory is not None:
+        elif self.exact:
             side = self.arithmetic.close(memory, current, partner, index)
-        return State(
-            current, partner, index, self.grid.levels, self.name, side, self.solver.coupled
-        )
+        sigmas: Any = self.grid  # checked
+        return State(current, partner, index, sigmas, self.name, side, self.solver.coupled)
 
     def walk(self, steps: Steps, pair: Pair) -> Pair:
-        """The pair (far, near) that `steps` lead to."""
-        for k, shears, undo in steps:
-            pair = self.step(k, shears, pair, undo)
-            self.reach(k + (not self.up), pair)
-        return pair
-
-    def step(self, k: int, shears: tuple[Shear, ...], pair: Pair, undo: bool = False) -> Pair:
-        """`walk` of the one step `k`.
+        """The pair (far, near) that `steps` lead to.
 
         A shear maps (a, b) to (b, c) with c = gain · a + rest(b), where b is the near state. To undo it,
         from (c, b) to (b, a), the denoiser is called at b as well.
         """
-        apply: Any = self.arithmetic.inverse if undo else self.arithmetic.forward
         far, near = pair
-        assert near is not None
-        for shear in shears:
-            if shear.exchanges:
-                far, near = near, far
-            else:
-                used = [near] if far is None or not shear.gain else [near, far]
-                before = [x._version for x in used]
-                rest = self.rest(shear, near, k)
-                if before != [x._version for x in used]:
-                    refuse_written("input", self.grid.levels[k], k)
+        for k, shears, undo in steps:
+            apply: Any = self.arithmetic.inverse if undo else self.arithmetic.forward
+            for shear in shears:
+                if shear.exchanges:
+                    assert far is not None
+                    far, near = near, far
+                    continue
+                rest = self.rest(shear, near, k, far=far if shear.gain else None)
                 new = apply(shear.gain, far, rest, self.memory)
                 if new.dtype is not near.dtype:  # half precision is summed in float32
                     new = new.to(near.dtype)
                 far, near = near, new
+            self.reach(k + (not self.up), (far, near))
         return far, near
 
-    def rest(self, shear: Shear, stored: Tensor, k: int, x: Tensor | None = None) -> Tensor:
+    def rest(
+        self,
+        shear: Shear,
+        stored: Tensor,
+        k: int,
+        x: Tensor | None = None,
+        far: Tensor | None = None,
+    ) -> Tensor:
         """``rest(b)`` for the stored state b, in new storage; `k` is the number of the step.
 
-        `x` is b as the denoiser sees it, where a gradient with respect to it is wanted.
+        `x` is b as the denoiser sees it, where a gradient with respect to it is wanted; `far` is the
+        state a, which must be left as it is too.
 
         Raises:
             TypeError, ValueError, FloatingPointError: for an output of the denoiser that cannot be
@@ -284,8 +263,10 @@ class Run:
         """
         if self.memory is not None:
             self.memory.sigma = self.grid.levels[k]
+        before = _versions(far, stored)
         last, self._last = self._last if x is None else None, None  # a graph is used once
-        x = self.arithmetic.load(stored, self.dtype) if x is None else x
+        if x is None:
+            x = self.arithmetic.load(stored, self.dtype) if self.exact else stored
         values, versions = [x], list[int]()
         if last is not None and shear.calls and last[0] is stored and last[1] == shear.calls[0]:
             values.append(last[2])
@@ -293,11 +274,11 @@ class Run:
         del last  # an output less while the next is made
         for point, sigma in shear.calls[len(values) - 1 :]:
             y = x if point.terms == {0: 1.0} else point.of(values).to(x.dtype)
-            before = version(y)
-            level = self._levels.new_full(x.shape[:1], sigma)
+            left = version(y)
+            level = self._level.new_full(self._batch, sigma)
             output = self.denoiser(y, level, **self.extra_args)
             self.nfe += 1
-            check_output(output, y, before, values[1:], sigma, k, finite=self.check)
+            check_output(output, y, left, values[1:], sigma, k, finite=self.check)
             if self._twice:  # of the first shear that calls at all
                 first, self.nfe = output.clone(), self.nfe + 1
                 check_same(first, self.denoiser(y, level, **self.extra_args), sigma, k)
@@ -305,19 +286,31 @@ class Run:
                 output = output.clone()  # what the denoiser writes to later is not this
             values.append(output)
             versions.append(_version(output))
-        if len(values) > 2 and [_version(value) for value in values[1:]] != versions:
+        if len(values) > 2 and list(map(_version, values[1:])) != versions:
             refuse_written("output", self.grid.levels[k], k)
+        if before != _versions(far, stored):
+            refuse_written("input", self.grid.levels[k], k)
         if len(values) > 1:
             self._twice = False
             if self.solver.coupled:  # the next shear may call at the same point and level
                 self._last = stored, shear.calls[0], values[1], versions[0]
             if self.callback is not None and k != self._reported:
-                point, sigma = shear.calls[0]
-                self._reported, level = k, self._levels.new_full((), sigma)
-                y = x.clone() if point.terms == {0: 1.0} else point.of(values).to(x.dtype)
-                shown = {"x": y, "denoised": values[1].clone()}  # it may write to them
-                self.callback({**shown, "i": k, "sigma": level, "sigma_hat": level.clone()})
+                self._reported = k
+                self._report(shear.calls[0], values, k)
         return shear.rest.of(values)
+
+    def _report(self, call: Call, values: list[Tensor], k: int) -> None:
+        """Calls the callback with copies, to which it may write."""
+        assert self.callback is not None
+        sigma = self._level.new_full((), call.sigma)
+        x = values[0].clone() if call.point.terms == {0: 1.0} else call.point.of(values)
+        shown = {"x": x.to(values[0].dtype), "denoised": values[1].clone()}
+        self.callback({**shown, "i": k, "sigma": sigma, "sigma_hat": sigma.clone()})
+
+
+def _versions(far: Tensor | None, near: Tensor) -> tuple[int, int]:
+    """Numbers that a write to a pair changes."""
+    return -1 if far is None else far._version, near._version
 
 
 def _version(output: Tensor) -> int:
@@ -325,15 +318,3 @@ def _version(output: Tensor) -> int:
     base = output._base
     part = base is not None and base.numel() > output.numel()
     return -1 if part or output.is_inference() else output._version
-
-
-def _grid(x: object, sigmas: Sigmas | None) -> Grid:
-    """The grid of a run; a state's own, where `sigmas` is left out or is a float32 copy of it."""
-    own = Grid(x.sigmas) if isinstance(x, State) else None
-    grid = own if sigmas is None else Grid.of(sigmas)
-    if grid is None:
-        raise TypeError("sigmas, the grid of noise levels, is needed: only a State has its own")
-    if own is not None and len(own.levels) == len(grid.levels) and grid != own:
-        a, b = (torch.tensor(g.levels, dtype=torch.float32) for g in (own, grid))
-        return own if torch.equal(a, b) else grid
-    return grid

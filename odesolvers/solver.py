@@ -108,8 +108,9 @@ class Solver(Settings, ABC):
         in its attribute ``state``, from which the run goes on to the same bits. It has none if the
         denoiser wrote to that state, or it is not finite.
         """
-        with modes(differentiable, denoiser, callback) as (denoiser, callback):
-            run = Run(self, denoiser, x, sigmas, 0, extra_args, callback, differentiable)
+        reversible = differentiable == "reversible"
+        with modes(differentiable, denoiser, callback, solver=self) as (denoiser, callback):
+            run = Run(self, denoiser, x, sigmas, 0, extra_args, callback)
             levels, first, end = run.grid.levels, run.state.index, len(run.plan)
             stop = end if stop is None else count("stop", stop)
             nearest = first + isinstance(x, Tensor)  # a state may stay where it is
@@ -122,11 +123,7 @@ class Solver(Settings, ABC):
             if lone and 0 < first < stop:
                 steps[0] = first, (self.start(levels[first], levels[first + 1]),), False
             solution = run.finish(steps, run.walk, progress, first + lone, stop)
-            return (
-                attach(run, steps, solution, x, stop)
-                if differentiable == "reversible"
-                else solution
-            )
+            return attach(run, steps, solution, x, stop) if reversible else solution
 
     @final
     def invert(
@@ -160,7 +157,7 @@ class Solver(Settings, ABC):
                 where it stands at level 0, ``sigma`` and ``denoised`` are those of the level above. In a
                 coupled solver ``i`` is the step that is undone, and ``sigma`` may be ``sigmas[i + 1]``,
                 for the last shear is undone first.
-            progress: show a progress bar (needs tqdm).
+            progress: as for `sample`.
             stop: the level to stop at, an index into `sigmas`; 0 by default.
             differentiable: as for `sample`.
 
@@ -173,11 +170,12 @@ class Solver(Settings, ABC):
                 than 0.3 of its size. See `stability_report`.
 
         Raises:
-            TypeError, FloatingPointError: as for `sample`.
-            ValueError: as for `sample`; and if a step on the way has the gain 0, which nothing undoes.
+            TypeError, FloatingPointError, ValueError: as for `sample`; a ValueError too if a step on the
+                way has the gain 0, which nothing undoes.
         """
-        with modes(differentiable, denoiser, callback) as (denoiser, callback):
-            run = Run(self, denoiser, x, sigmas, None, extra_args, callback, differentiable)
+        reversible = differentiable == "reversible"
+        with modes(differentiable, denoiser, callback, solver=self) as (denoiser, callback):
+            run = Run(self, denoiser, x, sigmas, None, extra_args, callback)
             levels, last = run.grid.levels, run.state.index
             stop = 0 if stop is None else count("stop", stop)
             nearest = last - isinstance(x, Tensor)
@@ -196,11 +194,7 @@ class Solver(Settings, ABC):
                 steps.insert(0, (last, (self.start(levels[last], levels[last - 1]),), False))
             run.check |= self.iterative
             solution = run.finish(steps, partial(self.undo, run), progress, last, stop)
-            return (
-                attach(run, steps, solution, x, stop)
-                if differentiable == "reversible"
-                else solution
-            )
+            return attach(run, steps, solution, x, stop) if reversible else solution
 
     @final
     def plan(self, grid: Grid) -> Plan:

