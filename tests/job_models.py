@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from odesolvers import karras_sigmas
-from odesolvers.jobs import Model
+from odesolvers.opening import Model, open_model
 
 SHAPE = (3, 5, 5)  # 75 values, of which no vector register holds a whole number
 
 
 class Network(nn.Module):
-    """The preconditioner of Karras et al. over two convolutions, under labels 0 to 9."""
+    """The preconditioner of Karras et al. over two convolutions; prompts are numbers."""
+
+    shape = SHAPE
 
     def __init__(self, seconds: float = 0.0) -> None:
         super().__init__()
@@ -29,29 +29,29 @@ class Network(nn.Module):
         self.seconds = seconds
         self.sizes: list[int] = []
 
-    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def condition(self, prompts: Sequence[str | None]) -> dict[str, Tensor]:
+        return {"class_labels": torch.tensor([int(prompt or -1) for prompt in prompts])}
+
+    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor) -> Tensor:
         time.sleep(self.seconds)
         self.sizes.append(len(x))
         s = sigma.reshape(-1, 1, 1, 1).to(x.dtype)
-        shift = 0.0 if class_labels is None else 0.1 * class_labels.reshape(-1, 1, 1, 1)
+        shift = 0.1 * class_labels.reshape(-1, 1, 1, 1)
         raw = self.layers((x / (s**2 + 1).sqrt() + shift).float()).to(x.dtype)
         if bool((x.flatten(1).mean(1) == 1).any()):  # a white picture at the level 0
             raise FloatingPointError("there is a white picture")
         return x / (s**2 + 1) + s / (s**2 + 1).sqrt() * raw
 
 
-def _branches(conditions: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    if any(not isinstance(condition, int | None) for condition in conditions):
-        raise ValueError("this model takes labels")
-    labels = torch.tensor([-1 if condition is None else condition for condition in conditions])
-    return {"class_labels": labels}, {"class_labels": torch.full_like(labels, -1)}
+def small() -> Network:
+    return Network()
 
 
-def small(device: Any = "cpu") -> Model:
-    """The model."""
-    return Model(Network().to(device), SHAPE, karras_sigmas, branches=_branches)
-
-
-def slow(device: Any = "cpu") -> Model:
+def slow() -> Network:
     """The same at 0.1 s a call, for processes that are killed on the way."""
-    return Model(Network(0.1).to(device), SHAPE, karras_sigmas, branches=_branches)
+    return Network(0.1)
+
+
+def opened() -> Model:
+    """The model as jobs open it."""
+    return open_model("tests.job_models:small", torch.device("cpu"), None, None)

@@ -23,7 +23,7 @@ from odesolvers.jobs.inputs import decode, open_input
 from odesolvers.jobs.job import Claims
 from odesolvers.jobs.work import launched
 
-from .job_models import SHAPE, small
+from .job_models import SHAPE, opened
 
 FLOATING = "BDIA(Euler(), gamma=DampedStepRatio())"
 FIXED = "BDIA(Euler(), gamma=DampedStepRatio(), arithmetic=FixedPoint())"
@@ -33,7 +33,7 @@ MODEL = "tests.job_models:small"
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """13 pictures of another size in two folders, some with a label."""
+    """13 pictures of another size in two folders, some with a prompt."""
     folder, chance = tmp_path / "pictures", np.random.default_rng(0)
     for k in range(13):
         path = folder / f"{k % 2}" / f"{k:02d}.png"
@@ -50,7 +50,7 @@ def job(folder: Path | str, kind: Any = "invert", **settings: Any) -> Job:
 
 
 def made(output: Path, job: Job) -> Path:
-    job.prepare(output, small())
+    job.prepare(output, opened())
     work(output)
     return output
 
@@ -83,7 +83,7 @@ def test_a_shard_holds_what_the_solver_makes_of_its_elements(
     described = job("seeds:13" if sample else pictures, kind, solver=solver)
     output = made(tmp_path / "out", described)
     assert report(output)["written"] == 13
-    model, solved, n = small(), ode.parse(solver), 0
+    model, solved, n = opened(), ode.parse(solver), 0
     for names, array in Shards(output).arrays():
         if sample:
             seeds = [int(name.removeprefix("seed-")) for name in names]
@@ -114,7 +114,7 @@ def test_round_trips_in_fixed_point_are_exact_and_reported(pictures: Path, tmp_p
 
 
 def test_every_call_of_the_denoiser_has_one_size(pictures: Path, tmp_path: Path) -> None:
-    model = small()
+    model = opened()
     job(pictures).prepare(tmp_path / "out", model)
     work(tmp_path / "out", model=model)
     assert set(model.denoiser.sizes) == {2}  # the last shard has one element
@@ -122,7 +122,7 @@ def test_every_call_of_the_denoiser_has_one_size(pictures: Path, tmp_path: Path)
 
 def test_two_workers_and_a_late_one_make_the_shards_of_one(pictures: Path, tmp_path: Path) -> None:
     one, described = made(tmp_path / "one", job(pictures)), job(pictures)
-    output = described.prepare(tmp_path / "two", small())
+    output = described.prepare(tmp_path / "two", opened())
     assert run_workers(output, 2) == []
     assert contents(tmp_path / "two") == contents(one)
     for k in (0, 2):
@@ -145,8 +145,8 @@ def test_other_settings_are_refused_by_name(pictures: Path, tmp_path: Path) -> N
         ({"kind": "roundtrip"}, "kind was invert and is roundtrip"),
     ):
         with pytest.raises(ValueError, match=words):
-            replace(described, **changes).prepare(output, small())
-    other = small()
+            replace(described, **changes).prepare(output, opened())
+    other = opened()
     next(other.denoiser.parameters()).data[0] += 1
     with pytest.raises(ValueError, match=r"weights was .* and is"):
         described.prepare(output, other)
@@ -154,7 +154,7 @@ def test_other_settings_are_refused_by_name(pictures: Path, tmp_path: Path) -> N
         work(output, model=other)
     (pictures / "0" / "00.png").rename(pictures / "0" / "renamed.png")
     with pytest.raises(ValueError, match=r"plan was .* and is"):
-        described.prepare(output, small())
+        described.prepare(output, opened())
     assert contents(output) == before
 
 
@@ -168,7 +168,7 @@ def test_pictures_that_fail_are_recorded_and_the_others_are_not_touched(
     white = np.full((5, 5, 3), 255, dtype=np.uint8)
     Image.fromarray(white).save(pictures / "0" / "06.png")  # which the denoiser refuses
     described = job(pictures, shard_size=2)
-    described.prepare(tmp_path / "out", small())
+    described.prepare(tmp_path / "out", opened())
     (pictures / "0" / "12.png").unlink()
     work(tmp_path / "out")
     found = report(tmp_path / "out")
@@ -195,10 +195,12 @@ def test_pictures_that_fail_are_recorded_and_the_others_are_not_touched(
 def test_what_fails_for_all_elements_is_an_error_and_no_list_of_failures(
     pictures: Path, tmp_path: Path
 ) -> None:
-    output = job(pictures, guidance=2.0)
-    model = replace(small(), branches=lambda conditions: ({}, {}))
-    output.prepare(tmp_path / "out", model)
-    with pytest.raises(ValueError, match="guidance needs labels"):
+    def condition(prompts: Any) -> Any:
+        raise ValueError("prompts of nobody")
+
+    model = replace(opened(), condition=condition)
+    job(pictures).prepare(tmp_path / "out", model)
+    with pytest.raises(ValueError, match="prompts of nobody"):
         work(tmp_path / "out", model=model)
     assert Output(tmp_path / "out").done() == set()
 
@@ -266,9 +268,9 @@ def test_archives_hold_the_pictures_of_folders(pictures: Path, tmp_path: Path) -
     names = [entry.id for entry in there.entries()]
     assert names == [f"{k % 2}.tar/{k:02d}.png" for k in (*range(0, 13, 2), *range(1, 13, 2))]
     for a, b in zip(there.entries(), here.entries(), strict=True):
-        assert a.condition == b.condition
+        assert a.prompt == b.prompt
         assert there.read(a) == here.read(b)
-    assert [e.condition for e in here.entries()][:4] == [0, 2, 4, None]
+    assert [e.prompt for e in here.entries()][:4] == ["0", "2", "4", None]
 
 
 def test_damaged_archives_are_named(tmp_path: Path) -> None:
@@ -278,13 +280,13 @@ def test_damaged_archives_are_named(tmp_path: Path) -> None:
         list(open_input(str(path)).entries())
 
 
-def test_prompts_and_seeds_have_their_conditions_in_turn(tmp_path: Path) -> None:
+def test_seeds_have_their_prompts_in_turn(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\n\na dog: at 5\n")
     found = list(open_input(f"prompts:{tmp_path / 'prompts.txt'}@2").entries())
-    assert [entry.condition for entry in found] == ["a cat", "a dog: at 5"] * 2
+    assert [entry.prompt for entry in found] == ["a cat", "a dog: at 5"] * 2
     assert len({entry.place for entry in found}) == 4
-    labelled = open_input("seeds:5", (3, 7)).entries()
-    assert [entry.condition for entry in labelled] == [3, 7, 3, 7, 3]
+    prompted = open_input("seeds:5", ("A", "B")).entries()
+    assert [entry.prompt for entry in prompted] == ["A", "B", "A", "B", "A"]
 
 
 @pytest.mark.parametrize(
@@ -388,7 +390,7 @@ def test_settings_of_no_use_are_refused(changes: dict[str, Any], words: str) -> 
 
 def test_kinds_refuse_inputs_of_the_other_kind(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="sample takes seeds or prompts"):
-        job(pictures, "sample").prepare(tmp_path / "out", small())
+        job(pictures, "sample").prepare(tmp_path / "out", opened())
     with pytest.raises(ValueError, match="invert takes pictures"):
-        job("seeds:4").prepare(tmp_path / "out", small())
+        job("seeds:4").prepare(tmp_path / "out", opened())
     assert not (tmp_path / "out").exists()

@@ -2,16 +2,13 @@
 
 from .check import verify
 from .job import Job, Output
-from .models import Model, load_model
 from .reading import Shards, report
 from .work import run_workers, work
 
 __all__ = [
     "Job",
-    "Model",
     "Output",
     "Shards",
-    "load_model",
     "report",
     "run_workers",
     "verify",

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from .. import State
+from ..opening import Model
 from .inputs import Entry
 from .job import Output
-from .models import Model
 from .runner import Runner
 
 

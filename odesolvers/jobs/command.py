@@ -12,22 +12,20 @@ from typing import Any, Final, NoReturn
 
 import torch
 
+from ..opening import SHORT, open_model, solver_of
 from ..progress import progress_bar
 from .check import verify
 from .job import Job, Output
-from .models import load_model
 from .reading import report
 from .work import launched, run_workers, work
 
-SOLVER: Final = "BDIA(Euler(), gamma=DampedStepRatio())"
-EXACT: Final = "BDIA(Euler(), gamma=DampedStepRatio(), arithmetic=FixedPoint())"
 SHOWN: Final = 5
 """Failures that are printed; all are in the report."""
 USAGE: Final = """\
 examples:
   odesolvers batch invert --model letters --input pictures/ --output codes/ --workers 2
-  odesolvers batch sample --model letters --input seeds:10000 --labels 0,4,12 --output samples/
-  odesolvers batch roundtrip --model edm:network.pkl --input data.tar --output check/
+  odesolvers batch sample --model letters --input seeds:10000 --prompts A,B,C --output samples/
+  odesolvers batch roundtrip --model network.pkl --solver exact --input data.tar --output check/
   odesolvers batch verify --output codes/ --pictures 8
 The same command goes on with a job that was interrupted, or is done already.
 """
@@ -52,11 +50,11 @@ def parser() -> Parser:
     top.add_argument("kind", choices=("invert", "sample", "roundtrip", "verify"))
     add: Any = top.add_argument
     add("--output", type=Path, required=True, help="the folder of the job")
-    add("--model", help="letters, digits, emoji, edm:FILE, stable-diffusion:PATH, MODULE:FUNCTION")
+    add("--model", help="as of the other commands: letters, FILE.pkl, MODULE:FUNCTION")
     add("--input", help="folder, FILE.tar, hf:NAME@SPLIT; seeds:N, prompts:FILE@N to sample")
-    add("--labels", help="labels of seeds, in turn: 0,4,12")
-    add("--solver", default=SOLVER, help=f"such as '{EXACT}' ({SOLVER})")
-    add("--steps", type=int, default=24, help="steps of the model's own grid (%(default)s)")
+    add("--prompts", help="of seeds:N, in turn: A,B,C")
+    add("--solver", default="damped", help=f"{', '.join(SHORT)} or an expression (%(default)s)")
+    add("--steps", type=int, help="steps of the model's own grid (the model's)")
     add("--guidance", type=float, default=1.0, help="classifier-free guidance (%(default)g)")
     add("--dtype", default="float32", help="float32 or float64, of states (%(default)s)")
     add("--batch", type=int, default=32, help="elements of a call (%(default)s)")
@@ -85,14 +83,15 @@ def run(argv: Sequence[str]) -> list[str]:
     for name in ("model", "input"):
         if getattr(args, name) is None:
             raise ValueError(f"a job needs --{name}; see `odesolvers batch --help`")
-    model = load_model(args.model)
+    model = open_model(args.model, torch.device("cpu"), None, None)
+    sigmas = model.sigmas(args.steps or model.steps, None, {})
     job = Job(
         args.kind,
         args.model,
         _absolute(args.input),
-        args.solver,
-        tuple(model.sigmas(args.steps).tolist()),
-        () if args.labels is None else tuple(map(_label, args.labels.split(","))),
+        repr(solver_of(args.solver, model.method, sigmas)),
+        tuple(sigmas.tolist()),
+        () if args.prompts is None else tuple(args.prompts.split(",")),
         args.guidance,
         args.dtype,
         args.batch,
@@ -200,12 +199,6 @@ def _absolute(text: str) -> str:
     if colon and scheme == "hf" and Path(rest.partition("@")[0]).exists():
         return f"{scheme}:{Path(rest).absolute()}"
     return text if colon and scheme in ("seeds", "hf") else str(Path(text).absolute())
-
-
-def _label(text: str) -> int:
-    if not text.strip().isdecimal():
-        raise ValueError(f"--labels must be whole numbers such as 0,4,12, got {text!r}")
-    return int(text)
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -12,16 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..typed import parsed, read
-
-Condition: TypeAlias = int | str | None
-"""A label, a prompt, or neither."""
+from ..typed import optional, parsed, read
 
 ENDINGS: Final = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 FORMATS: Final = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -38,7 +34,8 @@ class Entry(NamedTuple):
     """Its name, which no other element has."""
     place: tuple[str, int, int] | int
     """The file below the root, with the first byte and the number of bytes; or a row; or a seed."""
-    condition: Condition
+    prompt: str | None
+    """Its prompt, or the name of its class."""
 
     def line(self) -> bytes:
         """One line of JSON, which `of_line` reads back."""
@@ -47,7 +44,7 @@ class Entry(NamedTuple):
     @classmethod
     def of_line(cls, line: bytes) -> Entry:
         """The entry that `line` wrote; or a ValueError."""
-        return cls(*parsed(line, (str, _place, _condition)))
+        return cls(*parsed(line, (str, _place, optional(str))))
 
 
 class Input(ABC):
@@ -72,8 +69,8 @@ class Input(ABC):
 class Pictures(Input):
     """The pictures below a folder, or in its WebDataset shards (``*.tar``), or in one of them.
 
-    ``NAME.cls`` beside a picture ``NAME.png``, in the folder or the archive, holds its label, a whole
-    number; ``NAME.txt`` its prompt. The name ends at the first dot, as in WebDataset.
+    ``NAME.txt`` or ``NAME.cls`` beside a picture ``NAME.png``, in the folder or the archive, holds its
+    prompt or the name of its class. NAME ends at the first dot, as in WebDataset.
     """
 
     def __init__(self, path: Path) -> None:
@@ -94,7 +91,7 @@ class Pictures(Input):
                     yield from self._archive(file)
                 elif name.endswith((*_lower_and_upper(ENDINGS), ".cls", ".txt")):
                     found.append((file, file, 0, os.stat(self.root / file).st_size))
-            yield from self._conditioned(found)
+            yield from self._prompted(found)
 
     def read(self, entry: Entry) -> bytes:
         assert not isinstance(entry.place, int)
@@ -108,7 +105,7 @@ class Pictures(Input):
     def _archive(self, file: str) -> Iterator[Entry]:
         try:
             with tarfile.open(self.root / file, "r:") as archive:  # without compression
-                yield from self._conditioned(
+                yield from self._prompted(
                     (f"{file}/{member.name}", file, member.offset_data, member.size)
                     for member in archive
                     if member.isfile()
@@ -116,24 +113,23 @@ class Pictures(Input):
         except tarfile.TarError as error:
             raise ValueError(f"{self.root / file} is not a whole tar archive: {error}") from error
 
-    def _conditioned(self, members: Iterable[tuple[str, str, int, int]]) -> Iterator[Entry]:
-        """The pictures among neighbours (id, file, offset, size) of one name, with their condition."""
+    def _prompted(self, members: Iterable[tuple[str, str, int, int]]) -> Iterator[Entry]:
+        """The pictures among neighbours (id, file, offset, size) of one name, with their prompt."""
         for _, group in groupby(members, key=lambda member: _key(member[0])):
             pictures: list[tuple[str, tuple[str, int, int]]] = []
-            condition: Condition = None
+            prompt: str | None = None
             for id, file, offset, size in group:
                 if id.lower().endswith(ENDINGS):
                     pictures.append((id, (file, offset, size)))
                 elif id.endswith((".cls", ".txt")):
-                    text = self._bytes(file, offset, size).decode(errors="replace").strip()
-                    condition = text if id.endswith(".txt") else _label(id, text)
-            yield from (Entry(id, place, condition) for id, place in pictures)
+                    prompt = self._bytes(file, offset, size).decode(errors="replace").strip()
+            yield from (Entry(id, place, prompt) for id, place in pictures)
 
 
 class HuggingFace(Input):
     """A data set that `datasets` wrote with ``save_to_disk``, or a split of one on the hub.
 
-    The columns are ``image`` (or ``img``) and, if there is one, ``label`` or ``text``, the condition.
+    The columns are ``image`` (or ``img``) and, if there is one, ``text`` or ``label``, the prompt.
     """
 
     def __init__(self, name: str, split: str) -> None:
@@ -151,14 +147,14 @@ class HuggingFace(Input):
         self.image = next((k for k in ("image", "img") if k in found.column_names), None)
         if self.image is None:
             raise ValueError(f"hf:{name} must have a column image or img, got {found.column_names}")
-        self.condition = next((k for k in ("label", "text") if k in found.column_names), None)
+        self.prompt = next((k for k in ("text", "label") if k in found.column_names), None)
         self.data = found.cast_column(self.image, datasets.Image(decode=False))
 
     def entries(self) -> Iterator[Entry]:
-        columns = self.data.select_columns([self.condition] if self.condition else [])
+        columns = self.data.select_columns([self.prompt] if self.prompt else [])
         for row in range(len(self.data)):
-            condition = columns[row][self.condition] if self.condition else None
-            yield Entry(f"row-{row:09d}", row, condition)
+            prompt = str(columns[row][self.prompt]) if self.prompt else None
+            yield Entry(f"row-{row:09d}", row, prompt)
 
     def read(self, entry: Entry) -> bytes:
         found = self.data[entry.place][self.image]
@@ -166,27 +162,27 @@ class HuggingFace(Input):
 
 
 class Seeds(Input):
-    """Noise of the seeds 0 to `count` - 1, each under the next of `conditions` in turn."""
+    """Noise of the seeds 0 to `count` - 1, each under the next of `prompts` in turn."""
 
     pictures = False
 
-    def __init__(self, count: int, conditions: Sequence[Condition]) -> None:
-        self.count, self.conditions = count, tuple(conditions) or (None,)
+    def __init__(self, count: int, prompts: Sequence[str]) -> None:
+        self.count, self.prompts = count, tuple(prompts) or (None,)
 
     def entries(self) -> Iterator[Entry]:
         for seed in range(self.count):
-            yield Entry(f"seed-{seed:09d}", seed, self.conditions[seed % len(self.conditions)])
+            yield Entry(f"seed-{seed:09d}", seed, self.prompts[seed % len(self.prompts)])
 
 
 @lru_cache(maxsize=4)
-def open_input(text: str, labels: tuple[int, ...] = ()) -> Input:
+def open_input(text: str, prompts: tuple[str, ...] = ()) -> Input:
     """The input that a text names.
 
     Args:
         text: a folder of pictures or of WebDataset shards, or one shard ``NAME.tar``; ``hf:NAME`` or
             ``hf:NAME@SPLIT``, by default the split train; ``seeds:N``; or ``prompts:FILE@N``, N
             pictures of every line of a text file.
-        labels: the labels of seeds, in turn.
+        prompts: those of ``seeds:N``, in turn.
 
     Raises:
         ValueError, OSError: if there is no such input.
@@ -199,15 +195,14 @@ def open_input(text: str, labels: tuple[int, ...] = ()) -> Input:
             form = "seeds:N" if scheme == "seeds" else "prompts:FILE@N"
             raise ValueError(f"{text} must be {form} with a whole number N above 0")
         if scheme == "seeds":
-            return Seeds(int(number), labels)
-        prompts = [line.strip() for line in Path(file).read_text("utf-8").splitlines()]
-        prompts = [prompt for prompt in prompts if prompt]
-        if not prompts:
+            return Seeds(int(number), prompts)
+        lines = list(filter(None, map(str.strip, Path(file).read_text("utf-8").splitlines())))
+        if not lines:
             raise ValueError(f"{file} must hold a prompt in each line, and is empty")
-        return Seeds(int(number) * len(prompts), prompts)
-    if labels:
+        return Seeds(int(number) * len(lines), lines)
+    if prompts:
         raise ValueError(
-            "labels in turn are those of seeds; a picture NAME.png has its label in NAME.cls"
+            "prompts in turn are those of seeds:N; that of a picture NAME.png is in NAME.txt"
         )
     if colon and scheme == "hf":
         name, _, split = rest.partition("@")
@@ -255,14 +250,6 @@ def decode(data: bytes, shape: Sequence[int]) -> Tensor:
     return pixels.contiguous().float() / 127.5 - 1
 
 
-def noise(key: str | int, shape: Sequence[int]) -> Tensor:
-    """Standard normal noise of a seed, or of the name of an element; float64, equal everywhere."""
-    if isinstance(key, str):
-        key = int.from_bytes(hashlib.sha256(os.fsencode(key)).digest()[:7], "big")
-    generator = torch.Generator().manual_seed(key)
-    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
-
-
 def _place(value: Any) -> tuple[str, int, int] | int:
     if type(value) is int:
         return value
@@ -270,22 +257,9 @@ def _place(value: Any) -> tuple[str, int, int] | int:
     return found
 
 
-def _condition(value: Any) -> Condition:
-    if value is None or type(value) in (int, str):
-        found: Condition = value
-        return found
-    raise ValueError(f"must be a label, a prompt or null, got {value!r}")
-
-
 def _key(name: str) -> str:
     path = PurePosixPath(name)
     return str(path.parent / path.name.partition(".")[0])
-
-
-def _label(id: str, text: str) -> int:
-    if not text.isdecimal():
-        raise ValueError(f"{id} must hold a label, a whole number from 0, got {text[:80]!r}")
-    return int(text)
 
 
 def _lower_and_upper(endings: Iterable[str]) -> tuple[str, ...]:

@@ -20,10 +20,10 @@ import torch
 import odesolvers as ode
 
 from ..extend import Solver
+from ..opening import Model
 from ..typed import hexadecimal, parsed, whole
 from ..writing import read_regular, replacing
 from .inputs import Entry, open_input
-from .models import Model
 
 if sys.platform != "win32":
     import fcntl
@@ -43,7 +43,7 @@ _FORM: Final = {
     "input": str,
     "elements": whole(0),
     "plan": str,
-    "labels": [int],
+    "prompts": [str],
     "solver": str,
     "sigmas": [hexadecimal],
     "guidance": float,
@@ -65,12 +65,12 @@ class Job:
         kind: "invert": pictures to their codes, the states at the highest level; "roundtrip": the same,
             and down again, with the error of every picture; "sample": noise to the states at the
             lowest level.
-        model: see `load_model`.
+        model: see `odesolvers.opening.open_model`.
         input: see `open_input`; seeds or prompts to sample, else pictures.
         solver: an expression, see `odesolvers.parse`.
         sigmas: all levels of the grid, decreasing.
-        labels: the labels of seeds, in turn.
-        guidance: the scale of classifier-free guidance; 1 for none.
+        prompts: of ``seeds:N``, in turn.
+        guidance: its scale, away from no prompt; 1 for none.
         dtype: of states, float32 or float64.
         batch: elements of one call of the denoiser: every call has so many, the last one is filled up.
         shard_size: elements of a shard, a multiple of `batch`, at most 20,000.
@@ -86,7 +86,7 @@ class Job:
     input: str
     solver: str
     sigmas: tuple[float, ...]
-    labels: tuple[int, ...] = ()
+    prompts: tuple[str, ...] = ()
     guidance: float = 1.0
     dtype: Literal["float32", "float64"] = "float32"
     batch: int = 32
@@ -116,9 +116,9 @@ class Job:
     def manifest(self, model: Model, elements: int, plan: str) -> dict[str, Any]:
         """The settings, with what the names in them stand for at this time."""
         fields = asdict(self) | {"sigmas": [sigma.hex() for sigma in self.sigmas]}
-        fields |= {"labels": list(self.labels), "guidance": float(self.guidance)}
+        fields |= {"prompts": list(self.prompts), "guidance": float(self.guidance)}
         fields |= {"format": FORMAT, "version": VERSION, "odesolvers": ode.__version__}
-        fields |= {"weights": model.digest(), "torch": torch.__version__}
+        fields |= {"weights": weights(model), "torch": torch.__version__}
         fields |= {"elements": elements, "plan": plan}
         return {name: fields[name] for name in _FORM}
 
@@ -129,7 +129,7 @@ class Job:
             ValueError: if another job was begun there; names every difference.
             OSError: if the folder cannot be written.
         """
-        source = open_input(self.input, self.labels)
+        source = open_input(self.input, self.prompts)
         if source.pictures == (self.kind == "sample"):
             needed = "seeds or prompts" if self.kind == "sample" else "pictures"
             raise ValueError(f"{self.kind} takes {needed}, got the input {self.input}")
@@ -154,6 +154,19 @@ class Job:
                 with replacing(output / "manifest.json") as file:
                     file.write(text.encode() + b"\n")
         return Output(output)
+
+
+def weights(model: Model) -> str:
+    """The SHA-256 of all weights and buffers of a model; of a denoiser without modules, of none."""
+    digest, denoiser = hashlib.sha256(), model.denoiser
+    parts = getattr(getattr(denoiser, "pipeline", None), "components", {"": denoiser})
+    for part, module in sorted(parts.items()):
+        state = module.state_dict() if isinstance(module, torch.nn.Module) else {}
+        for name, tensor in sorted(state.items()):
+            digest.update(f"{part} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            data = tensor.detach().cpu().contiguous().flatten()
+            digest.update(data.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

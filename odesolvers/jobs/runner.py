@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,10 +14,9 @@ from torch import Tensor
 import odesolvers as ode
 
 from .. import Solution, State
-from ..models import ClassifierFreeGuidance
-from .inputs import Entry, Input, decode, noise, open_input
-from .job import Output
-from .models import Model, load_model
+from ..opening import Model, open_model
+from .inputs import Entry, Input, decode, open_input
+from .job import Output, weights
 
 Failure = tuple[str, str]
 """The name of an element, and the reason."""
@@ -32,16 +29,18 @@ class Batch:
     Attributes:
         entries: n of them.
         hashes: the SHA-256 of the files of pictures; empty for seeds.
-        x: pictures, float32 ``(n, C, H, W)``, or standard normal noise, float64 ``(n, ...)``.
+        pictures: float32 ``(n, C, H, W)`` in [-1, 1]; empty for seeds.
     """
 
     entries: list[Entry]
     hashes: list[str]
-    x: Tensor
+    pictures: Tensor
 
     def __getitem__(self, rows: Sequence[int]) -> Batch:
-        hashes = [self.hashes[k] for k in rows] if self.hashes else []
-        return Batch([self.entries[k] for k in rows], hashes, self.x[list(rows)])
+        entries, rows = [self.entries[k] for k in rows], list(rows)
+        if not self.hashes:
+            return Batch(entries, [], self.pictures)
+        return Batch(entries, [self.hashes[k] for k in rows], self.pictures[rows])
 
 
 @dataclass(frozen=True)
@@ -73,24 +72,14 @@ class Runner:
 
     def __init__(self, output: Output, device: torch.device, model: Model | None = None) -> None:
         self.output, self.job, self.device = output, output.job, device
-        self.model = load_model(self.job.model, device) if model is None else model
-        if (found := self.model.digest()) != output.manifest["weights"]:
+        self.model = open_model(self.job.model, device, None, None) if model is None else model
+        if (found := weights(self.model)) != output.manifest["weights"]:
             raise ValueError(
                 f"the model {self.job.model} has other weights here than those that {output.path} was "
                 f"begun with: SHA-256 {found}, not {output.manifest['weights']}"
             )
         self.solver = ode.parse(self.job.solver)
         self.dtype: torch.dtype = getattr(torch, self.job.dtype)
-        network, guidance = self.model.denoiser, self.job.guidance
-        guided = network if guidance == 1.0 else ClassifierFreeGuidance(network, guidance)
-        self.denoiser = Chunks(guided, self.job.batch)
-
-    @cached_property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of one state."""
-        with torch.no_grad():
-            empty = torch.zeros(1, *self.model.shape, device=self.device)
-            return tuple(self.model.encode(empty).shape[1:])
 
     def read(self, k: int) -> tuple[Batch, list[Failure]]:
         """The elements of a shard, and those that cannot be read.
@@ -98,21 +87,20 @@ class Runner:
         Raises:
             OSError: for a fault of the file system; a file that is missing is one of a picture.
         """
-        source = open_input(self.job.input, self.job.labels)
-        entries, hashes, rows, failures = [], [], [], []
-        for entry in self.output.entries(k):
-            if not source.pictures:
-                assert isinstance(entry.place, int)
-                x = noise(entry.place, self.shape)
-            elif isinstance(found := self._picture(source, entry), str):
+        source, elements = open_input(self.job.input, self.job.prompts), self.output.entries(k)
+        if not source.pictures:
+            return Batch(elements, [], torch.empty(0)), []
+        entries, hashes, pictures, failures = [], [], [], []
+        for entry in elements:
+            found = self._picture(source, entry)
+            if isinstance(found, str):
                 failures.append((entry.id, found))
-                continue
             else:
-                x, digest = found
-                hashes.append(digest)
-            entries.append(entry)
-            rows.append(x)
-        return Batch(entries, hashes, torch.stack(rows) if rows else torch.empty(0)), failures
+                entries.append(entry)
+                pictures.append(found[0])
+                hashes.append(found[1])
+        stacked = torch.stack(pictures) if pictures else torch.empty(0)
+        return Batch(entries, hashes, stacked), failures
 
     def _picture(self, source: Input, entry: Entry) -> tuple[Tensor, str] | str:
         """A picture and the SHA-256 of its file; or the reason why there is none."""
@@ -131,14 +119,10 @@ class Runner:
         """The states that a run of the batch starts from."""
         sigmas = self.job.sigmas
         if self.job.kind == "sample":
-            x = batch.x * math.hypot(sigmas[0], self.model.data_std)
-            return x.to(self.device, self.dtype)
-        pictures = batch.x.to(self.device)
-        x = torch.cat([self.model.encode(part) for part in torch.split(pictures, self.job.batch)])
-        if sigmas[-1] > 0:  # a network was trained on pictures with that noise
-            grain = torch.stack([noise(entry.id, x.shape[1:]) for entry in batch.entries])
-            x = x.double() + grain.to(self.device) * sigmas[-1]
-        return x.to(self.dtype)
+            seeds = [entry.place for entry in batch.entries if isinstance(entry.place, int)]
+            return self.model.draw(seeds, sigmas[0], self.dtype)
+        parts = torch.split(batch.pictures, self.job.batch)
+        return torch.cat([self.model.enter(part, sigmas[-1], self.dtype) for part in parts])
 
     @torch.no_grad()
     def run(self, batch: Batch) -> tuple[State, Batch, list[float], list[Failure]]:
@@ -180,15 +164,12 @@ class Runner:
 
     @torch.no_grad()
     def walk(self, start: Tensor | State, entries: Sequence[Entry], *, down: bool) -> Solution:
-        """Samples from `start`, or inverts it, under the conditions of the entries."""
-        positive, negative = self.model.branches([entry.condition for entry in entries])
-        extra: Mapping[str, Any] = positive
-        if self.job.guidance != 1.0:
-            if not positive or not negative:
-                raise ValueError("guidance needs labels or prompts, and a model of both branches")
-            extra = {"positive": positive, "negative": negative}
+        """Samples from `start`, or inverts it, under the prompts of the entries."""
+        prompts = [entry.prompt for entry in entries]
+        denoiser, extra = self.model.guided(prompts, self.job.guidance, None)
         go = self.solver.sample if down else self.solver.invert
-        solution: Solution = go(self.denoiser, start, self.job.sigmas, extra_args=extra)
+        chunks = Chunks(denoiser, self.job.batch)
+        solution: Solution = go(chunks, start, self.job.sigmas, extra_args=extra)
         return solution
 
     def errors(self, x: Tensor, reference: Tensor) -> list[float]:
@@ -209,13 +190,13 @@ class AllFailed(Exception):
 
 
 def _rows(value: Any, rows: Tensor, n: int) -> Any:
-    """The rows of tensors of n rows, also inside mappings and lists; other values as they are."""
+    """Rows of tensors of n rows and of lists of n texts, also inside mappings; else the value itself."""
     if isinstance(value, Tensor):
         return value[rows] if value.ndim and len(value) == n else value
     if isinstance(value, Mapping):
         return {name: _rows(item, rows, n) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_rows(item, rows, n) for item in value)
+    if isinstance(value, list) and len(value) == n and isinstance(value[0], str):
+        return [value[k] for k in rows.tolist()]
     return value
 
 

@@ -18,9 +18,9 @@ from typing import IO, Any, Final
 import torch
 
 from .. import State
+from ..opening import Model
 from ..writing import replacing
 from .job import Claims, Output
-from .models import Model
 from .runner import AllFailed, Batch, Failure, Runner
 
 WATCHED: Final = "ODESOLVERS_WATCHED"
