@@ -19,7 +19,7 @@ from benchmarks.suite import measures, run as suite_run, solvers
 from benchmarks.suite.data import fine_distance
 from benchmarks.suite.peers import Diffusers, KDiffusion, Sampler
 from benchmarks.suite.solvers import Entry
-from odesolvers import BDIA, DDIM, Euler, StepRatio, calibrate
+from odesolvers import BDIA, DDIM, Calibrated, Euler, StepRatio, calibrate
 from odesolvers.models import Gaussian
 
 from .problems import gaussian, mixture, noise, relative_error
@@ -260,6 +260,22 @@ def test_learned_weights_are_kept_and_serve_longer_grids(
     written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert make(problem, problem.sigmas(7)) == BDIA(Euler(), longer)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == written
+
+
+def test_a_solver_with_levels_of_its_own_runs_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(solvers, "CACHE", tmp_path)
+    make = solvers.CalibratedLevels(Euler(), states=2)
+    problem = tiny(version=1, calibration_runs=20)
+    first = make(problem, problem.sigmas(4))
+    (path,) = tmp_path.iterdir()
+    rule = Calibrated.load(path)
+    assert rule.sigmas.tolist() != problem.sigmas(4).tolist()
+    x = problem.noise(0)
+    found = make(problem, problem.sigmas(4)).sample(problem.denoiser, x, problem.sigmas(4)).x
+    assert torch.equal(found, BDIA(Euler(), rule).sample(problem.denoiser, x, rule.sigmas).x)
+    assert first.gamma == rule  # type: ignore[attr-defined]
 
 
 def test_ddim_upwards_asks_for_the_noise_where_it_stands() -> None:

@@ -1,0 +1,1 @@
+"""Noise levels learned with the weights, and for other samplers: `python -m benchmarks.levels`."""
