@@ -8,8 +8,8 @@ words of each tokenizer, and links to weights in safetensors. Anything else is l
 
 from __future__ import annotations
 
-import inspect
 import json
+import math
 import os
 import re
 import shutil
@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from torch import nn
 
 from .archives import read_archive
+from .configurations import clean_settings
 from .edm.checks import brief
 from .reading import MissingFile, read_header, read_json
 from .schedules import DISCRETE, EDM, FLOW
 from .tokenizers import copy_tokenizer
+from .weights import bounded, check_dtypes, check_shapes
 
 Classes: TypeAlias = Mapping[str, tuple[str, tuple[str, ...]]]
 
@@ -51,23 +54,16 @@ PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 """The names of weights, without ending, that each library gives."""
 
-CLIP = (
-    *("vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers"),
-    *("num_attention_heads", "max_position_embeddings", "hidden_act", "layer_norm_eps"),
-    *("attention_dropout", "initializer_range", "initializer_factor"),
-    *("pad_token_id", "bos_token_id", "eos_token_id"),
-)
-"""The settings of a text encoder."""
-
-BLOCKS = 500
-"""The most blocks of a network by the product of its settings; Stable Diffusion XL has 60."""
-
-TIMESTEPS = 100_000
-"""The highest whole number among the settings of a scheduler, which make tables of that length."""
+TENSORS = 10_000
+"""The most tensors in the files of a part; the network of Stable Diffusion XL has 1680."""
 
 
 def copy_folder(
-    folder: Path, into: Path, *, variant: str | None = None, held: int | None = None
+    folder: Path,
+    into: Path,
+    *,
+    variant: str | None = None,
+    held: Mapping[str, list[int]] | None = None,
 ) -> dict[str, Any]:
     """Write the clean copy of a folder, and return its index.
 
@@ -75,8 +71,8 @@ def copy_folder(
         folder: a folder in diffusers' layout.
         into: an empty folder.
         variant: variant of the weights, such as "fp16".
-        held: how many numbers the weights have that belong to the configurations, in another file; None
-            for those of the folder, to which the copy has links.
+        held: the sizes of the weights of each part, if they are in another file; None for those of the
+            folder, to which the copy has links.
 
     Raises:
         ValueError: if the folder is damaged or incomplete, names an unknown class, has links to other
@@ -90,12 +86,17 @@ def copy_folder(
             copy_tokenizer(lambda name, part=part: inside(folder, part, name), into / part)  # type: ignore[misc]
             continue
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        settings = _settings(part, index[part][1], read_json(inside(folder, part, name)))
+        library, kind = index[part]
+        settings = clean_settings(part, library, kind, read_json(inside(folder, part, name)))
         (into / part / name).write_text(json.dumps(settings), encoding="utf-8")
         if part == "scheduler":
             continue
-        here = _link_weights(folder, part, into / part, variant) if held is None else held
-        _check_size(part, index[part], settings, here)
+        if held is not None:
+            _build(part, index[part], settings, held[part])
+            continue
+        shapes = _link_weights(folder, part, into / part, variant)
+        model = _build(part, index[part], settings, [math.prod(n) for n in shapes.values()])
+        check_shapes(part, model, shapes)
     return index
 
 
@@ -170,65 +171,17 @@ def inside(folder: Path, *names: str) -> Path:
     return real
 
 
-def _settings(part: str, kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a configuration that the class has, checked in their forms and sizes."""
-    named = config.get("_class_name")
-    if LOADED[part][0] == "diffusers":
-        import diffusers
-
-        if named is not None and named != kind:
-            raise ValueError(
-                f"its {part} is a {kind} by the index and {brief(named)} by its own file"
-            )
-        names: Iterable[str] = inspect.signature(getattr(diffusers, kind).__init__).parameters
-    else:
-        names = CLIP
-    settings = {name: config[name] for name in names if name in config}
-    most = TIMESTEPS if part == "scheduler" else 2**31
-    for name, value in settings.items():
-        values = list(_flat(value))
-        if len(values) > (TIMESTEPS if name == "trained_betas" else 100):
-            raise ValueError(f"its {part} has a setting {name} of {len(values)} numbers")
-        for item in values:
-            if isinstance(item, (dict, list)) or (isinstance(item, str) and len(item) > 100):
-                raise ValueError(f"its {part} has a setting {name} of another form, {brief(item)}")
-            if type(item) is int and abs(item) > most:
-                raise ValueError(f"its {part} has a setting {name} = {brief(item)}, above {most}")
-    _check_blocks(part, settings)
-    return settings
-
-
-def _flat(value: Any) -> Iterable[Any]:
-    """The values in a list, or in lists in it; a value itself that is no list."""
-    for item in value if isinstance(value, list) else [value]:
-        yield from item if isinstance(item, list) else [item]
-
-
-def _check_blocks(part: str, settings: Mapping[str, Any]) -> None:
-    """Refuse networks of so many blocks that their construction would take minutes."""
-
-    def most(*names: str) -> int:
-        numbers = (n for name in names for n in _flat(settings.get(name)))
-        return max((n for n in numbers if type(n) is int), default=1)
-
-    depth = most("transformer_layers_per_block", "reverse_transformer_layers_per_block")
-    blocks = len(list(_flat(settings.get("block_out_channels"))))
-    layers = most(
-        "layers_per_block", "num_hidden_layers", "num_encoder_blocks", "num_decoder_blocks"
-    )
-    if blocks * max(layers, 1) * max(depth, 1) > BLOCKS:
-        raise ValueError(f"its {part} has more than {BLOCKS} blocks by its configuration")
-
-
-def _link_weights(folder: Path, part: str, into: Path, variant: str | None) -> int:
+def _link_weights(
+    folder: Path, part: str, into: Path, variant: str | None
+) -> dict[str, tuple[int, ...]]:
     """Link the weights of a part into a folder, under the names that both libraries look for.
 
-    Pickles are read as data, and written as safetensors. Returns how many numbers there are.
+    Pickles are read as data, and written as safetensors. Returns the shapes of all weights.
     """
     stem = STEMS[LOADED[part][0]]
     files = _weight_files(folder, part, variant)
     shards: dict[str, str] = {}
-    held = 0
+    shapes: dict[str, tuple[int, ...]] = {}
     for k, path in enumerate(files, 1):
         name = (
             f"{stem}-{k:05}-of-{len(files):05}.safetensors"
@@ -240,12 +193,18 @@ def _link_weights(folder: Path, part: str, into: Path, variant: str | None) -> i
         else:
             _link(inside(folder, part, path.name), into / name)
         _, entries = read_header(into / name)
+        check_dtypes(part, entries)
+        twice = shapes.keys() & entries.keys()
+        if twice:
+            raise ValueError(f"its {part} has {brief(min(twice))} in two files")
         shards |= dict.fromkeys(entries, name)
-        held += sum(entry.numel for entry in entries.values())
+        shapes |= {key: entry.shape for key, entry in entries.items()}
+        if len(shapes) > TENSORS:
+            raise ValueError(f"its {part} has more than {TENSORS} tensors")
     if len(files) > 1:
-        index = {"metadata": {"total_size": held}, "weight_map": shards}
+        index = {"metadata": {}, "weight_map": shards}
         (into / f"{stem}.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    return held
+    return shapes
 
 
 def weight_patterns(
@@ -297,25 +256,26 @@ def _link(path: Path, into: Path) -> None:
     raise OSError(f"{path} cannot be copied to {into}")
 
 
-def _check_size(part: str, kind: list[str], settings: dict[str, Any], held: int) -> None:
-    """Check that a part, which is built without its numbers, has no more of them than its weights.
+def _build(part: str, kind: list[str], settings: dict[str, Any], held: list[int]) -> nn.Module:
+    """Build a part without its numbers, and check that it has no more of them than its weights.
 
     Twice as many are let through, for a part that lacks some weights is refused with their names.
     """
     import diffusers
     import transformers
 
-    with torch.device("meta"):
+    with bounded(part, held), torch.device("meta"):
         if kind[0] == "diffusers":
-            model = getattr(diffusers, kind[1])(**settings)
+            model: nn.Module = getattr(diffusers, kind[1])(**settings)
         else:
             model = getattr(transformers, kind[1])(transformers.CLIPTextConfig(**settings))
     asked = sum(parameter.numel() for parameter in model.parameters())
-    if asked > 2 * held + 2**20:
+    if asked > 2 * sum(held) + 2**20:
         raise ValueError(
             f"weights of the {part} are missing: its configuration asks for {asked} numbers, its files "
-            f"have {held}"
+            f"have {sum(held)}"
         )
+    return model
 
 
 def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .configurations import check_sample_size, check_vae, flat
+from .edm.checks import brief
 
 OTHER_INPUTS = {
     5: "a depth map beside the latents, as of Stable Diffusion 2 depth",
@@ -29,6 +33,8 @@ def check_network(pipeline: Any, *, is_xl: bool) -> None:
     for name in ("unet", "vae", "scheduler"):
         if getattr(pipeline, name, None) is None:
             raise ValueError(f"the pipeline has no {name}: give it one")
+    check_vae(pipeline.vae.config)
+    check_sample_size(pipeline.unet.config.sample_size)
     config, latents = pipeline.unet.config, pipeline.vae.config.latent_channels
     channels = config.in_channels
     if channels != latents:
@@ -64,6 +70,66 @@ def check_network(pipeline: Any, *, is_xl: bool) -> None:
                 "is not supported"
             )
     _check_projection(config)
+    _check_encoders(pipeline, is_xl=is_xl)
+    check_tokenizers(pipeline)
+
+
+def _check_encoders(pipeline: Any, *, is_xl: bool) -> None:
+    """Check that the text encoders of a pipeline make the prompts that its network takes."""
+    names = ("text_encoder", "text_encoder_2")[: 1 + is_xl]
+    encoders = {n: e for n in names if (e := getattr(pipeline, n)) is not None}
+    for name, encoder in encoders.items():
+        if hasattr(encoder, "text_projection") != (name == "text_encoder_2"):
+            kind = "CLIPTextModel" + "WithProjection" * (name == "text_encoder_2")
+            raise ValueError(
+                f"the {name} is a {type(encoder).__name__}, and that of a {type(pipeline).__name__} is "
+                f"a {kind}: its prompts would be read as something else"
+            )
+    width = sum(encoder.config.hidden_size for encoder in encoders.values())
+    taken = sorted(set(flat(pipeline.unet.config.cross_attention_dim)))
+    if encoders and (is_xl is False or len(encoders) == 2) and taken != [width]:
+        raise ValueError(
+            f"the UNet takes prompts of {' and '.join(map(str, taken))} features for each token, and "
+            f"{' and '.join(encoders)} {'make' if is_xl else 'makes'} {width}: the parts are of "
+            "different models"
+        )
+
+
+def check_tokenizers(pipeline: Any) -> None:
+    """Check that the text encoders of a pipeline know all tokens of its tokenizers.
+
+    Raises:
+        ValueError: naming the tokenizer.
+    """
+    for name in ("tokenizer", "tokenizer_2"):
+        of = name.replace("tokenizer", "text_encoder")
+        tokenizer, encoder = getattr(pipeline, name, None), getattr(pipeline, of, None)
+        if tokenizer is None or encoder is None:
+            continue
+        words = tokenizer.get_vocab()
+        word, last = max(words.items(), key=itemgetter(1))
+        known = encoder.get_input_embeddings().num_embeddings
+        if last >= known:
+            raise ValueError(
+                f"the {name} has token {last}, {brief(word)}, and the {of} knows {known}, which are "
+                f"numbered from 0: it is that of another model, or tokens were added without their "
+                f"embeddings, for which there are pipeline.load_textual_inversion and "
+                f"{of}.resize_token_embeddings"
+            )
+        longest, most = tokenizer.model_max_length, encoder.config.max_position_embeddings
+        if longest > most:
+            raise ValueError(
+                f"the {name} makes prompts of {longest} tokens, and the {of} takes {most}: set its "
+                f"model_max_length to that"
+            )
+        end, marked = encoder.config.eos_token_id, tokenizer.eos_token_id
+        # Configurations of OpenAI and of Stable Diffusion XL say 2, which stands for the highest number.
+        if hasattr(encoder, "text_projection") and (last if end == 2 else end) != marked:
+            raise ValueError(
+                f"the {of} reads a prompt at its token {last if end == 2 else end}, by its eos_token_id "
+                f"{end}, and the {name} ends it by token {marked}: set {of}.config.eos_token_id, and "
+                f"that of {of}.text_model, to {marked} if these belong together"
+            )
 
 
 def check_betas(scheduler: Any) -> None:

@@ -20,6 +20,10 @@ from .edm.checks import brief
 JSON = 2**23
 """The most bytes of a file of JSON; the largest of Stable Diffusion, a tokenizer, has 3.6 million."""
 
+SETTINGS = 2**18
+"""The most bytes of a file of settings; those of Stable Diffusion have 2 thousand, and a schedule of
+1000 betas has 20 thousand."""
+
 HEADER = 2**23
 """The most bytes in the header of safetensors; that of Stable Diffusion XL has 0.3 million."""
 
@@ -77,28 +81,28 @@ def printable(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
-def read_text(path: Path) -> str:
-    """The text of a file of at most `JSON` bytes.
+def read_text(path: Path, most: int = JSON) -> str:
+    """The text of a file of at most `most` bytes.
 
     Raises:
         ValueError: if the file is longer, or is not UTF-8.
         OSError: if it cannot be read.
     """
     with open_regular(path) as file:
-        data = file.read(JSON + 1)
-    if len(data) > JSON:
-        raise ValueError(f"its {path.name} has more than {JSON} bytes")
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"its {path.name} has more than {most} bytes")
     return data.decode()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file of JSON.
+    """The object in a file of settings in JSON.
 
     Raises:
-        ValueError: if the file is longer than `JSON`, is damaged, or holds something else.
+        ValueError: if the file is longer than `SETTINGS`, is damaged, or holds something else.
         OSError: if it cannot be read.
     """
-    return parse_json(read_text(path), f"its {path.name}")
+    return parse_json(read_text(path, SETTINGS), f"its {path.name}")
 
 
 def parse_json(text: str, name: str) -> dict[str, Any]:

@@ -8,16 +8,20 @@ by the metadata of the file, or by buffers of the training schedule.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .reading import read_header
+from .folders import TENSORS
+from .reading import printable, read_header
 from .schedules import DISCRETE
+from .weights import check_complete, check_dtypes, is_unused
 
 PARTS = (
     "cond_stage_model.",
@@ -59,6 +63,20 @@ MARKERS = (
 )
 """Names of the markers that are understood."""
 
+ROOTS = {
+    "unet": ("model.diffusion_model.",),
+    "vae": ("first_stage_model.",),
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
+    "text_encoder_2": ("conditioner.",),
+}
+"""The parts of a pipeline by the beginnings of their weights; where two fit, the first counts."""
+
+ASIDE = ("first_stage_model.loss.", "first_stage_model.model_ema.")
+"""Beginnings of weights that a VAE has for its own training alone."""
+
+CHILDREN = 100
+"""The most names that continue another one by a word; blocks and layers have at most 33."""
+
 KNOWN = {*BUFFERS, *MARKERS, "denoiser.sigmas"}
 
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
@@ -93,10 +111,30 @@ class SingleFile:
     prediction_type: str | None
     zero_snr: bool
 
+    def names_of(self, part: str) -> list[str]:
+        """The names of the weights of a part of the pipeline."""
+        return self._names.get(part, [])
+
+    @cached_property
+    def _names(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name in self.shapes:
+            part = next((part for part, roots in ROOTS.items() if name.startswith(roots)), None)
+            if part is not None and not name.startswith(ASIDE):
+                found.setdefault(part, []).append(name)
+        return found
+
     @property
-    def numel(self) -> int:
-        """How many numbers its tensors have."""
-        return sum(map(math.prod, self.shapes.values()))
+    def sizes(self) -> dict[str, list[int]]:
+        """The sizes of the weights of each part."""
+        return {part: list(self.sized(self.names_of(part))) for part in ROOTS}
+
+    def sized(self, names: Iterable[str]) -> Iterator[int]:
+        """The sizes of weights, as networks of diffusers have them."""
+        for name in names:
+            size = math.prod(self.shapes[name])
+            # OpenCLIP keeps the weights of queries, keys and values in one tensor.
+            yield from (size // 3,) * 3 if ".in_proj_" in name else (size,)
 
     @property
     def is_xl(self) -> bool:
@@ -126,6 +164,7 @@ def read_single_file(path: Path, *, trust: bool) -> SingleFile:
 
     metadata, entries = read_header(path)
     shapes = {key: entry.shape for key, entry in entries.items()}
+    _check_names(shapes)
     known = [key for key in shapes if key in KNOWN]
     for key in known:
         if entries[key].numel > 100_000:
@@ -154,7 +193,71 @@ def read_single_file(path: Path, *, trust: bool) -> SingleFile:
             "pass prediction_type="
         )
     kind = predictions.pop() if len(predictions) == 1 else None
-    return SingleFile(shapes, values, kind, "ztsnr" in said)
+    file = SingleFile(shapes, values, kind, "ztsnr" in said)
+    for part in ROOTS:
+        check_dtypes(part, {name: entries[name] for name in file.names_of(part)})
+    return file
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """Check that a file has no more blocks and layers than networks have.
+
+    The converters of diffusers compare every name with every block.
+    """
+    known: set[str] = set()
+    children: Counter[str] = Counter()
+    for name in names:
+        if len(known) > 10 * TENSORS or len(name) > 1000 or name.count(".") > 30:
+            raise ValueError("its tensors have more or longer names than those of any network")
+        start = name
+        while start not in known:
+            known.add(start)
+            parent, _, _ = start.rpartition(".")
+            children[parent] += bool(parent)
+            start = parent
+    for parent, count in children.items():
+        if count > CHILDREN and parent != "model_ema":  # which numbers its weights in one word
+            raise ValueError(
+                f"it has {count} parts of {printable(parent, 60)}, more than any network: at most "
+                f"{CHILDREN} are read"
+            )
+
+
+def check_used(file: SingleFile, pipeline: Any) -> None:
+    """Check that a pipeline has all weights of its file, and no others.
+
+    The converters of diffusers rename weights, and leave out those for which they know no name. What
+    they took is seen from the sizes.
+
+    Raises:
+        ValueError: naming the part.
+    """
+    for part in ROOTS:
+        model = getattr(pipeline, part, None)
+        weights = {} if model is None else dict(model.named_parameters())
+        check_complete(part, [name for name, weight in weights.items() if weight.is_meta])
+        names = file.names_of(part)
+        if part.startswith("text_encoder"):
+            names = [name for name in names if not _is_passed_over(name, model)]
+        left, odd = Counter(weight.numel() for weight in weights.values()), []
+        for name in names:
+            sizes = list(file.sized([name]))
+            left.subtract(sizes)
+            if any(left[size] < 0 for size in sizes):
+                odd.append(file.shapes[name])
+        if odd:
+            raise ValueError(
+                f"its {part} has weights for which its configuration has no place, {len(odd)} of them, "
+                f"as one of shape {odd[0]}: it is another network than its configuration says"
+            )
+        check_complete(part, [f"one of {size} numbers" for size in left if left[size] > 0])
+
+
+def _is_passed_over(name: str, encoder: Any) -> bool:
+    """Whether a text encoder is complete without a weight."""
+    # Stable Diffusion 2 takes the last layer but one, and its configuration has no other after it.
+    last = f"cond_stage_model.model.transformer.resblocks.{encoder.config.num_hidden_layers}."
+    return name.startswith(last) or is_unused(name, projects=hasattr(encoder, "text_projection"))
 
 
 def set_scheduler(file: SingleFile, pipeline: Any, diffusers: Any) -> None:

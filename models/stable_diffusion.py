@@ -10,8 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from . import autoencoder
+from .configurations import check_scheduler
 from .folders import PIPELINES
-from .networks import check_betas, check_conditions, check_network, execution_device, expand
+from .networks import (
+    check_betas,
+    check_conditions,
+    check_network,
+    check_tokenizers,
+    execution_device,
+    expand,
+)
 from .schedules import schedule_of
 
 
@@ -64,6 +72,7 @@ class StableDiffusion(nn.Module):
         if kind not in PIPELINES:
             raise TypeError(f"pipeline must be a {' or '.join(PIPELINES)}, got {kind}")
         check_network(pipeline, is_xl=kind == PIPELINES[1])
+        check_scheduler(pipeline.scheduler)
         self.schedule = schedule_of(pipeline.scheduler, prediction_type)
         check_betas(pipeline.scheduler)
         self.prediction_type = self.schedule.prediction_type
@@ -188,7 +197,11 @@ class StableDiffusion(nn.Module):
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         """The shape ``(C, H, W)`` of the latents of an image; its default size is the model's own."""
         factor, own = self.pipeline.vae_scale_factor, self.unet.config.sample_size
-        rows, columns = (own if size is None else size // factor for size in (height, width))
+        sides = own if isinstance(own, (list, tuple)) else (own, own)
+        rows, columns = (
+            side if size is None else size // factor
+            for side, size in zip(sides, (height, width), strict=True)
+        )
         return int(self.unet.config.in_channels), int(rows), int(columns)
 
     def encode_prompt(
@@ -219,8 +232,9 @@ class StableDiffusion(nn.Module):
 
         Raises:
             TypeError: if a prompt is missing or not text.
-            ValueError: if the numbers of prompts disagree, the pipeline has no text encoder, or `size`
-                or `guidance_scale` is given for a model that takes none.
+            ValueError: if the numbers of prompts disagree, the pipeline has no text encoder, its
+                tokenizer has other tokens than that, or `size` or `guidance_scale` is given for a model
+                that takes none.
         """
         for name in ("text_encoder", "text_encoder_2")[: 1 + self._is_xl]:
             if getattr(self, name) is None:
@@ -243,6 +257,7 @@ class StableDiffusion(nn.Module):
                 f"got {len(prompts)} prompts and {len(negatives)} negative prompts: give one, or one "
                 "for each"
             )
+        check_tokenizers(self.pipeline)  # tokens may have been added since
         encoded = self.pipeline.encode_prompt(
             prompts,
             device=self.device,

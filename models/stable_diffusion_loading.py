@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from .folders import (
     write_tensors,
 )
 from .reading import printable, read_json
-from .single_files import read_single_file, set_parts, set_scheduler
+from .single_files import check_used, read_single_file, set_parts, set_scheduler
 from .stable_diffusion import StableDiffusion, import_diffusers
+from .weights import check_finite, check_report
 
 MESSAGE = 600
 """The most characters of the reason in a message, which the libraries make as long as a file asks."""
@@ -91,10 +92,10 @@ def load_stable_diffusion(
                 pipeline = _from_folder(diffusers, path, clean, dtype, variant)
         for name, part in pipeline.components.items():
             if isinstance(part, nn.Module):
-                _check_complete(name, [k for k, p in part.named_parameters() if p.is_meta])
                 wanted = torch.float32 if name == "vae" else dtype
                 if any(p.dtype != wanted for p in part.parameters()):
                     part.to(wanted)
+                check_finite(name, part)
         if scheduler is not None:
             if prediction_type is None:
                 _check_prediction(scheduler, pipeline.scheduler)
@@ -182,7 +183,10 @@ def _from_folder(
             if name == "scheduler" or name.startswith("tokenizer"):
                 parts[name] = found.from_pretrained(clean / name, **options)
                 continue
-            # The pipeline itself would initialise missing weights at random.
+            # The pipeline itself would initialise missing weights at random. transformers reports those
+            # of another shape if it is told to go on.
+            if library == "transformers":
+                options["ignore_mismatched_sizes"] = True
             parts[name], report = found.from_pretrained(
                 clean / name,
                 torch_dtype=torch.float32 if name == "vae" else dtype,
@@ -190,13 +194,7 @@ def _from_folder(
                 output_loading_info=True,
                 **options,
             )
-            _check_complete(name, report["missing_keys"])
-            if name == "unet" and report["unexpected_keys"]:
-                raise ValueError(
-                    "its unet has weights for which its configuration has no place, such as "
-                    f"{sorted(report['unexpected_keys'])[0]}: it is another network than its "
-                    "config.json says"
-                )
+            check_report(name, parts[name], report)
     if index["_class_name"] == PIPELINES[1]:
         parts["force_zeros_for_empty_prompt"] = index["force_zeros_for_empty_prompt"]
     else:
@@ -232,7 +230,7 @@ def _from_single_file(
             Path(config) if Path(config).is_dir() else _download(str(config), None, weights=False)
         )
         (clean / "config").mkdir()
-        copy_folder(folder, clean / "config", held=file.numel)
+        copy_folder(folder, clean / "config", held=file.sizes)
         options["config"] = str(clean / "config")
     kind = getattr(diffusers, PIPELINES[file.is_xl])
     try:
@@ -243,6 +241,7 @@ def _from_single_file(
                 raise ValueError(f"weights of the {name} are missing") from error
         raise
     set_parts(file, pipeline)
+    check_used(file, pipeline)
     if scheduler is None:
         set_scheduler(file, pipeline, diffusers)
     return pipeline
@@ -256,16 +255,6 @@ def _lacks_weights(diffusers: Any, name: str, path: Path, options: dict[str, str
     except NotImplementedError:
         return True
     return False
-
-
-def _check_complete(part: str, names: Iterable[str]) -> None:
-    """Raise an error if `names`, the missing weights of a part, is not empty."""
-    missing = sorted(names)
-    if missing:
-        raise ValueError(
-            f"weights of the {part} are missing: {', '.join(missing[:3])}"
-            + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        )
 
 
 @contextlib.contextmanager

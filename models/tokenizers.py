@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .edm.checks import brief
-from .reading import MissingFile, parse_json, read_text
+from .reading import JSON, SETTINGS, MissingFile, parse_json, read_text
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
@@ -84,7 +84,10 @@ def _has(find: Callable[[str], Path], name: str) -> bool:
 def _read(find: Callable[[str], Path], name: str, *, optional: bool = False) -> dict[str, Any]:
     if optional and not _has(find, name):
         return {}
-    return parse_json(read_text(find(name)), f"its {name}")
+    most = (
+        JSON if name in ("vocab.json", "tokenizer.json") else 4 * SETTINGS
+    )  # words added have flags
+    return parse_json(read_text(find(name), most), f"its {name}")
 
 
 def _list(value: Any) -> list[Any]:
