@@ -207,11 +207,17 @@ def parser() -> Parser:
         command.set_defaults(
             function=function, prog=command.prog, **{**DEFAULTS, **out, **defaults}
         )
+    parsers.add_parser("batch", add_help=False, help="Jobs over data sets, on many workers.")
     return top
 
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command that `argv` names."""
+    if argv and argv[0] == "batch":
+        from ..jobs.command import run as batch  # which has options of its own
+
+        say("\n".join(batch(argv[1:])))
+        return
     args, unknown = parser().parse_known_args(argv or ["--help"])
     if unknown:
         raise ValueError(f"{args.prog} takes no {unknown[0]!r}; see `{args.prog} --help`")

@@ -227,6 +227,7 @@ def main() -> None:
 
     rank, world, local_rank = launched() or (0, 1, 0)
     if WATCHED in os.environ:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
         threading.Thread(target=leave_with_parent, daemon=True).start()
     try:
         work(sys.argv[1], rank=rank, world=world, local_rank=local_rank)
