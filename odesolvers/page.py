@@ -190,6 +190,6 @@ def _gradio() -> Any:
         import gradio
     except ImportError as error:
         raise ImportError(
-            f"the page needs gradio ({error}): pip install 'odesolvers[app]'", name=error.name
+            f"the page needs gradio ({error}): pip install gradio", name=error.name
         ) from error
     return gradio

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -74,3 +75,10 @@ def test_pyproject_names_every_package_for_the_wheel() -> None:
             found.add(".".join((name, *file.parent.relative_to(top).parts)))
     named = set(settings["tool"]["setuptools"]["packages"])
     assert named == found, "give tool.setuptools.packages in pyproject.toml the same packages"
+
+
+def test_no_hint_names_an_index_that_has_no_such_package() -> None:
+    files = [*PACKAGE.rglob("*.py"), *MODELS.rglob("*.py")]
+    hints = [f"{file}: {line}" for file in files for line in file.read_text().splitlines()]
+    wrong = [hint for hint in hints if re.search(r"pip install\W+odesolvers", hint)]
+    assert not wrong, "the package is on no index: name the packages that are missing"

@@ -12,7 +12,7 @@ try:
     from datatrove.pipeline.base import PipelineStep
 except ImportError as error:
     raise ImportError(
-        "jobs on Slurm and Ray need datatrove: pip install 'odesolvers[jobs-cluster]'",
+        "jobs on Slurm and Ray need datatrove: pip install datatrove ray 'numpy>=2'",
         name="datatrove",
     ) from error
 

@@ -4,7 +4,7 @@ try:
     import diffusers  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        f"schedulers need diffusers ({error}): pip install 'odesolvers[stable-diffusion]'",
+        f"schedulers need diffusers ({error}): pip install diffusers transformers accelerate",
         name=error.name,
     ) from error
 
