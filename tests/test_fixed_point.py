@@ -369,7 +369,9 @@ def test_the_bound_is_the_sum_of_the_logarithms() -> None:
 
 
 @given(
-    st.lists(st.integers(-(2**58), 2**58), min_size=1, max_size=40),
+    st.sampled_from([2**58, 2**53, 2**40]).flatmap(
+        lambda most: st.lists(st.integers(-most, most), min_size=1, max_size=40)
+    ),
     st.lists(st.tuples(st.integers(1, 2**12), st.integers(1, 2**12), st.booleans()), max_size=40),
 )
 @settings(max_examples=50, deadline=None)
@@ -386,17 +388,32 @@ def test_the_stack_is_the_algorithm_on_integers_without_limit(values, scalings) 
             quotient, remainder = divmod(value, b)
             piles[i], t = divmod(piles[i] * b + remainder, a)
             expected[i] = quotient * a + t
-        z = (stack.multiply(z, a, b) if multiply else stack.divide(z, b, a)).clone()
+        size = float(z.abs().max())
+        z = (stack.multiply(z, a, b, size) if multiply else stack.divide(z, b, a, size)).clone()
         done.append((a, b, multiply))
         assert z.tolist() == expected
         stack = Stack.unpack(stack.pack(), z.shape)
     side = stack.pack()
     assert side.bits_per_element >= max(piles).bit_length()
     for a, b, multiply in reversed(done):
-        z = (stack.divide(z, a, b) if multiply else stack.multiply(z, b, a)).clone()
+        size = float(z.abs().max())
+        z = (stack.divide(z, a, b, size) if multiply else stack.multiply(z, b, a, size)).clone()
     assert z.tolist() == values
     if all(multiply for _, _, multiply in done):
         assert stack.pack().bits_per_element == 0
+
+
+@pytest.mark.parametrize("bits", [30, 52, 53, 54, 60])
+@pytest.mark.parametrize("b", [3, 7, 2401, 4095])
+def test_quotients_beside_an_integer_are_rounded_down(b: int, bits: int) -> None:
+    """Where a quotient in float64 comes nearest to the wrong side of it."""
+    multiples = [n * b for n in range(2**bits // b - 50, 2**bits // b)]
+    values = [sign * m + beside for m in multiples for sign in (1, -1) for beside in (-1, 0, 1)]
+    z = torch.tensor(values)
+    stack = Stack(z.shape, 0, checksum(z), torch.float32)
+    product = stack.multiply(z, 1, b, float(z.abs().max()))
+    assert product.tolist() == [value // b for value in values]
+    assert stack.divide(product.clone(), 1, b).tolist() == values
 
 
 @given(st.integers(0, 31), st.integers(1, 200), st.randoms(use_true_random=False))

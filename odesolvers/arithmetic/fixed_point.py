@@ -187,9 +187,9 @@ class FixedPoint(Arithmetic):
             memory.checksum = memory.checksum + checksum(encoded)
         if a is None or gain == 0.0:
             return encoded
-        self._check_extent(memory, a, max(abs(gain), 1.0))
+        size = self._check_extent(memory, a, max(abs(gain), 1.0))
         p, q = self._terms(gain)
-        product = a if p == q else memory.multiply(a, p, q)
+        product = a if p == q else memory.multiply(a, p, q, size)
         return encoded.add_(product, alpha=1 if gain > 0.0 else -1)
 
     def inverse(self, gain: float, c: Tensor, rest: Tensor, memory: Stack) -> Tensor:
@@ -198,9 +198,9 @@ class FixedPoint(Arithmetic):
         torch.sub(c, product, out=product)
         if gain < 0.0:
             product = product.neg_()
-        self._check_extent(memory, product, max(1 / abs(gain), 1.0))
+        size = self._check_extent(memory, product, max(1 / abs(gain), 1.0))
         p, q = self._terms(gain)
-        return product if p == q else product.copy_(memory.divide(product, p, q))
+        return product if p == q else product.copy_(memory.divide(product, p, q, size))
 
     def _encode(self, x: Tensor) -> Tensor:
         """``round(2^F x)`` as int64; overwrites `x`, which is float32 or float64."""
@@ -215,15 +215,20 @@ class FixedPoint(Arithmetic):
             )
         return fraction.as_integer_ratio()
 
-    def _check_extent(self, stack: Stack, x: Tensor, factor: float) -> None:
-        """Checks the range of `x` times `factor`: at once on the CPU, else at the end of the run."""
+    def _check_extent(self, stack: Stack, x: Tensor, factor: float) -> float:
+        """Checks the range of `x` times `factor`: at once on the CPU, else at the end of the run.
+
+        Returns:
+            the largest ``|x|`` where it is known, infinite elsewhere.
+        """
         low, high = x.aminmax()
         if x.dtype == torch.int64:
             factor *= 2.0**-self.fractional_bits
         if x.device.type == "cpu":
             self._check_range(stack.sigma, low, high, factor, stack.dtype)
-        else:
-            stack.extents.append((stack.sigma, low, high, factor))
+            return max(-float(low), float(high))
+        stack.extents.append((stack.sigma, low, high, factor))
+        return math.inf
 
     def _check_range(
         self, sigma: float, low: Tensor, high: Tensor, factor: float, dtype: torch.dtype

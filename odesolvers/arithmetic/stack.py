@@ -192,26 +192,31 @@ class Stack:
         self._shape = shape
         self._top: Tensor | None = None  # W; None while the bound says that it is 0
         self._bound = 0  # no element of W is larger
+        self._kept: Tensor | None = None  # the W of the last copy, which is not written to
+        self._spare: Tensor | None = None
         self._scratch: tuple[Tensor, Tensor] | None = None
         self._done: list[Done] = []
         self._aside: list[Tensor] = []
 
-    def multiply(self, z: Tensor, a: int, b: int) -> Tensor:
-        """About ``z a / b``, in storage that the next call overwrites; `divide` undoes it."""
-        return self._scale(z, a, b, 1)
+    def multiply(self, z: Tensor, a: int, b: int, size: float = math.inf) -> Tensor:
+        """About ``z a / b``, in storage that the next call overwrites; `divide` undoes it.
 
-    def divide(self, z: Tensor, a: int, b: int) -> Tensor:
+        `size` is an upper bound of ``|z|``, if one is known.
+        """
+        return self._scale(z, a, b, size, 1)
+
+    def divide(self, z: Tensor, a: int, b: int, size: float = math.inf) -> Tensor:
         """About ``z b / a``, likewise: the z that `multiply` was given."""
-        return self._scale(z, b, a, -1)
+        return self._scale(z, b, a, size, -1)
 
-    def _scale(self, z: Tensor, a: int, b: int, move: int) -> Tensor:
+    def _scale(self, z: Tensor, a: int, b: int, size: float, move: int) -> Tensor:
         turned = bool(self._done) and self._done[-1][:3] == (-move, b, a)
         undone = self._done.pop() if turned else None
         if undone is None:
             bound = self._bound
             self._done.append(Done(move, a, b, bound, self._make_room(b)))
         # Undoing needs no room: it meets the numbers that were met on the way, and they had it.
-        result = self._multiply(z, a, b)
+        result = self._multiply(z, a, b, size)
         if undone is None:
             self._bound = (self._bound * b + b - 1) // a
         else:
@@ -225,38 +230,31 @@ class Stack:
             self._top = None
         return result
 
-    def _multiply(self, z: Tensor, a: int, b: int) -> Tensor:
+    def _multiply(self, z: Tensor, a: int, b: int, size: float) -> Tensor:
         """W'' in place of W, and the result.
 
         One of a and b is a power of two for every weight of `FixedPoint`, so that one of the two
-        divisions is a shift; the other is one of numbers that are not negative, which takes half as
-        long as a division with floor. With V = W b + r the result ``q a + t`` is ``V + a (q - W'')``.
+        divisions is a shift. With V = W b + r the result ``q a + t`` is ``V + a (q - W'')``.
         """
-        top = self._top
         if self._scratch is None:  # new memory costs more than arithmetic
             self._scratch = torch.empty_like(z), torch.empty_like(z)
-        q, v = self._scratch
+        (q, v), top = self._scratch, self._top
+        new = torch.empty_like(z) if self._spare is None else self._spare
         if b & (b - 1) == 0:
-            k = b.bit_length() - 1
-            torch.bitwise_right_shift(z, k, out=q)
+            torch.bitwise_right_shift(z, b.bit_length() - 1, out=q)
             torch.bitwise_and(z, b - 1, out=v)
-            if top is not None:
-                v.bitwise_or_(top.bitwise_left_shift_(k))
         else:
-            steps = 2**62 // b
-            torch.add(z, b * steps, out=v)
-            torch.div(v, b, rounding_mode="trunc", out=q)
-            v.sub_(q, alpha=b)
-            q.sub_(steps)
-            if top is not None:
-                v.add_(top, alpha=b)
-        top = self._top = torch.empty_like(z) if top is None else top
+            torch.sub(z, _floor(z, b, size, q), alpha=b, out=v)
+        if top is not None:
+            v.add_(top, alpha=b)
+        self._spare = None if top is self._kept else top
+        self._top = new
         if a & (a - 1) == 0:
             k = a.bit_length() - 1
-            torch.bitwise_right_shift(v, k, out=top)
+            torch.bitwise_right_shift(v, k, out=new)
             return q.bitwise_left_shift_(k).bitwise_or_(v.bitwise_and_(a - 1))
-        torch.div(v, a, rounding_mode="trunc", out=top)
-        return v.add_(q.sub_(top), alpha=a)
+        _floor(v, a, self._bound * b + b - 1, new, signed=False)
+        return v.add_(q.sub_(new), alpha=a)
 
     def _make_room(self, b: int) -> int:
         """Puts words aside until W b + b - 1 cannot overflow, and returns their number."""
@@ -296,10 +294,12 @@ class Stack:
         )
 
     def __copy__(self) -> Stack:
-        """The memory as it is now: what is done with one of the two does not reach the other."""
+        """The memory as it is now, until the next copy: W is written to places that take turns."""
+        if self._kept is not self._top:
+            self._spare, self._kept = self._kept, self._top
         twin = Stack(self._shape, self.origin, self.checksum, self.dtype)
         twin.overflows, twin.extents = list(self.overflows), list(self.extents)
-        twin._top = None if self._top is None else self._top.clone()
+        twin._top, twin._kept = self._top, self._top
         twin._bound, twin._done, twin._aside = self._bound, list(self._done), list(self._aside)
         return twin
 
@@ -317,6 +317,20 @@ class Stack:
             top = low if top is None else top << 32 | low
         stack._top, stack._bound = top, side.bound
         return stack
+
+
+def _floor(z: Tensor, d: int, size: float, out: Tensor, *, signed: bool = True) -> Tensor:
+    """``floor(z / d)`` for ``|z| <= size``, into `out`; a division of int64 takes long.
+
+    Below 2^53 the quotient in float64 is less than 1 / d off, and so on the right side of an integer
+    (on a CPU: a GPU multiplies by ``1 / d`` instead). Above, numbers that are not negative are divided
+    in half the time of a division with floor.
+    """
+    if size < 2**53 and z.device.type == "cpu":
+        return out.copy_(z.double().div_(d).floor_())
+    steps = 2**62 // d if signed else 0
+    torch.div(torch.add(z, d * steps, out=out) if signed else z, d, rounding_mode="trunc", out=out)
+    return out.sub_(steps) if signed else out
 
 
 def checksum(z: Tensor) -> Tensor:
