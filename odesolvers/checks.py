@@ -125,6 +125,12 @@ def check_start(x: object) -> Tensor:
     return x
 
 
+def shown(text: str, most: int = 200) -> str:
+    """At most so many characters of a text that may come from a file, all of them printable."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: most + 1])
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def check_origin(state: Any, grid: Grid, solver: Any, name: str) -> None:
     """A state of the same grid, solver and kind of pair, or a ValueError with the first difference."""
     if state.sigmas != grid.levels:
@@ -139,9 +145,16 @@ def check_origin(state: Any, grid: Grid, solver: Any, name: str) -> None:
             f"the state comes from another grid: {found}; pass the grid that made the state"
         )
     if state.solver != name:
+        # What differs is shown, however long both are.
+        letters = enumerate(zip(state.solver, name, strict=False))
+        same = next(
+            (n for n, (one, two) in letters if one != two), min(len(state.solver), len(name))
+        )
+        start = same - 100 if same > 150 else 0
+        made, this = ("..." * (start > 0) + text[start:] for text in (state.solver, name))
         raise ValueError(
-            f"the state comes from another solver: it was made by {state.solver}, this is "
-            f"{name}; a step is undone only by the solver that took it"
+            f"the state comes from another solver: it was made by {shown(made)}, this is "
+            f"{shown(this)}; a step is undone only by the solver that took it"
         )
     if state.partner is not None and state.coupled != solver.coupled:
         raise ValueError(

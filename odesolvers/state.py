@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import files
 from .arithmetic import SideInformation
-from .checks import describe, refuse_pair
+from .checks import describe, refuse_pair, shown
 from .grids import Grid
 
 
@@ -79,7 +79,7 @@ class State:
     def __repr__(self) -> str:
         pair = "" if self.partner is None else "two of "
         place = f"level {self.index} of {len(self.sigmas) - 1}"
-        return f"State({pair}{describe(self.current)}, {place}, {self.solver:.80})"
+        return f"State({pair}{describe(self.current)}, {place}, {shown(self.solver, 80)})"
 
     def fork(self) -> State:
         """The same pair as the start of a new run, to continue with other ``extra_args``.

@@ -188,6 +188,23 @@ def test_a_state_from_another_solver(state: State) -> None:
         SOLVER.invert(gaussian(), alone, GRID)
 
 
+@pytest.mark.parametrize(
+    "foreign", ["\x1b[2J\n" * 9, "\u202e\ud800", "A" * 10**6, "BDIA(" + "A" * 10**6]
+)
+def test_solvers_of_strangers_are_shown_in_short(state: State, foreign: str) -> None:
+    """Whatever a state says of its solver, messages are short and do not reach the terminal."""
+    strange = replace(state, solver=foreign)
+    with pytest.raises(ValueError, match="another solver: it was made by") as caught:
+        SOLVER.invert(gaussian(), strange, GRID)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 600
+    assert repr(strange).isprintable()
+    assert len(repr(strange)) < 300
+    late = replace(state, solver=repr(SOLVER) + "x" * 10**5)
+    with pytest.raises(ValueError, match=r"made by BDIA\(.*xxx\.\.\., this is BDIA\("):
+        SOLVER.invert(gaussian(), late, GRID)
+
+
 def test_a_pair_that_does_not_fit(state: State) -> None:
     assert state.partner is not None
     for partner in (state.partner[:1], state.partner.double()):
