@@ -8,7 +8,7 @@ outside the denoiser. 1.00 is the minimum of a two-step recurrence, three operat
 
 Compared are k-diffusion's `sample_euler` and `sample_heun` and diffusers' `DDIMScheduler` and
 `DPMSolverMultistepScheduler`. All take turns in one process in random order; each turn runs twice, and
-the second run is timed; times are medians. The C library is told to keep freed memory, because it
+the second run is timed, in processor time of the thread; times are medians. The C library is told to keep freed memory, because it
 returns it to the system at random moments. Networks and GPUs are in `networks.py`.
 
     python -m benchmarks.overhead --write         # ten minutes; makes docs/tables/overhead.md
@@ -21,6 +21,7 @@ import argparse
 import importlib
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -127,7 +128,7 @@ def overhead(repeats: int) -> str:
             for steps, entrants in entered.items()
             for name, run in entrants.items()
         }
-        times = seconds(runs, repeats * (8 if shape is SHAPES[0] else 1))
+        times = seconds(runs, repeats * (8 if shape is SHAPES[0] else 1), clock=time.thread_time)
         beyond = {(name, n): (t - times[BARE, n]) * 1e6 for (name, n), t in times.items()}
         further = {
             name: (beyond[name, MORE] - beyond[name, STEPS]) / (MORE - STEPS)

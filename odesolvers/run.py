@@ -139,11 +139,8 @@ class Run:
             if partner is not None and partner is not current:
                 partner = self.arithmetic.store(check_start(partner).clone())
             current, partner = own, own if partner is current else partner
-        else:  # what was made in inference mode shows no writes
+        else:
             self.dtype = side.dtype
-            current, partner = (
-                y.clone() if y is not None and y.is_inference() else y for y in (current, partner)
-            )
         if self.solver.coupled and partner is None:
             partner = current
         sigmas: Any = self.grid  # checked
@@ -309,8 +306,8 @@ class Run:
 
 
 def _versions(far: Tensor | None, near: Tensor) -> tuple[int, int]:
-    """Numbers that a write to a pair changes."""
-    return -1 if far is None else far._version, near._version
+    """Numbers that a write to one of a pair changes."""
+    return -1 if far is None else version(far), version(near)
 
 
 def _version(output: Tensor) -> int:
