@@ -8,8 +8,9 @@ outside the denoiser. 1.00 is the minimum of a two-step recurrence, three operat
 
 Compared are k-diffusion's `sample_euler` and `sample_heun` and diffusers' `DDIMScheduler` and
 `DPMSolverMultistepScheduler`. All take turns in one process in random order; each turn runs twice, and
-the second run is timed, in processor time of the thread; times are medians. The C library is told to keep freed memory, because it
-returns it to the system at random moments. Networks and GPUs are in `networks.py`.
+the second run is timed, in processor time of the thread; times are medians. The C library is told to
+keep freed memory, because it returns it to the system at random moments. Networks and GPUs are in
+`networks.py`.
 
     python -m benchmarks.overhead --write         # ten minutes; makes docs/tables/overhead.md
     python -m benchmarks.overhead --repeats 1     # half a minute
