@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -330,9 +331,22 @@ def _pipeline(name: str, device: torch.device, dtype: torch.dtype, size: Any) ->
     if kind in ("", "StableDiffusionPipeline", "StableDiffusionXLPipeline"):
         pipeline = load_stable_diffusion(name, dtype=dtype).pipeline
     else:
-        pipeline = getattr(diffusers, kind).from_pretrained(
-            name, torch_dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
+        made = getattr(diffusers, kind)
+        parts = inspect.signature(made.__init__).parameters.values()
+        absent = [
+            part.name
+            for part in list(parts)[1:]
+            if part.default in (part.empty, None) and index.get(part.name) in (None, [None, None])
+        ]
+        with warnings.catch_warnings():  # of `torch_dtype`, the name that works in all versions
+            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
+            pipeline = made.from_pretrained(
+                name,
+                torch_dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                **dict.fromkeys(absent),
+            )
     pipeline.set_progress_bar_config(disable=True)
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < _bytes(pipeline):
         pipeline.enable_model_cpu_offload(device=device)

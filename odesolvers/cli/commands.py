@@ -150,7 +150,7 @@ def edit(args: Namespace) -> None:
             source=model.arguments([setup.prompt()]),
             target=model.arguments([args.to]),
             guidance=model.scale(args.guidance, args.to),
-            negative=model.arguments([args.negative or setup.prompt()]),
+            negative=model.arguments([args.negative]),
             mask=latent_mask,
             strength=args.strength,
         )

@@ -43,7 +43,7 @@ class Outputs:
         self, out: Path, names: Sequence[str], settings: Mapping[str, Any], *, again: bool
     ) -> None:
         self.file = out if out.suffix.lower() in ENDINGS else None
-        if self.file is None and out.suffix and not out.is_dir():
+        if self.file is None and out.suffix[1:].isalpha() and not out.is_dir():
             raise ValueError(
                 f"{out} ends as no picture ({' '.join(ENDINGS)}), and no folder is there"
             )

@@ -83,7 +83,7 @@ OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "states": _option(Path, "STATE", "states to start from in place of noise", nargs="*"),
     "--prompt": _option(str, "TEXT", "of the pictures; repeated, in turn (none)", action="append"),
     "--to": _option(str, "TEXT", "prompt of the edit", required=True),
-    "--negative": _option(str, "TEXT", "prompt to guide away from (none; edit: --prompt)"),
+    "--negative": _option(str, "TEXT", "prompt to guide away from (none)"),
     "--guidance": _option(_number, "X", "guidance scale (of the model; invert: 1)"),
     "--strength": _option(_number, "X", "share of the steps, above 0 to 1 (%(default)s)"),
     "--mask": _option(_file, "FILE", "picture, white where the edit may change"),

@@ -154,6 +154,11 @@ def test_files_of_another_kind_are_explained(shell: Shell) -> None:
     )
 
 
+def test_a_folder_may_have_a_point_in_its_name(shell: Shell) -> None:
+    shell.run("sample --count 1 --out strength-0.6" + DIGITS)
+    assert files() == ["strength-0.6/000000.png"]
+
+
 def test_a_damaged_list_of_what_is_finished_is_explained(shell: Shell) -> None:
     shell.run("sample --count 1" + DIGITS)
     for content in ("{", "[]", '{"settings": {}, "done": {"a": 3}}'):
