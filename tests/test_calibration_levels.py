@@ -31,6 +31,7 @@ from odesolvers import (
     parse,
     stability_report,
 )
+from odesolvers.calibration.spacing import Spacing
 from odesolvers.extend import Solver
 from odesolvers.models import Gaussian, GaussianMixture, IdealDenoiser, load_digits
 
@@ -193,8 +194,7 @@ def test_grids_that_end_in_zero_without_a_lowest_level() -> None:
 @pytest.mark.parametrize("order", [1, -1])
 def test_levels_are_chosen_among_those_of_a_model(count: int, order: int) -> None:
     x = noise(16, 3, sigma=20.0)
-    rho = 1.0 if count == 7 else 3.0  # even levels, of which one is the nearest to many
-    known = karras_sigmas(count, 0.05, 20.0, rho=rho, append_zero=False)
+    known = karras_sigmas(count, 0.05, 20.0, rho=3.0, append_zero=False)
     rule = calibrate(mixture(), x, GRID, levels=known.tolist()[::order], **FEW)
     assert set(rule.levels[1:-1]) <= set(known.tolist())
     assert (rule.levels[0], rule.levels[-1]) == (GRID[0].item(), GRID[-1].item())
@@ -205,6 +205,12 @@ def test_levels_are_chosen_among_those_of_a_model(count: int, order: int) -> Non
     joint, alone = rule.report, weights.report
     share = {1000: 0.5, 12: 0.8, 7: math.inf}[count]  # of five within the ends, all are taken
     assert joint.sampling[1] * joint.encoding[1] < share * alone.sampling[1] * alone.encoding[1]
+
+
+def test_no_level_is_chosen_twice() -> None:
+    grid = Grid((20.0, 9.9, 9.8, 9.7, 0.1))
+    chosen = Spacing(grid).among(grid, [9.5, 5.0, 9.6, 20.0, 0.1, 3.0])
+    assert chosen.levels == (20.0, 9.6, 9.5, 5.0, 0.1)
 
 
 def test_too_few_levels_to_choose_from_are_refused_before_any_call() -> None:

@@ -101,7 +101,7 @@ def compare(problem: Problem, steps: int) -> dict[str, list[float]]:
     fit.improve(start, max(COSTS))
     spent, best, trace = 0, math.inf, list[tuple[int, float]]()
     objective, at = by_gradients(fit), torch.tensor(start.at, requires_grad=True)
-    assert abs(float(objective(at)) - start.value) < 1e-6, "not the objective of `calibrate`"
+    assert abs(objective(at).item() - start.value) < 1e-6, "not the objective of `calibrate`"
     optimiser = torch.optim.LBFGS([at], max_iter=max(COSTS), line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
