@@ -115,6 +115,7 @@ class Run:
         key = self.name, *classes, self.grid.levels, self._level.dtype
         self.plan, self.sampling_error = once(key, self._planned)
         self.memory: Any = None
+        self.reached: tuple[int, Pair, tuple[int, int], Any]
         self.nfe, self.convergence, self.check = 0, list[Convergence](), self.exact
         self._twice, self._reported = self.arithmetic.check_determinism, -1
         self._last: tuple[Tensor, Call, Tensor, int] | None = None
@@ -149,7 +150,7 @@ class Run:
     def finish(
         self,
         steps: Sequence[tuple[int, tuple[Shear, ...], bool]],
-        walk: Callable[[Steps, Pair], object],
+        walk: Callable[[Steps, Pair], Pair],
         progress: bool,
         origin: int,
         stop: int,
@@ -175,14 +176,15 @@ class Run:
         x = x.clone() if state.side is None else self.arithmetic.load(x, self.dtype)
         return Solution(x, state, self.nfe, tuple(self.convergence))
 
-    def _through(self, walk: Callable[[Steps, Pair], object], steps: Steps, origin: int) -> bool:
+    def _through(self, walk: Callable[[Steps, Pair], Pair], steps: Steps, origin: int) -> bool:
         """Whether `steps` lead to a finite pair; an exception carries the last whole state."""
         state = self.state
         self.memory = self.arithmetic.open(state, origin, self.dtype) if self.exact else None
         self.reach(state.index, self.turned(state.current, state.partner))
         try:
-            walk(steps, self.reached[1])
-            return all(map(is_finite, self.reached[1]))  # waits
+            pair = walk(steps, self.reached[1])
+            self.reached = self.reached[0], pair, *self.reached[2:]
+            return all(map(is_finite, pair))  # waits
         except BaseException as error:
             with suppress(Exception):
                 index, pair, versions, _ = self.reached
@@ -197,7 +199,7 @@ class Run:
 
     def reach(self, index: int, pair: Pair) -> None:
         """Notes that a step is done: `pair` stands at `index`."""
-        self.reached = index, pair, _versions(*pair), self.memory and copy(self.memory)
+        self.reached = index, pair, _versions(*pair), copy(self.memory) if self.exact else None
 
     def turned(self, one: Any, other: Any) -> Any:
         """The current state and its partner as the far and the near one of the walk, or back."""

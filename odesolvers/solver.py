@@ -50,7 +50,7 @@ class Solver(Settings, ABC):
         """The step, in either direction, of a run that has one state only. Not used if coupled."""
 
     def undo(self, run: Run, steps: Steps, pair: Pair) -> Pair:
-        """The pair that `steps` up the grid lead to."""
+        """The pair that `steps` up the grid lead to; notes each finished step by `run.reach`."""
         return run.walk(steps, pair)
 
     def encoding_error(self, grid: Grid) -> float | None:
