@@ -52,13 +52,13 @@ def relative(a, b):
 
 def both(scheduler, solver="Euler()", **levels):
     """The results of a scheduler of diffusers, and of a solver in its place, from the same noise."""
-    mine = drive(InvertibleScheduler.from_config(scheduler.config, solver=solver), Z, **levels)
+    noise = Z.double()  # from a level of 4096, networks in float32 differ by their own rounding
+    mine = drive(InvertibleScheduler.from_config(scheduler.config, solver=solver), noise, **levels)
     scheduler.set_timesteps(levels.get("n"), **{k: v for k, v in levels.items() if k != "n"})
-    noise = Z
     if hasattr(scheduler, "sigmas") and hasattr(
         scheduler, "init_noise_sigma"
     ):  # states, not latents
-        noise = Z * float(scheduler.sigmas[0] ** 2 + 1) ** 0.5
+        noise = noise * float(scheduler.sigmas[0] ** 2 + 1) ** 0.5
     theirs = drive(scheduler, noise, **levels)
     return mine, theirs / float(getattr(scheduler, "sigmas", [0.0])[-1] ** 2 + 1) ** 0.5
 

@@ -291,7 +291,8 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Latents with noise of the levels of some of `timesteps`, one for each element of the batch."""
-        calls = [self._calls[self._find(t)[0]] for t in timesteps.tolist()]
+        found = [self._find(t)[0] for t in timesteps.tolist()]
+        calls = [self._calls[k] for k in found]
         factors = [(call.scale, call.scale * call.sigma) for call in calls]
         scale, share = original_samples.new_tensor(factors).unbind(1)
         scale, share = append_dims(scale, noise), append_dims(share, noise)
