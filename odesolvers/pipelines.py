@@ -152,6 +152,10 @@ class PipelineDenoiser:
         packed: Tensor = self.pipeline._pack_latents(latents, *latents.shape)
         return packed
 
+    def forget_prompts(self) -> None:
+        """Frees the memory of encoded prompts; those that come again are encoded again."""
+        self._prompts.clear()
+
     def _run(self, scheduler: Any, latents: Tensor | None, call: Mapping[str, Any]) -> None:
         """Calls the pipeline with a scheduler that answers for ours."""
         check_is(call, Mapping, "the arguments are those of a call of the pipeline")

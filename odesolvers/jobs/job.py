@@ -229,8 +229,8 @@ class Output:
 
     def done(self) -> set[int]:
         """The shards that are written."""
-        names = os.listdir(self.path / "shards")
-        return {int(name.partition(".")[0]) for name in names if not name.startswith(".")}
+        names = [name.partition(".")[0] for name in os.listdir(self.path / "shards")]
+        return {int(name) for name in names if name.isdecimal()}
 
     @cached_property
     def _offsets(self) -> list[int]:

@@ -130,6 +130,8 @@ class Runner:
 
         Elements that make the run fail are found by halves, and left out.
         """
+        if hasattr(self.model.denoiser, "forget_prompts"):  # a million of them do not fit in memory
+            self.model.denoiser.forget_prompts()
         try:
             state, errors = self._run(batch)
             return state, batch, errors, []
