@@ -66,8 +66,9 @@ def load_stable_diffusion(
     Raises:
         ImportError: if diffusers or transformers is not installed.
         FileNotFoundError: if `path_or_id` is neither a local path nor on the hub.
-        ValueError: if the checkpoint is damaged or incomplete, is not a text-to-image Stable Diffusion,
-            or does not say how its network is trained.
+        ValueError: if the checkpoint is damaged or incomplete, has weights for which there is no place,
+            that are not finite or of no floating point, has parts of different models, is not a
+            text-to-image Stable Diffusion, or does not say how its network is trained.
     """
     diffusers = import_diffusers()
     path = Path(path_or_id)

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import corpus, stable_diffusion
+from . import burdens, corpus, stable_diffusion
 from .corpus import LOADERS
 from .watch import Case, in_child, watched
 
@@ -27,6 +27,7 @@ KINDS = {
     "states": corpus.states,
     "calibrations": corpus.calibrations,
     "stable-diffusion": stable_diffusion.stable_diffusion,
+    "burdens": burdens.burdens,
 }
 EVERYTHING = {**LOADERS, **stable_diffusion.LOADERS}
 
@@ -68,7 +69,7 @@ def main(kind: str, number: str, *rest: str) -> None:
     else:
         cases = itertools.islice(KINDS[kind](), 0, None, int(number))
         cases = itertools.islice(cases, skip, None)
-        warm_up({"sd"} if kind == "stable-diffusion" else {kind.rstrip("s"), kind})
+        warm_up({"sd"} if kind in ("stable-diffusion", "burdens") else {kind.rstrip("s"), kind})
     watched(cases, EVERYTHING)
 
 

@@ -79,6 +79,41 @@ def test_what_text_encoders_ignore_is_ignored(edited, folders):
         assert torch.equal(encoded["encoder_hidden_states"], expected["encoder_hidden_states"])
 
 
+@pytest.mark.parametrize("part", ENCODERS)
+def test_names_of_older_and_newer_versions(edited, folders, part):
+    """The weights of a text encoder are within `text_model`, or not, by the version that saved them."""
+
+    def rename(weights):
+        for name in [n for n in weights if "projection" not in n]:
+            short = name.removeprefix("text_model.")
+            weights[f"text_model.{name}" if short == name else short] = weights.pop(name)
+
+    expected, found = (
+        load_stable_diffusion(folder).encode_prompt("a cat")["positive"]["encoder_hidden_states"]
+        for folder in (folders["xl"], edited("xl", part, rename))
+    )
+    assert torch.equal(found, expected)
+
+
+def test_names_of_older_autoencoders(edited, folders):
+    """As in the published folders of Stable Diffusion 1."""
+    names = ("to_q.", "query."), ("to_k.", "key."), ("to_v.", "value."), ("to_out.0.", "proj_attn.")
+
+    def rename(weights):
+        for name in [n for n in weights if ".attentions." in n]:
+            value = weights.pop(name)
+            for new, old in names:
+                name = name.replace(new, old)
+            weights[name] = value
+
+    latents = torch.ones(1, 4, 8, 8)
+    found, expected = (
+        load_stable_diffusion(folder).decode(latents)
+        for folder in (edited("1.x", "vae", rename), folders["1.x"])
+    )
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_weights_of_other_shapes(edited, part):
     for place in (0, 3, -1):
