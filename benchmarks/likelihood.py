@@ -2,10 +2,10 @@
 
 The data are mixtures of five Gaussians in several dimensions, whose density is known. A figure is the
 mean absolute error over 256 states, in bits per dimension; of the bound also the mean of what is missing
-to the truth, with its standard error. Evaluations are calls of the denoiser and vector-Jacobian products
-for each state; a product costs as much as one or two calls. At the evaluations of the bound, Hutchinson's
-estimator is run over `HeunEDM` on the same grid with the probes that are left for it, and with the steps
-and probes among `SPLITS` that come out best.
+to the truth, with its standard error. Evaluations, of each state, are calls of the denoiser and
+vector-Jacobian products, though a product costs as much as one or two calls. At the evaluations of the
+bound, Hutchinson's estimator is run over `HeunEDM` on the same grid with the probes left for it,
+and with the steps and probes among `SPLITS` that come out best.
 """
 
 from __future__ import annotations
