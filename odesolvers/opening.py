@@ -322,7 +322,13 @@ def _pipeline(name: str, device: torch.device, dtype: torch.dtype, size: Any) ->
     diffusers = import_diffusers()
     kind = ""
     if path.is_dir() or not local:
-        index: Any = diffusers.DiffusionPipeline.load_config(name)
+        try:
+            index: Any = diffusers.DiffusionPipeline.load_config(name)
+        except OSError as error:  # of the hub, of the connection, and of folders without an index
+            where = (
+                "holds no pipeline" if path.is_dir() else "was not found on the Hugging Face hub"
+            )
+            raise FileNotFoundError(f"--model {name} {where}: {error}") from error
         kind = index["_class_name"] if isinstance(index["_class_name"], str) else "a custom one"
         if not hasattr(diffusers, kind):
             raise ValueError(

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         except KeyboardInterrupt as stop:
             code = 128 + (*stop.args, SIGINT)[0]
-            line = "Interrupted. Finished files are whole and stay; the same command goes on from them."
+            line = "Interrupted. Finished files stay; the same command goes on from them."
         except Exception as error:
             if sys.flags.dev_mode:
                 raise

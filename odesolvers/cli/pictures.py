@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from tqdm import tqdm
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -42,11 +43,13 @@ def noise_in_view(x: Tensor, sigma: float) -> Tensor:
 
 
 def side_by_side(images: Sequence[Tensor]) -> Tensor:
-    """Images (C, H, W) of one height in a row, as one image."""
+    """Images (C, H, W) of one height in a row, as one image, small ones enlarged."""
     channels = max(image.shape[0] for image in images)
     rows = [image.cpu().double().expand(channels, -1, -1) for image in images]
     gap = torch.ones(channels, rows[0].shape[1], max(1, rows[0].shape[2] // 16)).double()
-    return torch.cat([part for row in rows for part in (gap, row)][1:], 2)
+    joined = torch.cat([part for row in rows for part in (gap, row)][1:], 2)
+    times = math.ceil(96 / joined.shape[1])
+    return joined.repeat_interleave(times, 1).repeat_interleave(times, 2)
 
 
 def read_images(path: Path, shape: Sequence[int], fit: str = "refuse") -> Tensor:
@@ -83,7 +86,7 @@ def read_images(path: Path, shape: Sequence[int], fit: str = "refuse") -> Tensor
         images = _proportioned(images, height, width, fit)
         kept = f"its centre of {images.shape[3]} x {images.shape[2]} is taken; --fit pad takes all"
         if fit == "crop":
-            print(f"{path} is {wide} x {high} pixels: {kept}", file=sys.stderr)
+            tqdm.write(f"{path} is {wide} x {high} pixels: {kept}", file=sys.stderr)
     if images.shape[2:] != (height, width):
         resize = torch.nn.functional.interpolate
         images = resize(images, size=(height, width), mode="bilinear", antialias=True)

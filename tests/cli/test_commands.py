@@ -127,6 +127,7 @@ def test_an_edit_is_that_of_the_library(shell: Shell) -> None:
     noise = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
     x = images[1:].double() + 0.02 * noise
     options: Any = {"source": label("A"), "target": label("H"), "guidance": 2.0, "strength": 0.8}
+    options["negative"] = label("")
     right = edit(BDIA(Euler(), DampedStepRatio()), load_letters(), x, GRID, **options)
     assert abs(pixels("out/edit/1.png") - to_bytes((right.x - 0.02 * noise)[0])).max() <= 1
     shell.run(f"edit photos/1.png --prompt A --to A --guidance 1 --out same.png {LETTER}")
@@ -188,7 +189,7 @@ def test_a_round_trip_compares_solvers(shell: Shell) -> None:
     assert list(rows) == ["damped", "ddim", "edict"]
     assert float(rows["damped"][3]) < 1e-12 < 1e-3 < float(rows["ddim"][3])
     assert rows["ddim"][2] == "6+6"
-    assert pixels("out/roundtrip/0.png").shape == (32, 32 * 3 + 4, 3)
+    assert pixels("out/roundtrip/0.png").shape == (96, 3 * (32 * 3 + 4), 3)  # enlarged
     output = shell.run("roundtrip --compare '' --out noise" + DIGITS)
     assert [line.split()[1] for line in output.splitlines()[1:-1]] == ["damped"]
 

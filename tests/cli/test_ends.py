@@ -242,9 +242,7 @@ def test_a_signal_ends_a_command_with_one_line_and_no_half_file(
     assert caught.value.code == 128 + number
     output, error = shell.capsys.readouterr()
     *_, line = error.splitlines()
-    assert line.startswith(
-        "Interrupted. Finished files are whole and stay; the same command goes on"
-    )
+    assert line.startswith("Interrupted. Finished files stay; the same command goes on from them.")
     assert "Traceback" not in error
     assert output == ""
     assert files() == WRITTEN
