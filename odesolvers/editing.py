@@ -93,9 +93,7 @@ def edit(
         raise ValueError(f"an edit inverts the picture, and {solver} cannot: use BDIA({solver})")
     grid, denoiser = Grid.of(sigmas), as_denoiser(denoiser)
     stop = _first_level(solver, grid.steps, strength)
-    guided, condition = guide(
-        denoiser, guidance, target, source if negative is None else negative
-    )
+    guided, condition = guide(denoiser, guidance, target, source if negative is None else negative)
     up: Any = {"extra_args": source, "progress": progress and mask is None}
     down: Any = {"extra_args": condition, "progress": progress and mask is None}
     if mask is None:
@@ -179,12 +177,8 @@ def slerp(first: State, second: State, t: float) -> State:
     for state in (first, second):
         check_is(state, State, "slerp mixes states, such as solver.invert(...).state")
     a, b, t = first, second, number("t", t)
-    if (a.solver, a.sigmas, a.index, a.current.shape) != (
-        b.solver,
-        b.sigmas,
-        b.index,
-        b.current.shape,
-    ):
+    forms = [(s.solver, s.sigmas, s.index, s.current.shape) for s in (a, b)]
+    if forms[0] != forms[1]:
         raise ValueError(f"states of one solver, grid, level and shape are mixed, got {a} and {b}")
     if not 0 <= t <= 1:
         raise ValueError(f"t must be from 0 to 1, got {t}")

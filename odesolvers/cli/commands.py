@@ -136,6 +136,10 @@ def invert(args: Namespace) -> None:
 
 def edit(args: Namespace) -> None:
     """Invert pictures under one prompt, and sample them under another."""
+    if args.mask is not None and args.save:
+        raise ValueError(
+            "a masked edit has no way back, for each step is blended: leave out --save"
+        )
     outputs, missing = _outputs(args, _inputs(args.pictures))
     for setup, name, digest, picture, x in _each_picture(args, missing):
         model, mask, latent_mask = setup.model, None, None

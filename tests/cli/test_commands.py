@@ -134,6 +134,18 @@ def test_an_edit_is_that_of_the_library(shell: Shell) -> None:
     assert abs(pixels("same.png") - pixels("photos/1.png")).max() <= 1
 
 
+def test_a_saved_edit_leads_back_to_the_code_of_the_picture(shell: Shell) -> None:
+    save_letters(1)
+    options = f"--prompt A --solver damped --dtype float64 {LETTER}"
+    shell.run(f"edit photos --to H {options} --save")
+    shell.run(f"invert photos {options} --out code")
+    shell.run("invert out/edit/0.safetensors")
+    codes = [State.load(f"{f}/0.safetensors").partner for f in ("code", "out/invert")]
+    assert codes[0] is not None
+    assert codes[1] is not None
+    assert (codes[0] - codes[1]).norm() < 1e-9 * codes[0].norm()
+
+
 @pytest.mark.parametrize("solver", ["damped", "exact"])
 def test_outside_of_the_mask_the_picture_is_as_it_was(shell: Shell, solver: str) -> None:
     save_letters(1)

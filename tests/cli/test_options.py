@@ -114,6 +114,7 @@ def test_short_names_are_solvers() -> None:
         ("edit a.png --to 3 --strength x", "--strength: must be a finite number"),
         ("edit a.png", "required: --to"),
         ("edit a.png --to 3 --mask absent.png", "there is no file absent.png"),
+        ("edit a.png --to 3 --mask a.png --save", "leave out --save"),
         ("edit a.png --to 3 --solver Euler()", "cannot: use BDIA(Euler())"),
         ("edit a.png b/a.png --to 3", "two pictures are named a: their results would be one"),
         ("interpolate a.png --frames 2", "two pictures are interpolated, got 1"),

@@ -102,7 +102,7 @@ def test_outside_of_the_mask_every_pixel_of_the_photo_is_as_it_was(
     shell: Shell, stored: Path, solver: str
 ) -> None:
     model = f"--model {stored / 'sd'} --steps 5 --solver {solver}"
-    shell.run(f"edit photo.jpg {model} --prompt 'a cat' --to 'a dog' --mask mask.png --save")
+    shell.run(f"edit photo.jpg {model} --prompt 'a cat' --to 'a dog' --mask mask.png")
     from odesolvers.cli.pictures import read_images
 
     given = (read_images(Path("photo.jpg"), (3, 16, 16), "crop")[0] + 1) * 127.5
