@@ -1,0 +1,307 @@
+"""Three uses of gradients through a sampler, with pictures: ``python -m benchmarks.gradients_in_use``.
+
+On the letters, over all steps of BDIA over Euler:
+
+- start: the noise is optimised until the sample agrees with the half of a letter that is known;
+- condition: the mix of labels is found that made given pictures from known noise;
+- weights: the network is tuned to draw letters that a classifier can read, and is judged by another
+  reader and on other noise.
+
+Writes ``docs/images/gradients_{start,condition,weights}.png`` and ``docs/tables/gradients_in_use.md``,
+with the memory and the time of one step of the first two, each from a process of its own. Takes some
+minutes on one core.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from odesolvers import BDIA, Euler, StepRatio, karras_sigmas
+from odesolvers.models.letters import LETTERS, load_letters, random_letters
+
+from .common import IMAGES, TABLES, machine, table, write
+from .figures.letters import Reader
+from .gradients import KINDS
+
+SOLVER: Final = BDIA(Euler(), StepRatio(1))
+SIGMAS: Final = karras_sigmas(13, 0.02, 80.0, append_zero=False)
+
+network = load_letters()  # frozen; another denoiser of pictures with labels goes here
+SHAPE: Final = (3, 32, 32)
+WANTED: Final = torch.tensor([LETTERS.index(c) for c in "AEHKRX"])
+
+
+def sampled(kind: str, denoiser: Callable[..., Tensor], x: Tensor, **conditions: Any) -> Tensor:
+    """Samples with a gradient, by one of `KINDS`."""
+
+    def checkpointed(*arguments: Tensor, **named: Any) -> Tensor:
+        return checkpoint(denoiser, *arguments, use_reentrant=False, **named)  # type: ignore[no-any-return]
+
+    return SOLVER.sample(
+        checkpointed if kind == "checkpoint" else denoiser,
+        x,
+        SIGMAS,
+        extra_args=conditions,
+        differentiable="reversible" if kind == "reversible" else True,
+    ).x
+
+
+def noise(n: int, seed: int) -> Tensor:
+    """Starts of `n` samples, of deviation 1."""
+    return torch.randn(n, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+class Start:
+    """The noise, kept at its length, for samples that agree with `known` parts of a picture."""
+
+    steps, rate = 50, 0.05
+
+    def __init__(self) -> None:
+        self.picture, _ = random_letters(6, seed=5)
+        self.known = torch.zeros(SHAPE[-2:])
+        self.known[: SHAPE[1] // 2] = 1.0
+        self.z = noise(6, seed=0).requires_grad_()
+        self.variables = [self.z]
+
+    def samples(self, kind: str) -> Tensor:
+        length = self.z.flatten(1).norm(dim=1)[:, None, None, None]
+        x = self.z / length * self.z[0].numel() ** 0.5  # where noise is, as in DOODL
+        return sampled(kind, network, SIGMAS[0].float() * x)
+
+    def loss(self, samples: Tensor) -> Tensor:
+        return (self.known * (samples - self.picture)).square().mean()
+
+
+class Condition:
+    """The mix of labels that made `pictures` from known noise, by its logits."""
+
+    steps, rate = 30, 0.3
+
+    def __init__(self) -> None:
+        self.z, self.label = noise(4, seed=0), LETTERS.index("B")
+        true = F.one_hot(torch.tensor(self.label), len(LETTERS)).float()
+        with torch.no_grad():
+            self.pictures = SOLVER.sample(
+                mixed, SIGMAS[0].float() * self.z, SIGMAS, extra_args={"mix": true}
+            ).x
+        self.logits = torch.zeros(len(LETTERS), requires_grad=True)
+        self.variables = [self.logits]
+
+    def samples(self, kind: str) -> Tensor:
+        return sampled(kind, mixed, SIGMAS[0].float() * self.z, mix=self.logits.softmax(0))
+
+    def loss(self, samples: Tensor) -> Tensor:
+        return (samples - self.pictures).square().mean()
+
+
+def mixed(x: Tensor, sigma: Tensor, mix: Tensor) -> Tensor:
+    """The network under a mix of labels, in place of its row for no label."""
+    rows = network.network.mapping_cond.weight
+    rows = torch.cat([(rows[:, 1:] @ mix)[:, None], rows[:, 1:]], 1)
+    return functional_call(network, {"network.mapping_cond.weight": rows}, (x, sigma))  # type: ignore[no-any-return]
+
+
+class Classifier(nn.Sequential):
+    """A small convolutional network that reads letters, trained on drawn ones in half a minute."""
+
+    def __init__(self, steps: int = 500, batch: int = 128) -> None:
+        torch.manual_seed(0)
+        layers: list[nn.Module] = []
+        for cin, cout in ((3, 24), (24, 48), (48, 96)):
+            layers += [nn.Conv2d(cin, cout, 3, 2, 1), nn.GroupNorm(8, cout), nn.SiLU()]
+        super().__init__(*layers, nn.Flatten(), nn.Linear(96 * 16, len(LETTERS)))
+        images, labels = random_letters(8000, seed=7)
+        optimizer = torch.optim.Adam(self.parameters(), lr=2e-3)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
+        for _ in range(steps):
+            rows = torch.randint(len(images), (batch,))
+            shown = images[rows] + 0.15 * torch.rand(batch, 1, 1, 1) * torch.randn(batch, *SHAPE)
+            optimizer.zero_grad()
+            F.cross_entropy(self(shown), labels[rows]).backward()
+            optimizer.step()
+            schedule.step()
+        self.requires_grad_(False)
+
+
+class Weights:
+    """All weights of the network, for the letters `WANTED` to be read as such by a classifier."""
+
+    steps, rate = 40, 1e-4
+
+    def __init__(self) -> None:
+        self.tuned = load_letters().requires_grad_(True)
+        self.classifier = Classifier()
+        self.variables = list(self.tuned.parameters())
+        self.generator = torch.Generator().manual_seed(1)
+
+    def samples(self, kind: str) -> Tensor:
+        z = torch.randn(len(WANTED), *SHAPE, generator=self.generator)
+        return sampled(kind, self.tuned, SIGMAS[0].float() * z, class_labels=WANTED)
+
+    def loss(self, samples: Tensor) -> Tensor:
+        return F.cross_entropy(self.classifier(samples.clamp(-1, 1)), WANTED)
+
+
+USES: Final = {"start": Start, "condition": Condition}
+"""Those that are measured; `benchmarks.gradients` measures the gradient of the weights."""
+
+
+def step(use: Any, optimizer: torch.optim.Optimizer, kind: str) -> tuple[Tensor, float]:
+    """One step of the optimisation; the samples before it, and their loss."""
+    samples = use.samples(kind)
+    loss = use.loss(samples)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return samples.detach(), loss.item()
+
+
+def optimise(use: Any, shown: tuple[int, ...]) -> tuple[dict[str, Tensor], list[float]]:
+    """Samples before the steps `shown`, by the titles of their rows, and all losses."""
+    optimizer = torch.optim.Adam(use.variables, lr=use.rate)
+    rows, losses, start = {}, [], time.perf_counter()
+    for k in range(use.steps + 1):
+        samples, loss = step(use, optimizer, "reversible")
+        losses.append(loss)
+        if k in shown:
+            rows[f"step {k}"] = samples
+    seconds = time.perf_counter() - start
+    print(f"{type(use).__name__}: loss {losses[0]:.3g} -> {losses[-1]:.3g} in {seconds:.0f} s")
+    return rows, losses
+
+
+def draw(rows: dict[str, Tensor], axes: Any) -> None:
+    """Pictures as rows of one image, each with its title at the left."""
+    lines = [torch.cat(list(F.pad(row, (1, 1, 1, 1), value=1.0)), 2) for row in rows.values()]
+    image = torch.cat(lines, 1).clamp(-1, 1).add(1).div(2)
+    axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+    height = SHAPE[1] + 2
+    axes.set_yticks([height * (k + 0.5) for k in range(len(rows))], list(rows))
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def picture_of_start() -> None:
+    """The known half, and what samples make of it."""
+    use = Start()
+    rows, _ = optimise(use, (0, 10, 25, use.steps))
+    figure, axes = plt.subplots(figsize=(5.2, 4.9), layout="constrained")
+    draw({"letter": use.picture, "known": use.picture * use.known, **rows}, axes)
+    figure.savefig(IMAGES / "gradients_start.png", dpi=90)
+
+
+def picture_of_condition() -> None:
+    """Given pictures, samples of the same noise, and the weights of the labels."""
+    use = Condition()
+    mixes: list[Tensor] = []
+    use.logits.register_hook(lambda _: mixes.append(use.logits.detach().softmax(0)))
+    rows, _ = optimise(use, (0, 5, 10, use.steps))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 3.5), layout="constrained")
+    draw({"given": use.pictures, **rows}, left)
+    for k, letter in enumerate(LETTERS):
+        true = k == use.label
+        right.plot([mix[k] for mix in mixes], color="C0" if true else "0.8", zorder=2 + true)
+        if true:
+            right.text(use.steps, mixes[-1][k], f" {letter}", color="C0", va="center")
+    right.set(xlabel="step", ylabel="weight of each label", ylim=(0, 1))
+    right.spines[["top", "right"]].set_visible(False)
+    figure.savefig(IMAGES / "gradients_condition.png", dpi=90)
+    print(f"weight of {LETTERS[use.label]}: {mixes[-1][use.label]:.2f}")
+
+
+def picture_of_weights() -> None:
+    """Samples of one noise before and after, and the shares that both readers read."""
+    use, reader = Weights(), Reader()
+    labels, z = WANTED.repeat(20), noise(20 * len(WANTED), seed=50)
+
+    def judged() -> tuple[Tensor, str]:
+        x = SOLVER.sample(
+            use.tuned, SIGMAS[0].float() * z, SIGMAS, extra_args={"class_labels": labels}
+        ).x
+        by_classifier = (use.classifier(x).argmax(1) == labels).float().mean()
+        return x, f"classifier {by_classifier:.0%}, other reader {reader.share_read(x, labels):.0%}"
+
+    before, share_before = judged()
+    optimise(use, ())
+    after, share_after = judged()
+    print(f"read as their label, before: {share_before}; after: {share_after}")
+    figure, axes = plt.subplots(2, 1, figsize=(7.6, 3.4), layout="constrained")
+    for one, x, share in zip(
+        axes, (before, after), (f"before: {share_before}", f"after: {share_after}"), strict=True
+    ):
+        draw({str(k + 1): x[18 * k : 18 * (k + 1)] for k in range(3)}, one)
+        one.set_yticks([])
+        one.set_title(share, fontsize=9, loc="left")
+    width = SHAPE[2] + 2
+    axes[1].set_xticks(
+        [width * (k + 0.5) for k in range(18)], [LETTERS[int(k)] for k in labels[:18]]
+    )
+    figure.savefig(IMAGES / "gradients_weights.png", dpi=80)
+
+
+def measure(name: str, kind: str) -> dict[str, float]:
+    """Megabytes of one step in this process, above a call of the network; processor time of another."""
+    torch.set_num_threads(1)
+    use = USES[name]()
+    optimizer = torch.optim.Adam(use.variables, lr=use.rate)
+    with torch.no_grad():
+        network(noise(6, seed=0), torch.ones(6))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step(use, optimizer, kind)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.process_time()
+    step(use, optimizer, kind)
+    return {"megabytes": (peak - before) / 1024, "seconds": time.process_time() - start}
+
+
+def memory() -> None:
+    """Print the table of memory and time, and write it."""
+    rows = []
+    for name in USES:
+        found = {}
+        for kind in KINDS:
+            call = [sys.executable, "-m", "benchmarks.gradients_in_use", name, kind]
+            output = subprocess.run(call, check=True, capture_output=True, text=True).stdout
+            found[kind] = json.loads(output)
+        for kind, title in KINDS.items():
+            ratio = found[kind]["seconds"] / found["checkpoint"]["seconds"]
+            rows.append([name, title, f"{found[kind]['megabytes']:.0f}", f"{ratio:.2f}"])
+            print(rows[-1], flush=True)
+    header = ["optimised", "gradient", "MB", "time / checkpointed"]
+    write(TABLES / "gradients_in_use.md", f"{machine()}.\n\n{table(header, rows, words=(0, 1))}\n")
+
+
+def main() -> None:
+    """All pictures and the table, or the one that is named."""
+    parts = {
+        "start": picture_of_start,
+        "condition": picture_of_condition,
+        "weights": picture_of_weights,
+        "memory": memory,
+    }
+    for part in sys.argv[1:] or parts:
+        parts[part]()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3 and sys.argv[2] in KINDS:
+        print(json.dumps(measure(*sys.argv[1:])))
+    else:
+        main()
