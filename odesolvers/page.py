@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .cli.pictures import noise_in_view, read_images, to_picture
 from .editing import Arguments, edit
 from .opening import BUNDLED, Model, open_model, solver_of
+from .pictures import noise_in_view, read_images, to_picture
 from .state import Solution
 
 SOLVERS: Final = {"BDIA": "damped", "DDIM inversion": "ddim"}

@@ -22,7 +22,18 @@ MODELS = ROOT.parent / "models"  # installs as `odesolvers.models`
 
 # From the top. A file imports files of its own floor or of lower ones, and never in a circle.
 FLOORS = (
-    ("__main__", "cli", "jobs", "page", "opening", "editing", "pipelines", "interop", "schedulers"),
+    (
+        "__main__",
+        "cli",
+        "jobs",
+        "page",
+        "pictures",
+        "opening",
+        "editing",
+        "pipelines",
+        "interop",
+        "schedulers",
+    ),
     ("__init__", "extend"),
     ("parsing", "named"),
     ("adaptive", "calibration", "likelihood", "pair_likelihood", "stability", "stepwise"),

@@ -19,9 +19,9 @@ import odesolvers as ode
 from ..editing import edit as edit_picture, interpolate as between, mark, matches
 from ..extend import IntegrationApproximator, Solver
 from ..opening import BUNDLED, GRIDS, SHORT, Model, open_model, solver_of
+from ..pictures import noise_in_view, read_images, side_by_side, to_picture
 from ..typed import optional, printable, read
 from .outputs import STATE, Outputs, digest_of, say
-from .pictures import noise_in_view, read_images, side_by_side, to_picture
 
 LEVELS: Final = ("sigma_min", "sigma_max", "rho")
 _ASIDE: Final = "function prog out again batch count pictures states device key named"

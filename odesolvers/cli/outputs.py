@@ -13,10 +13,10 @@ from typing import Any, Final
 
 from PIL import Image
 
+from ..pictures import ENDINGS
 from ..state import State
 from ..typed import each, parsed
 from ..writing import read_regular, replacing
-from .pictures import ENDINGS
 
 NOTES: Final = ".odesolvers.json"
 STATE: Final = ".safetensors"

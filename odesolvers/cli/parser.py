@@ -16,9 +16,9 @@ import torch
 
 from .. import StabilityWarning, __version__
 from ..opening import BUNDLED, GRIDS
+from ..pictures import FITS
 from . import commands
 from .outputs import say
-from .pictures import FITS
 
 DTYPES: Final = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 NETWORKS: Final = {**DTYPES, "float16": torch.float16}

@@ -11,8 +11,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from odesolvers import BDIA, DDIM, EDICT, DampedStepRatio, Euler, FixedPoint, cli, karras_sigmas
-from odesolvers.cli import commands, outputs, parser, pictures
+import odesolvers
+from odesolvers import (
+    BDIA,
+    DDIM,
+    EDICT,
+    DampedStepRatio,
+    Euler,
+    FixedPoint,
+    cli,
+    karras_sigmas,
+    pictures,
+)
+from odesolvers.cli import commands, outputs, parser
 from odesolvers.opening import SHORT, solver_of
 
 from .shell import DIGITS, Shell, files
@@ -45,8 +56,6 @@ def test_help_says_the_defaults_that_are_used(capsys: pytest.CaptureFixture[str]
 
 
 def test_the_version_and_the_completion(capsys: pytest.CaptureFixture[str]) -> None:
-    import odesolvers
-
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     assert capsys.readouterr().out == f"odesolvers {odesolvers.__version__}\n"
@@ -171,9 +180,14 @@ def test_a_damaged_list_of_what_is_finished_is_explained(shell: Shell) -> None:
 @pytest.fixture
 def _not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line as before its first import."""
-    for module in (commands, outputs, parser, pictures):
+    for package, module in (
+        (cli, commands),
+        (cli, outputs),
+        (cli, parser),
+        (odesolvers, pictures),
+    ):
         monkeypatch.delitem(sys.modules, module.__name__)
-        monkeypatch.delattr(cli, module.__name__.split(".")[-1])
+        monkeypatch.delattr(package, module.__name__.split(".")[-1])
 
 
 @pytest.mark.usefixtures("_not_imported")

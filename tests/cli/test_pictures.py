@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from odesolvers.cli.pictures import FORMATS, MAX_PIXELS, read_images
+from odesolvers.pictures import FORMATS, MAX_PIXELS, read_images
 
 RAMP = np.linspace(0, 255, 32 * 32).reshape(32, 32).astype(np.uint8)
 COLOURS = np.stack([RAMP, RAMP.T, 255 - RAMP], 2)

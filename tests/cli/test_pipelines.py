@@ -103,7 +103,7 @@ def test_outside_of_the_mask_every_pixel_of_the_photo_is_as_it_was(
 ) -> None:
     model = f"--model {stored / 'sd'} --steps 5 --solver {solver}"
     shell.run(f"edit photo.jpg {model} --prompt 'a cat' --to 'a dog' --mask mask.png")
-    from odesolvers.cli.pictures import read_images
+    from odesolvers.pictures import read_images
 
     given = (read_images(Path("photo.jpg"), (3, 16, 16), "crop")[0] + 1) * 127.5
     given = given.permute(1, 2, 0).numpy()
