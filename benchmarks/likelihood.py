@@ -133,14 +133,14 @@ def main() -> None:
                 )
                 print(rows[-1], flush=True)
     header = [
-        "dimensions",
+        "dim",
         "steps",
         "K",
         "evaluations",
-        "bound below the truth",
-        "its error",
-        "Hutchinson, same grid",
-        "Hutchinson, best",
+        "bound misses",
+        "error",
+        "same grid",
+        "best",
         "steps × probes",
     ]
     write(TABLES / "likelihood.md", f"{machine()}.\n\n{table(header, rows, words=())}\n")
