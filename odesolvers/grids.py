@@ -69,12 +69,12 @@ class Grid:
         if sigmas is None and own is None:
             raise TypeError("sigmas, the grid of noise levels, is needed: only a State has its own")
         given = own if sigmas is None else sigmas.levels if isinstance(sigmas, Grid) else sigmas
-        row_ = given if isinstance(given, Tensor) else row(given, torch.float64)
-        if row_.ndim != 1:
+        line = given if isinstance(given, Tensor) else row(given, torch.float64)
+        if line.ndim != 1:
             raise ValueError(
-                f"sigmas must be one row of noise levels, got shape {tuple(row_.shape)}"
+                f"sigmas must be one row of noise levels, got shape {tuple(line.shape)}"
             )
-        levels = tuple(row_.tolist())
+        levels = tuple(line.tolist())
         if own is not None and len(own) == len(levels) and own != levels:
             a, b = (torch.tensor(numbers, dtype=torch.float32) for numbers in (own, levels))
             levels = own if torch.equal(a, b) else levels
