@@ -73,13 +73,17 @@ def _levels(kept: dict[str, Any], cases: Sequence[tuple[Problem, int]]) -> str:
 
 
 def _best(kept: dict[str, Any], problem: Problem, n: int, grids: Sequence[str]) -> str:
+    """The sampler with the smallest error on any of the grids, once all of them are measured."""
     found = [
-        (median(errors[0]), name)
-        for name in PEERS
+        (_errors(kept, problem, n, name, grid), name)
+        for name, (_, each) in PEERS.items()
         for grid in grids
-        if (errors := _errors(kept, problem, n, name, grid))
+        if n // each >= 2
     ]
-    return f"{min(found)[0]:.1e} ({min(found)[1]})" if found else ""
+    if not all(errors for errors, _ in found):
+        return ""
+    error, name = min((median(errors[0]), name) for errors, name in found)
+    return f"{error:.1e} ({name})"
 
 
 def _samplers(kept: dict[str, Any], cases: Sequence[tuple[Problem, int]]) -> str:
