@@ -1,8 +1,8 @@
 """Jobs over data sets: their cost beside the network, two workers against one, and their memory.
 
-- Overhead: the job `odesolvers batch invert` of letters in one process, against a loop that calls the
-  network as often, on batches of the same size, and does nothing else. The two take turns. Compared is
-  the time of the processor, which other programs on the machine change little, and that of the clock.
+- Overhead: the job `odesolvers batch invert` of letters in one process, over the time that it spends in
+  calls of the network: that of the processor in all threads, which other programs on the machine change
+  little, and that of the clock. Both are of one run, so that a busy machine slows both alike.
 - Workers: the same job by one and by two worker processes, from their start to their end, with the time
   that they need to load the network; only where the load of the machine is below 1.
 - Memory: the largest resident set of the command and of a worker, for 1,000, 10,000 and 100,000 pictures
@@ -88,38 +88,26 @@ def timed(run: Callable[[], object]) -> tuple[float, float]:
 
 
 def overhead(folder: Path, count: int, repeats: int) -> tuple[list[float], float]:
-    """The ratios of a job to the loop of calls, by processor and by clock, and seconds a picture."""
+    """The ratios of a job to its calls, by processor and by clock, and seconds a picture."""
     path, model = letters(folder, count)
-    described, calls = job(path, "letters", model, STEPS), 0
+    described, inside = job(path, "letters", model, STEPS), [0.0, 0.0]
     denoiser = model.denoiser
 
-    class Counted(torch.nn.Module):
+    class Timed(torch.nn.Module):
         def forward(self, *args: Any, **options: Any) -> Tensor:
-            nonlocal calls
-            calls += 1
+            start = time.thread_time(), time.perf_counter()
             found: Tensor = denoiser(*args, **options)
+            inside[0] += time.thread_time() - start[0]
+            inside[1] += time.perf_counter() - start[1]
             return found
 
-    model.denoiser = Counted()
-    x, sigma, extra = (
-        torch.randn(BATCH, 3, 32, 32),
-        torch.ones(BATCH),
-        model.arguments([None] * BATCH),
-    )
-
-    @torch.no_grad()
-    def loop() -> None:
-        for _ in range(calls):
-            denoiser(x, sigma, **extra)
-
-    ratios: list[tuple[float, float]] = []
-    rates = []
+    model.denoiser = Timed()
+    ratios, rates = [], []
     for k in range(repeats):
         output = described.prepare(folder / f"overhead-{k}", model)
-        calls = 0
+        inside[:] = 0.0, 0.0
         whole = timed(lambda path=output.path: work(path, model=model))  # type: ignore[misc]
-        calls_alone = timed(loop)
-        ratios.append((whole[0] / calls_alone[0], whole[1] / calls_alone[1]))
+        ratios.append((whole[0] / inside[0], whole[1] / inside[1]))
         rates.append(whole[0] / count)
     return [statistics.median(r[k] for r in ratios) for k in (0, 1)], statistics.median(rates)
 
