@@ -183,8 +183,8 @@ def test_any_stretch_of_the_grid_is_undone(
     assert up.state.index == high + 1
     direct = solver.sample(DENOISER, x, sigmas, stop=high) if high > 0 else None
     expected = x if direct is None else direct.x
-    # Roundings of the whole run, each grown by no more than that.
-    tolerance = 100 * grid.steps * torch.finfo(torch.float64).eps * growth
+    # Roundings of the whole run, each grown by no more than that; terms of a sum may exceed the state.
+    tolerance = 400 * grid.steps * torch.finfo(torch.float64).eps * growth
     torch.testing.assert_close(up.x, expected, rtol=0, atol=tolerance * grid.levels[0])
     if low > high + 1:
         down = solver.sample(DENOISER, up.state, sigmas, stop=low)
