@@ -183,12 +183,12 @@ def _check_training(kind: str, config: Mapping[str, Any]) -> None:
             continue
         if isinstance(betas, (np.ndarray, torch.Tensor)):
             betas = betas.tolist()
-        if not all(_is_number(beta) and 0 <= beta < 1 for beta in flat(betas)):
+        if not all(_is_number(beta) and 0 <= beta <= 1 for beta in flat(betas)):
             refuse(
                 name,
-                "a number from 0 to below 1, or a list of these"
+                "a number from 0 to 1, or a list of these"
                 if name == "trained_betas"
-                else "a number from 0 to below 1",
+                else "a number from 0 to 1",
             )
 
 

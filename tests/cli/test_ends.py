@@ -200,9 +200,11 @@ def test_a_state_does_not_choose_which_files_or_modules_are_read(shell: Shell) -
 
 @pytest.fixture
 def _handlers() -> Iterator[None]:
-    """Puts the handlers of signals back that the command replaces in its process."""
+    """Heard signals, also where a shell ignores them, and back what the command replaces."""
     numbers = signal.SIGINT, signal.SIGTERM
     before = [signal.getsignal(number) for number in numbers]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     yield
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
@@ -288,6 +290,7 @@ odesolvers_command.main()
 """
 
 
+@pytest.mark.usefixtures("_handlers")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_during_the_imports_is_one_line(number: int) -> None:
     command = [sys.executable, "-c", DURING_IMPORTS, "torch", str(int(number))]
