@@ -226,7 +226,10 @@ def solver_of(name: str, method: str, sigmas: Tensor) -> Solver:
     if name in SHORT:
         bits = 40 if float(sigmas[0]) < 8192 else 32  # room above the levels of flow matching
         name = SHORT[name][0].format(method, "" if bits == 40 else bits)
-    found = ode.parse(name, {"load": ode.Calibrated.load})
+    try:
+        found = ode.parse(name, {"load": ode.Calibrated.load})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--solver: {error}; or {', '.join(SHORT)}") from error
     if isinstance(found, ode.Calibrated):
         found = ode.BDIA(ode.parse(found.base), found)
     if not isinstance(found, Solver):

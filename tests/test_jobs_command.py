@@ -76,7 +76,7 @@ def test_a_worker_that_stops_is_named_with_the_reason(
         ("verify --output nowhere", "there is no file nowhere"),
         (
             f"sample --model {MODEL} --input seeds:9 --output out --solver Euler",
-            "--solver must name",
+            "--solver: 'Euler' is neither",
         ),
     ],
 )
