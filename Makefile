@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 .PHONY: demo test fuzz lint types docs slow bench lowest release clean
 
 demo: $(VENV)/.cli  ## the main job: sample digits, invert them, sample again; table and picture
-	$(BIN)/odesolvers roundtrip --model digits --steps 18 --out out/roundtrip.png
+	$(BIN)/odesolvers roundtrip --model digits --steps 18 --out out/digit.png
+	$(BIN)/python -m benchmarks.figures.round_trip --out out/roundtrip.png
 
 test: lint types docs  ## everything CI runs
 	$(BIN)/python -m pytest -n auto tests
