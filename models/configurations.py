@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -32,6 +32,23 @@ LAYERS = 100
 
 SIDE = 10_000
 """The most latents along the side of an image; published networks have 128."""
+
+NEUTRAL = {
+    "rescale_betas_zero_snr": False,
+    "timestep_type": "discrete",
+    "use_flow_sigmas": False,
+    "use_dynamic_shifting": False,
+    "flow_shift": 1.0,
+    "shift": 1.0,
+    "snr_shift_scale": 1.0,
+    "sigma_data": None,
+    "trained_betas": None,
+}
+"""Settings that decide the noise levels of the schedulers that have them, and the values that change
+nothing. `from_config` keeps those of another scheduler, and a class that lacks them ignores them."""
+
+TEXT = 2**20
+"""The largest size in a text encoder, of 49,408 words; its positions are listed before its weights."""
 
 FORMS = {bool: "true or false", float: "numbers", str: "texts", type(None): "null"}
 
@@ -68,12 +85,45 @@ def clean_settings(part: str, library: str, kind: str, config: Mapping[str, Any]
     settings = {name: config[name] for name in defaults if name in config}
     if part == "scheduler":
         _check_training(kind, settings)
+        check_heard(kind, defaults, config)
+    if library == "transformers":
+        _check_text(part, settings, defaults)
     for name, value in settings.items():
         if value != defaults[name]:
             if isinstance(value, list) and name not in lists:
                 raise ValueError(f"its {part} has a setting {name} = a list, and it is one value")
             _check_setting(part, name, value, defaults[name])
     return settings
+
+
+def check_heard(kind: str, known: Collection[str], config: Mapping[str, Any]) -> None:
+    """Check that a scheduler hears the settings that decide the noise levels.
+
+    Args:
+        kind: its class.
+        known: the settings that the class has.
+        config: its configuration, with what it was given and has no use for.
+
+    Raises:
+        ValueError: naming a setting that it ignores.
+    """
+    for name, neutral in NEUTRAL.items():
+        value = config.get(name, neutral)
+        if name not in known and value is not None and value != neutral:
+            raise ValueError(
+                f"the scheduler, a {kind}, has {name} = {brief(value)} in its configuration and ignores "
+                "it: the network was trained with another scheduler, so pass that one as scheduler="
+            )
+
+
+def _check_text(part: str, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    for name, value in settings.items():
+        if name.endswith("_id"):
+            continue
+        if value is None and defaults[name] is not None:
+            raise ValueError(f"its {part} has no {name}")
+        if type(value) is int and type(defaults[name]) is int and (value == 0 or value > TEXT):
+            raise ValueError(f"its {part} has {name} = {brief(value)}, not from 1 to {TEXT}")
 
 
 def _takes_lists(parameter: inspect.Parameter) -> bool:
@@ -200,6 +250,8 @@ def check_scheduler(scheduler: Any) -> None:
     """
     config, kind = scheduler.config, type(scheduler).__name__
     _check_training(kind, config)
+    known = inspect.signature(type(scheduler).__init__).parameters
+    check_heard(kind, {*known, "timestep_type"}, config)  # which is read here, whatever the class
     for name in ("sigma_min", "sigma_max", "sigma_data", "shift", "rho"):
         value = getattr(config, name, None)
         if value is not None and not (_is_number(value) and value > 0):

@@ -43,7 +43,15 @@ LOADED: Classes = {
 
 LEFT_OUT: Classes = {
     "safety_checker": ("stable_diffusion", ("StableDiffusionSafetyChecker",)),
-    "feature_extractor": ("transformers", ("CLIPFeatureExtractor", "CLIPImageProcessor")),
+    "feature_extractor": (
+        "transformers",
+        (
+            "CLIPImageProcessor",
+            "CLIPFeatureExtractor",
+            "CLIPImageProcessorFast",
+            "CLIPImageProcessorPil",
+        ),
+    ),
     "image_encoder": ("transformers", ("CLIPVisionModelWithProjection",)),
 }
 """Those of parts that a folder may have, and that are not loaded."""

@@ -319,6 +319,8 @@ def _outputs(args: Namespace, inputs: Mapping[str, str]) -> tuple[Outputs, list[
         k: v if isinstance(v, int | float | str | list) else str(v) for k, v in settings.items()
     }
     outputs = Outputs(args.out, list(inputs), settings, again=args.again)
+    given = [*(getattr(args, "pictures", None) or ()), *(getattr(args, "states", None) or ())]
+    outputs.spare(inputs, _files(given) if given else ())
     missing = outputs.missing(inputs)
     if len(missing) < len(inputs):
         say(f"{len(inputs) - len(missing)} of {len(inputs)} are finished in {outputs.folder}")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -84,6 +84,19 @@ class Outputs:
         if self.file is not None:
             return self.file if ending == ".png" else self.file.with_suffix(ending)
         return self.folder / f"{name}{ending}"
+
+    def spare(self, names: Iterable[str], sources: Iterable[Path]) -> None:
+        """Checks that no result replaces a file that it is made of.
+
+        Raises:
+            ValueError: naming the file.
+        """
+        kept = {path.resolve() for path in sources}
+        for path in (self.path(name, ending) for name in names for ending in (".png", STATE)):
+            if path.resolve() in kept:
+                raise ValueError(
+                    f"the result would replace {path}, which it is made of: give another --out"
+                )
 
     def missing(self, inputs: Mapping[str, str]) -> list[str]:
         """The names of `inputs`, with the digests of their content, that are to be made."""

@@ -309,3 +309,26 @@ def test_a_signal_that_the_caller_ignores_is_ignored() -> None:
             preexec_fn=lambda handler=handler: signal.signal(signal.SIGINT, handler),  # type: ignore[misc]
         )
         assert ended.stdout.strip() == heard
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "edit photos/a.png --prompt A --to B --out photos",
+        "edit photos --prompt A --to B --out photos/a.png",
+        "edit photos/a.png --prompt A --to B --out link/a.png",
+        "invert photos --out photos",
+        "roundtrip photos --out photos",
+        "invert photos/s.safetensors --out photos",
+    ],
+)
+def test_no_result_replaces_what_it_is_made_of(shell: Shell, command: str) -> None:
+    Path("photos").mkdir()
+    Path("link").symlink_to("photos")
+    Image.new("RGB", (32, 32), "red").save("photos/a.png")
+    if "safetensors" in command:
+        shell.run("invert photos --steps 3 --model letters --out states")
+        Path("states/a.safetensors").rename("photos/s.safetensors")
+    before = {path: path.read_bytes() for path in Path("photos").iterdir()}
+    assert "which it is made of" in shell.refused(command)
+    assert {path: path.read_bytes() for path in Path("photos").iterdir()} == before

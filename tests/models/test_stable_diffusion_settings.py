@@ -335,3 +335,56 @@ def test_text_encoders_of_other_models(tiny, tiny_xl, diffusers):
         StableDiffusion(tiny_xl)
     tiny.text_encoder = None  # prompts from elsewhere
     assert StableDiffusion(tiny) is not None
+
+
+# Settings that a class does not hear
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed"),
+    [
+        ("PNDMScheduler", {"rescale_betas_zero_snr": True}),
+        ("HeunDiscreteScheduler", {"rescale_betas_zero_snr": True}),
+        ("DPMSolverMultistepScheduler", {"timestep_type": "continuous"}),
+        ("DDIMScheduler", {"use_flow_sigmas": True}),
+        ("PNDMScheduler", {"flow_shift": 3.0}),
+        ("EulerDiscreteScheduler", {"shift": 3.0}),
+        ("DDIMScheduler", {"snr_shift_scale": 3.0}),
+        ("DDIMScheduler", {"sigma_data": 1.0}),
+    ],
+)
+def test_settings_of_another_scheduler_are_not_ignored(folders, tmp_path, kind, changed):
+    """`from_config` keeps what the other was trained with in the file, and its class ignores it."""
+    folder = tmp_path / "m"
+    shutil.copytree(folders["2.x-v"], folder)
+    file, index = folder / "scheduler" / "scheduler_config.json", folder / "model_index.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(content | {"_class_name": kind} | changed), encoding="utf-8")
+    parts = json.loads(index.read_text(encoding="utf-8"))
+    index.write_text(json.dumps(parts | {"scheduler": ["diffusers", kind]}), encoding="utf-8")
+    refused(folder, f"a {kind}, has {next(iter(changed))} = .* and ignores it")
+    neutral = {"rescale_betas_zero_snr": False, "timestep_type": "discrete", "shift": 1.0}
+    file.write_text(json.dumps(content | {"_class_name": kind} | neutral), encoding="utf-8")
+    load_stable_diffusion(folder)
+
+
+def test_a_pipeline_does_not_ignore_them_either(tiny, diffusers):
+    trained = diffusers.DDIMScheduler.from_config(
+        tiny.scheduler.config, rescale_betas_zero_snr=True, prediction_type="v_prediction"
+    )
+    tiny.scheduler = diffusers.PNDMScheduler.from_config(trained.config)
+    with pytest.raises(ValueError, match="a PNDMScheduler, has rescale_betas_zero_snr = True"):
+        StableDiffusion(tiny)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"hidden_size": 0, "num_hidden_layers": 0, "max_position_embeddings": 2**28},
+        {"max_position_embeddings": 2**24},
+        {"vocab_size": 2**22},
+        {"layer_norm_eps": None},
+    ],
+)
+def test_text_encoders_of_no_size(settings, changed):
+    refused(settings("1.x", "text_encoder/config.json", **changed), "its text_encoder has ")
