@@ -1,0 +1,20 @@
+"""A network of emoji in the package, its labels, and drawings that it has not seen.
+
+Its training is not finished: samples have the colours and outlines of emoji, and no details yet. It is
+not among the models of the command line before it is; ``python -m benchmarks.emoji.train --start`` goes
+on from the weights here.
+"""
+
+from .labels import STYLES, TONES, emoji_groups, emoji_labels
+from .network import Drawings, emoji_drawings, load_emoji, training_log
+
+__all__ = [
+    "STYLES",
+    "TONES",
+    "Drawings",
+    "emoji_drawings",
+    "emoji_groups",
+    "emoji_labels",
+    "load_emoji",
+    "training_log",
+]

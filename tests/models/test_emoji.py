@@ -1,0 +1,141 @@
+"""The bundled network of emoji: its labels, its drawings and what it learned."""
+
+import sys
+
+import pytest
+import torch
+
+from odesolvers import BDIA, Euler, FixedPoint, StepRatio, karras_sigmas
+from odesolvers.models import ClassifierFreeGuidance
+from odesolvers.models.emoji import (
+    STYLES,
+    TONES,
+    emoji_drawings,
+    emoji_groups,
+    emoji_labels,
+    load_emoji,
+    training_log,
+)
+
+pytest.importorskip("safetensors")
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    return load_emoji()
+
+
+@pytest.fixture(scope="module")
+def drawings():
+    return emoji_drawings()
+
+
+def noised(images, sigma):
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    return images + sigma * noise, torch.full(images.shape[:1], sigma)
+
+
+class TestLabels:
+    def test_a_row_names_style_group_subgroup_and_tone(self):
+        row = emoji_labels("hand-fingers-open", "twemoji", "dark")[0]
+        style, group, subgroup, tone = row.split(
+            [2, len(emoji_groups()), len(row) - 8 - len(emoji_groups()), 6]
+        )
+        assert STYLES[int(style.argmax())] == "twemoji"
+        assert list(emoji_groups())[int(group.argmax())] == "People & Body"
+        listed = sorted(name for names in emoji_groups().values() for name in names)
+        assert listed[int(subgroup.argmax())] == "hand-fingers-open"
+        assert TONES[int(tone.argmax())] == "dark"
+        assert row.sum() == 4
+
+    def test_one_row_for_each_subgroup(self):
+        rows = emoji_labels(["cat-face", "food-fruit"])
+        assert torch.equal(rows, torch.cat([emoji_labels("cat-face"), emoji_labels("food-fruit")]))
+
+    def test_two_tones_share(self):
+        both = emoji_labels("family", tone=["light", "dark"])
+        each = [emoji_labels("family", tone=tone) for tone in ("light", "dark")]
+        assert torch.equal(both, (each[0] + each[1]) / 2)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("cat",), "unknown subgroup cat; known: .*cat-face"),
+            (("cat-face", "google"), "unknown style google; known: noto, twemoji"),
+            (("cat-face", "noto", "grey"), "unknown skin tone grey; known: none, light"),
+            ((["cat-face", "x" * 500],), "unknown subgroup x{80};"),
+        ],
+    )
+    def test_unknown_names(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            emoji_labels(*arguments)
+
+    def test_the_labels_of_the_drawings_are_these(self, drawings):
+        at = drawings.names.index("PINEAPPLE")
+        for k, style in enumerate(STYLES):
+            assert torch.equal(drawings.labels[2 * at + k], emoji_labels("food-fruit", style)[0])
+
+
+class TestDrawings:
+    def test_pairs_of_which_one_was_withheld(self, drawings):
+        images, labels, names, withheld = drawings
+        assert images.shape == (2 * len(names), 3, 32, 32)
+        assert images.dtype == torch.float32
+        assert images.aminmax() == (-1, 1)
+        assert torch.equal(withheld.view(-1, 2).sum(1), torch.ones(len(names)))
+        assert torch.equal(labels[::2, 2:], labels[1::2, 2:])  # but for the style
+        assert (images[::2] - images[1::2]).flatten(1).norm(dim=1).min() > 1
+
+
+class TestNetwork:
+    def test_it_is_loaded_with_torch_and_safetensors_alone(self, monkeypatch):
+        for name in ("PIL", "matplotlib", "sklearn", "diffusers", "k_diffusion"):
+            monkeypatch.setitem(sys.modules, name, None)
+        assert load_emoji().training is False
+        assert emoji_drawings().images.isfinite().all()
+
+    def test_it_denoises_drawings_it_has_not_seen(self, emoji, drawings):
+        images, labels = drawings.images[drawings.withheld], drawings.labels[drawings.withheld]
+        for sigma, most in ((0.1, 0.06), (0.5, 0.16), (2.0, 0.4)):
+            x, sigmas = noised(images, sigma)
+            error = (emoji(x, sigmas, labels) - images).square().mean().sqrt()
+            assert error < most
+
+    def test_labels_help_where_shapes_are_decided(self, emoji, drawings):
+        x, sigmas = noised(drawings.images, 8.0)
+        right, none, wrong = (
+            (emoji(x, sigmas, labels) - drawings.images).square().mean()
+            for labels in (drawings.labels, None, drawings.labels.roll(20, 0))
+        )
+        assert right < 0.92 * none
+        assert right < 0.82 * wrong
+
+    def test_round_trips(self, emoji, drawings):
+        images, labels = drawings.images[:4], drawings.labels[:4]
+        arguments = {"class_labels": labels}
+        sigmas = karras_sigmas(8, sigma_min=0.02, append_zero=False)
+        for solver, tolerance in (
+            (BDIA(Euler(), StepRatio(1)), 1e-4),
+            (BDIA(Euler(), StepRatio(1), FixedPoint()), 0),
+        ):
+            code = solver.invert(emoji, images, sigmas, extra_args=arguments)
+            back = solver.sample(emoji, code.state, sigmas, extra_args=arguments).x
+            assert (back - images).abs().max() <= tolerance
+
+    def test_guidance_without_labels_is_zeros(self, emoji, drawings):
+        x, sigmas = noised(drawings.images[:2], 1.0)
+        guided = ClassifierFreeGuidance(emoji, 3.0)
+        labels = drawings.labels[:2]
+        out = guided(
+            x,
+            sigmas,
+            positive={"class_labels": labels},
+            negative={"class_labels": torch.zeros_like(labels)},
+        )
+        given, none = emoji(x, sigmas, labels), emoji(x, sigmas)
+        assert torch.allclose(out, none + 3 * (given - none), atol=1e-5)
+
+    def test_the_log_tells_its_training(self):
+        log = training_log()
+        assert log["history"][-1]["held_out"] < log["history"][0]["held_out"]
+        assert log["settings"]["preconditioning"] == "edm"
