@@ -43,7 +43,10 @@ def log_likelihood_bound(
         log p(x_0) >= E log 1/K Σ_k p(x_N) N(x_{N-1}; F(x_N), s_N²) / (Π g^dim r(x_1 | x_0)),
 
     which rises to the density of the model with the number of samples K (Burda et al. 2016, arXiv
-    1509.00519). In a coupled solver the second state of a pair is the companion, and F the identity. See
+    1509.00519). That density is not quite that of the flow: averaged over data it is not above that of
+    the data, whatever the model, but for one x, an unusual one above all, it can be.
+
+    In a coupled solver the second state of a pair is the companion, and F the identity. See
     ``docs/likelihood.md``.
 
     Args:
