@@ -75,12 +75,6 @@ def _open(path: str, flags: int) -> int:
     return descriptor
 
 
-def printable(text: str, length: int) -> str:
-    """`text` as at most `length` printable characters, whatever it holds."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: length + 1])
-    return text if len(text) <= length else f"{text[: length - 3]}..."
-
-
 def read_text(path: Path, most: int = JSON) -> str:
     """The text of a file of at most `most` bytes.
 

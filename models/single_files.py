@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from odesolvers.values import shown
+
 from .folders import TENSORS
-from .reading import printable, read_header
+from .reading import read_header
 from .schedules import DISCRETE
 from .weights import check_complete, check_dtypes, is_unused
 
@@ -218,7 +220,7 @@ def _check_names(names: Iterable[str]) -> None:
     for parent, count in children.items():
         if count > CHILDREN and parent != "model_ema":  # which numbers its weights in one word
             raise ValueError(
-                f"it has {count} parts of {printable(parent, 60)}, more than any network: at most "
+                f"it has {count} parts of {shown(parent, 60)}, more than any network: at most "
                 f"{CHILDREN} are read"
             )
 

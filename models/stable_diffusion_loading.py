@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from odesolvers.values import shown
+
 from .archives import read_archive
 from .folders import (
     PIPELINES,
@@ -22,7 +24,7 @@ from .folders import (
     weight_patterns,
     write_tensors,
 )
-from .reading import printable, read_json
+from .reading import read_json
 from .single_files import check_used, read_single_file, set_parts, set_scheduler
 from .stable_diffusion import StableDiffusion, import_diffusers
 from .weights import check_finite, check_report
@@ -110,7 +112,7 @@ def load_stable_diffusion(
     except Exception as error:  # many types, from three libraries
         raise ValueError(
             f"{source} could not be read as a Stable Diffusion checkpoint: "
-            f"{printable(str(error), MESSAGE)}"
+            f"{shown(str(error), MESSAGE)}"
         ) from error
     return model.to(device)
 

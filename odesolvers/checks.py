@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .grids import Grid
-from .values import number
+from .values import number, shown
 
 
 class NotFinite(FloatingPointError, ValueError):
@@ -123,12 +123,6 @@ def check_start(x: object) -> Tensor:
     if not is_finite(x):
         raise NotFinite(f"the state to start from is not finite: {describe(x)}")
     return x
-
-
-def shown(text: str, most: int = 200) -> str:
-    """At most so many characters of a text that may come from a file, all of them printable."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: most + 1])
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def check_origin(state: Any, grid: Grid, solver: Any, name: str) -> None:

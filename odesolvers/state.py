@@ -12,8 +12,9 @@ from torch import Tensor
 
 from . import files
 from .arithmetic import SideInformation
-from .checks import describe, refuse_pair, shown
+from .checks import describe, refuse_pair
 from .grids import Grid
+from .values import shown
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Numbers and rows of numbers as callers give them, of Python, numpy or torch."""
+"""Numbers, rows of numbers and texts as callers and files give them."""
 
 from __future__ import annotations
 
@@ -31,6 +31,12 @@ def count(name: str, value: object) -> int:
     except TypeError:
         pass
     raise TypeError(f"{name} must be an integer, got {value!r}")
+
+
+def shown(text: str, most: int = 200) -> str:
+    """At most so many characters of a text that may come from a file, all of them printable."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: most + 1])
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def row(values: object, dtype: torch.dtype | None = None) -> Tensor:

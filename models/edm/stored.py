@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..reading import header_length, open_regular, parse_header, printable
+from odesolvers.values import shown
+
+from ..reading import header_length, open_regular, parse_header
 from .checks import brief
 
 LENGTH = 300
@@ -26,7 +28,7 @@ class CheckpointError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message, LENGTH))
+        super().__init__(shown(message, LENGTH))
 
 
 @final
