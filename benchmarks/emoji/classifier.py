@@ -68,9 +68,8 @@ class _Block(nn.Module):
         return y + self.straight(F.avg_pool2d(x, 2))
 
 
-def load_classifier(path: Path = WEIGHTS) -> Classifier:
+def load_classifier(emoji: Emoji, path: Path = WEIGHTS) -> Classifier:
     """The trained judge, frozen, in float32."""
-    emoji = load_emoji()
     model = Classifier(_sizes(emoji))
     model.load_state_dict({name: weight.float() for name, weight in load_file(path).items()})
     return model.eval().requires_grad_(False)
@@ -129,7 +128,7 @@ def train(epochs: int, batch: int, lr: float, out: Path) -> None:
         schedule.step()
     model.eval()
     save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, out)
-    model = load_classifier(out)
+    model = load_classifier(emoji, out)
     for name, rows in (("training", seen), ("withheld", unseen)):
         found = accuracies(model, emoji.on_ground(rows), torch.as_tensor(emoji.labels[rows]))
         print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))

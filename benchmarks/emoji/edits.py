@@ -17,11 +17,10 @@ command goes on where it was stopped.
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -48,17 +47,16 @@ from odesolvers import (
     ReversibleHeun,
     Rex,
     StepRatio,
-    calibrate,
     karras_sigmas,
 )
 from odesolvers.models import ClassifierFreeGuidance
 from odesolvers.models.edm import Preconditioner, load_edm
 
-from ..common import TABLES, save, table, write
-from ..common.problems import CALIBRATION_SEED
+from ..common import TABLES, table, write
 from .classifier import accuracies, load_classifier
 from .data import Emoji, load_emoji
 from .released import EditFriendly, LegacyRK4, ReleasedBDIA, adaptive, mali
+from .runs import Figures, learned, towards
 
 EDITS: Final = ("style", "tone", "motif", "group")
 GUIDANCE: Final = (1.0, 3.0, 7.0)
@@ -67,8 +65,6 @@ TOPS: Final = (80.0, 10.0, 3.0)
 BOTTOM: Final = 0.02
 SEARCHED_AT: Final = 20
 
-Setting = tuple[str, Any]
-"""The name of a contestant and its parameter."""
 Solver = Any
 
 
@@ -199,13 +195,12 @@ def _elsewhere(emoji: Emoji, row: int, edit: str, rng: np.random.Generator) -> i
 
 
 class Bench:
-    """The network, the drawings and the figures found so far."""
+    """The network, the drawings and the figures."""
 
     def __init__(self, network: Preconditioner, results: Path, count: int) -> None:
-        self.network, self.path, self.count = network, results, count
-        self.emoji, self.classifier = load_emoji(), load_classifier()
-        self.results: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
-        self.contestants = contestants(cache(self._learned))
+        self.network, self.results, self.emoji = network, Figures(results), load_emoji()
+        self.classifier = load_classifier(self.emoji)
+        self.contestants = contestants(cache(partial(learned, network, self.emoji)))
         self.task = cache(lambda edit, seed: task(self.emoji, edit, count, seed))
 
     def figures(
@@ -213,16 +208,14 @@ class Bench:
     ) -> dict[str, dict[str, float]]:
         """The four figures at each guidance; ``{}`` where the run leaves the finite numbers."""
         key = f"{name}|{parameter}|{top:g}|{edit}|{evaluations}|{seed}"
-        if key not in self.results:
-            contestant = self.contestants[name]
-            sigmas = karras_sigmas(
-                evaluations // contestant.cost + 1, BOTTOM, top, append_zero=False
-            )
-            found = self._run(contestant.make(parameter, sigmas), self.task(edit, seed), sigmas)
-            self.results[key] = found
-            save(self.path, json.dumps(self.results, indent=1) + "\n")
-            print(key, {k: round(v["named"], 2) for k, v in found.items()}, flush=True)
-        return self.results[key]  # type: ignore[no-any-return]
+        contestant = self.contestants[name]
+
+        def measure() -> dict[str, dict[str, float]]:
+            steps = evaluations // contestant.cost
+            sigmas = karras_sigmas(steps + 1, BOTTOM, top, append_zero=False)
+            return self._run(contestant.make(parameter, sigmas), self.task(edit, seed), sigmas)
+
+        return self.results.get(key, measure)  # type: ignore[no-any-return]
 
     def _run(self, solver: Solver, task: Task, sigmas: Tensor) -> dict[str, dict[str, float]]:
         noise = torch.randn(task.images.shape, generator=torch.Generator().manual_seed(3))
@@ -235,12 +228,8 @@ class Bench:
                     self.network, start, sigmas, extra_args={"class_labels": task.source}
                 )
                 for guidance in GUIDANCE:
-                    branches = {
-                        "positive": {"class_labels": task.labels},
-                        "negative": {"class_labels": torch.zeros_like(task.labels)},
-                    }
                     guided: Denoiser = ClassifierFreeGuidance(self.network, guidance)
-                    down = solver.sample(guided, code, sigmas, extra_args=branches)
+                    down = solver.sample(guided, code, sigmas, extra_args=towards(task.labels))
                     found[f"{guidance:g}"] = self._judge(task, down.x)
                     found[f"{guidance:g}"]["evaluations"] = (code.nfe + down.nfe) / 2
             except FloatingPointError:
@@ -263,18 +252,6 @@ class Bench:
         }
         return (
             figures if task.target is None else {"target": _distance(edit, task.target), **figures}
-        )
-
-    def _learned(self, sigmas: Tensor) -> Calibrated:
-        rows = np.random.default_rng(5).choice(
-            np.flatnonzero(~self.emoji.held_out), 24, replace=False
-        )
-        noise = torch.randn(
-            24, 3, 32, 32, generator=torch.Generator().manual_seed(CALIBRATION_SEED)
-        )
-        labels = torch.as_tensor(self.emoji.labels[rows])
-        return calibrate(
-            self.network, sigmas[0].float() * noise, sigmas, extra_args={"class_labels": labels}
         )
 
     def best(self, name: str) -> tuple[Any, float]:

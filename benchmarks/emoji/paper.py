@@ -12,9 +12,8 @@ found, and a second call goes on where the first was stopped.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,16 +28,15 @@ from odesolvers import (
     HeunStepRatio,
     Objective,
     StepRatio,
-    calibrate,
     karras_sigmas,
 )
 from odesolvers.models.edm import Preconditioner, load_edm
 
-from ..common import TABLES, relative_errors, save, table, write
-from ..common.problems import CALIBRATION_SEED
-from .classifier import load_classifier
+from ..common import TABLES, relative_errors, table, write
+from .classifier import Classifier, load_classifier
 from .data import Emoji, load_emoji
 from .quality import frechet
+from .runs import Figures, learned
 
 PRECONDITIONINGS: Final = ("edm", "vp", "ve", "iddpm")
 EVALUATIONS: Final = (10, 20, 40)
@@ -85,37 +83,33 @@ def starts(network: Preconditioner, labels: Tensor, seed: int) -> Iterator[tuple
 
 
 def measure(
-    sampler: Sampler, network: Preconditioner, emoji: Emoji, steps: int, seed: int, fine: Tensor
+    name: str,
+    make: Callable[[], Sampler],
+    network: Preconditioner,
+    emoji: Emoji,
+    steps: int,
+    seed: int,
+    fine: Callable[[], Tensor],
+    judge: Classifier,
 ) -> dict[str, float]:
     """The two figures of one sampler, one grid and one seed."""
     unseen = np.flatnonzero(emoji.held_out)
     labels, sigmas = torch.as_tensor(emoji.labels[unseen]), grid(network, steps)
+    sampler = make()
+    if "calibrated" in name:  # for samples
+        weights = learned(
+            network, emoji, sigmas, base=sampler, objective=Objective(sampling=1, encoding=0)
+        )
+        sampler = BDIA(sampler, weights)
     drawn = torch.cat(
         [
             sampler.sample(network, x, sigmas, extra_args={"class_labels": part}).x
             for x, part in starts(network, labels, seed)
         ]
     )
-    judge = load_classifier()
     with torch.inference_mode():
         distance = frechet(judge.embed(drawn), judge.embed(emoji.on_ground(unseen)))
-    return {"frechet": distance, "error": float(relative_errors(drawn, fine).median())}
-
-
-def learned(base: Any, network: Preconditioner, emoji: Emoji, steps: int) -> BDIA:
-    """BDIA with weights that are learned for samples, on noise and labels of their own."""
-    rows = np.random.default_rng(5).choice(np.flatnonzero(~emoji.held_out), 24, replace=False)
-    noise = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(CALIBRATION_SEED))
-    sigmas = grid(network, steps)
-    weights = calibrate(
-        network,
-        sigmas[0].float() * noise,
-        sigmas,
-        base=base,
-        objective=Objective(sampling=1, encoding=0),
-        extra_args={"class_labels": torch.as_tensor(emoji.labels[rows])},
-    )
-    return BDIA(base, weights)
+    return {"frechet": distance, "error": float(relative_errors(drawn, fine()).median())}
 
 
 def main() -> None:
@@ -126,31 +120,28 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--write", action="store_true", help="the table, from what is there")
     args = parser.parse_args()
-    results = json.loads(args.results.read_text()) if args.results.exists() else {}
-    emoji = load_emoji()
+    results, emoji = Figures(args.results), load_emoji()
+    judge = load_classifier(emoji)
     for kind in PRECONDITIONINGS:
         network = load_edm(args.networks / f"emoji_{kind}" / "emoji.safetensors")
         for seed in range(args.seeds):
-            fine = None
+            fine = cache(partial(_fine, network, emoji, seed))
             for name, make in SOLVERS.items():
                 for budget in EVALUATIONS:
                     steps = budget // evaluations(name)
-                    key = f"{kind}|{name}|{budget}|{seed}"
-                    if key in results:
-                        continue
-                    if fine is None:
-                        fine = _fine(network, emoji, seed)
-                    sampler = make()
-                    if "calibrated" in name:
-                        sampler = learned(sampler, network, emoji, steps)
-                    results[key] = measure(sampler, network, emoji, steps, seed, fine)
-                    print(key, results[key], flush=True)
-                    save(args.results, json.dumps(results, indent=1) + "\n")
+                    results.get(
+                        f"{kind}|{name}|{budget}|{seed}",
+                        partial(measure, name, make, network, emoji, steps, seed, fine, judge),
+                    )
     if args.write:
         heads = ["network", "solver", *(f"{n}" for n in EVALUATIONS)]
         for figure, digits in (("frechet", 2), ("error", 4)):
             rows = [
-                [kind, name, *(_cell(results, kind, name, n, figure, digits) for n in EVALUATIONS)]
+                [
+                    kind,
+                    name,
+                    *(_cell(results.found, kind, name, n, figure, digits) for n in EVALUATIONS),
+                ]
                 for kind in PRECONDITIONINGS
                 for name in SOLVERS
             ]

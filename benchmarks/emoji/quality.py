@@ -30,6 +30,7 @@ from odesolvers.models.edm import load_edm
 from ..common import IMAGES, TABLES, table, write
 from .classifier import Classifier, accuracies, load_classifier
 from .data import Emoji, load_emoji
+from .runs import towards
 from .train import losses_by_level
 
 SIGMAS: Final = karras_sigmas(18, sigma_min=0.02, sigma_max=80.0)
@@ -46,11 +47,7 @@ def draw(
     drawn = []
     for part in labels.split(batch):
         x = SIGMAS[0].float() * torch.randn(len(part), 3, 32, 32, generator=generator)
-        branches = {
-            "positive": {"class_labels": part},
-            "negative": {"class_labels": torch.zeros_like(part)},
-        }
-        drawn.append(HeunEDM().sample(guided, x, SIGMAS, extra_args=branches).x)
+        drawn.append(HeunEDM().sample(guided, x, SIGMAS, extra_args=towards(part)).x)
     return torch.cat(drawn)
 
 
@@ -148,7 +145,7 @@ def main() -> None:
     sheet(network, emoji, args.images / "emoji_samples.png")
     curves(args.network.with_suffix(".json"), network, emoji, args.images / "emoji_loss.png")
     heads = ["", "style", "group", "subgroup", "skin tone", "Fréchet distance", "memorised"]
-    rows = judge(network, emoji, load_classifier(), args.seeds)
+    rows = judge(network, emoji, load_classifier(emoji), args.seeds)
     write(args.tables / "emoji_quality.md", table(heads, rows))
 
 

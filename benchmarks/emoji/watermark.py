@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import math
 import warnings
 from collections.abc import Callable
@@ -41,8 +40,9 @@ from odesolvers.editing import detect, embed
 from odesolvers.models.edm import Preconditioner, load_edm
 from odesolvers.models.guidance import ClassifierFreeGuidance
 
-from ..common import TABLES, save, table, write
+from ..common import TABLES, table, write
 from .data import Emoji, load_emoji
+from .runs import Figures, towards
 
 EVALUATIONS: Final = (9, 19, 39)
 GUIDANCE: Final = (1.0, 3.0)
@@ -118,36 +118,29 @@ class Bench:
     """The network, the labels and the figures found so far."""
 
     def __init__(self, network: Preconditioner, results: Path, count: int) -> None:
-        self.network, self.path, self.count = network, results, count
+        self.network, self.results, self.count = network, Figures(results), count
         self.emoji: Emoji = load_emoji()
-        self.results: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
 
     def figures(self, name: str, evaluations: int, guidance: float) -> dict[str, list[float]]:
         """The two figures after each attack."""
         key = f"{name}|{evaluations}|{guidance:g}"
-        if key not in self.results:
-            cost, make = SOLVERS[name]
-            sigmas = karras_sigmas(evaluations // cost + 1, BOTTOM, append_zero=False)
-            self.results[key] = self._run(make(), sigmas, guidance)
-            save(self.path, json.dumps(self.results, indent=1) + "\n")
-            print(key, self.results[key]["8 bits"], flush=True)
-        return self.results[key]  # type: ignore[no-any-return]
+        cost, make = SOLVERS[name]
+        sigmas = karras_sigmas(evaluations // cost + 1, BOTTOM, append_zero=False)
+        return self.results.get(key, lambda: self._run(make(), sigmas, guidance))  # type: ignore[no-any-return]
 
     def _run(self, solver: Any, sigmas: Tensor, guidance: float) -> dict[str, list[float]]:
         rows = np.random.default_rng(11).choice(len(self.emoji.labels), self.count, replace=False)
         labels = torch.as_tensor(self.emoji.labels[rows])
         noise = torch.randn(len(rows), 3, 32, 32, generator=torch.Generator().manual_seed(12))
-        branches = {
-            "positive": {"class_labels": labels},
-            "negative": {"class_labels": torch.zeros_like(labels)},
-        }
         guided = ClassifierFreeGuidance(self.network, guidance)
         found = {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # contestants are run as they are
             # Pictures come from the solver's own sampler; that of DDIM inversion is DDIM.
             start = noise * sigmas[0].float()
-            pictures = eight_bits(embed(solver, guided, start, sigmas, KEY, source=branches).x)
+            pictures = eight_bits(
+                embed(solver, guided, start, sigmas, KEY, source=towards(labels)).x
+            )
             for attack, change in ATTACKS.items():
                 seen = change(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
                 detection = detect(solver, self.network, seen, sigmas, KEY)
