@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import json
@@ -26,6 +27,7 @@ from .models import (
     load_letters,
     load_stable_diffusion,
 )
+from .models.emoji import STYLES, TONES, emoji_groups, emoji_labels, load_emoji
 from .models.letters import LETTERS
 
 SHORT: Final[Mapping[str, tuple[str, str]]] = {
@@ -41,6 +43,11 @@ SHORT: Final[Mapping[str, tuple[str, str]]] = {
     "ddim": ("DDIMInversion()", "DDIM inversion, which is not exact"),
 }
 """Short names of solvers: expression, in which {} is the model's one-step method, and summary."""
+
+DEFAULT_MODEL: Final = "letters"
+STEPS: Final[Mapping[str, int]] = {"letters": 24, "emoji": 24, "pipelines": 50, "others": 18}
+GUIDANCE: Final[Mapping[str, float]] = {"letters": 3.0, "emoji": 3.0, "others": 1.0}
+"""The scale of `sample` and `edit` by default, with a prompt; a pipeline has its own."""
 
 GRIDS: Final[Mapping[str, Callable[..., Tensor]]] = {
     "karras": ode.karras_sigmas,
@@ -70,8 +77,8 @@ class Model:
     denoiser: Any
     shape: tuple[int, ...]
     condition: Callable[[Sequence[str | None]], dict[str, Any]]
-    guidance: float = 1.0
-    steps: int = 18
+    guidance: float = GUIDANCE["others"]
+    steps: int = STEPS["others"]
     method: str = "Euler()"
     grid: Any = field(default_factory=dict)
     encode: Callable[[Tensor], Tensor] | None = None
@@ -90,7 +97,24 @@ class Model:
     ) -> tuple[Any, Any]:
         """The denoiser under guidance, and its arguments for some prompts."""
         target, away = self.arguments(prompts), self.arguments([negative] * len(prompts))
-        return guide(self.denoiser, self.scale(scale, *prompts), target, away)
+        scale = self.scale(scale, *prompts)
+        if scale != 1 and target.keys() != away.keys():
+            raise ValueError(
+                "guidance leads away from no prompt, which this model does not have: leave --guidance at "
+                "1, or name a prompt to lead away from by --negative"
+            )
+        return guide(self.denoiser, scale, target, away)
+
+    def edited(
+        self, prompt: str | None, to: str | None, scale: float | None, negative: str | None
+    ) -> dict[str, Any]:
+        """The arguments of `odesolvers.editing.edit` for an edit from one prompt to another."""
+        self.guided([to], scale, negative)  # refuses what cannot be guided
+        found: dict[str, Any] = {"source": self.arguments([prompt]), "target": self.arguments([to])}
+        return found | {
+            "negative": self.arguments([negative]),
+            "guidance": self.scale(scale, to),
+        }
 
     def scale(self, scale: float | None, *prompts: str | None) -> float:
         """A scale of guidance as given; else that of the model, and 1 without prompts."""
@@ -160,17 +184,43 @@ class Model:
         return make(steps + (not settings.get("append_zero", True)), **settings)
 
 
-# Down to 0.02 and not to 0: an image with that much noise passes for clean, both ways.
-_TRAINED: Final[Mapping[str, Any]] = {
-    "guidance": 3.0,
-    "steps": 24,
-    "grid": {"sigma_min": 0.02, "append_zero": False},
-}
+def _trained(name: str, denoiser: Any, condition: Callable[..., dict[str, Any]]) -> Model:
+    """A network of the package; down to 0.02 and not to 0, for so much noise passes for clean."""
+    grid = {"sigma_min": 0.02, "append_zero": False}
+    scale, steps = GUIDANCE[name], STEPS[name]
+    return Model(denoiser, (3, 32, 32), condition, guidance=scale, steps=steps, grid=grid)
 
 
 def _letters() -> Model:
     classes = _classes({letter: k for k, letter in enumerate(LETTERS)}, -1)
-    return Model(load_letters(), (3, 32, 32), classes, **_TRAINED)
+    return _trained("letters", load_letters(), classes)
+
+
+def _emoji() -> Model:
+    network = load_emoji()
+    none = torch.zeros(1, network.label_dim)
+
+    def condition(prompts: Sequence[str | None]) -> dict[str, Any]:
+        rows = [none if prompt is None else _emoji_label(prompt) for prompt in prompts]
+        return {"class_labels": torch.cat(rows)}
+
+    return _trained("emoji", network, condition)
+
+
+def _emoji_label(prompt: str) -> Tensor:
+    """The label of ``"cat-face"``, ``"cat-face, twemoji"`` or ``"person, medium-dark"``."""
+    subgroup, *more = (word.strip() for word in prompt.split(","))
+    style, tones = [w for w in more if w in STYLES], [w for w in more if w in TONES]
+    subgroups = [name for names in emoji_groups().values() for name in names]
+    if subgroup not in subgroups or len(style) > 1 or len(style) + len(tones) < len(more):
+        near = difflib.get_close_matches(subgroup, subgroups, n=1, cutoff=0.4)
+        guess = f"; did you mean {near[0]!r}?" if near and near[0] != subgroup else ";"
+        raise ValueError(
+            f"prompts of this model are subgroups of emoji such as cat-face, and after commas a style "
+            f"({', '.join(STYLES)}) and skin tones ({', '.join(TONES)}), got {prompt!r:.80}{guess} "
+            "`odesolvers list` names all"
+        )
+    return emoji_labels(subgroup, *style, tone=tones or "none")
 
 
 def _digits() -> Model:
@@ -180,12 +230,19 @@ def _digits() -> Model:
 
 BUNDLED: Final[Mapping[str, tuple[Callable[[], Model], str]]] = {
     "letters": (_letters, "a small trained network, 32 x 32, prompts A to Z"),
+    "emoji": (_emoji, "a network in training, 32 x 32, prompts such as cat-face"),
     "digits": (_digits, "the ideal denoiser of 1,797 digits, 8 x 8, prompts 0 to 9"),
 }
-"""The models of the package; the first is the default."""
+"""The models of the package."""
 
 
-def open_model(name: str, device: torch.device, network: torch.dtype | None, size: Any) -> Model:
+def open_model(
+    name: str,
+    device: torch.device,
+    network: torch.dtype | None,
+    size: Any,
+    place: torch.device | None = None,
+) -> Model:
     """The model that `--model` names.
 
     Args:
@@ -194,6 +251,7 @@ def open_model(name: str, device: torch.device, network: torch.dtype | None, siz
         device: of the network.
         network: its dtype; by default float16 of pipelines on a GPU, and float32.
         size: height and width of the pictures of a pipeline, or None for its own.
+        place: where the network is put; by default `device`, for which defaults are chosen.
 
     Raises:
         ValueError: if it is none of these, or cannot be read.
@@ -210,14 +268,14 @@ def open_model(name: str, device: torch.device, network: torch.dtype | None, siz
         model = Model(denoiser, (denoiser.img_channels, side, side), classes)
     else:
         half = torch.float16 if device.type == "cuda" else torch.float32
-        return _pipeline(name, device, network or half, size)
+        return _pipeline(name, place or device, network or half, size)
     if size is not None:
         raise ValueError(f"--size is for pipelines; pictures of {name} are {model.shape}")
     if network is not None and (name in BUNDLED or ":" in name):
         raise ValueError(f"--network is for EDM files and pipelines, not for {name}")
     if isinstance(model.denoiser, torch.nn.Module):
-        model.denoiser.to(device)
-    model.device = device
+        model.denoiser.to(place or device)
+    model.device = place or device
     return model
 
 
@@ -375,7 +433,7 @@ def _pipeline(name: str, device: torch.device, dtype: torch.dtype, size: Any) ->
         (3, *denoiser.size),
         condition,
         guidance=float(signature["guidance_scale"].default),
-        steps=50,
+        steps=STEPS["pipelines"],
         method="FlowEuler()" if flow else "DDIM()",
         grid=denoiser.sigmas,
         encode=denoiser.encode,

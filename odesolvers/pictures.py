@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import math
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,6 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from tqdm import tqdm
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -55,46 +54,92 @@ def side_by_side(images: Sequence[Tensor]) -> Tensor:
 def read_images(path: Path, shape: Sequence[int], fit: str = "refuse") -> Tensor:
     """The images in a file, as float32 ``(B, C, H, W)`` in [-1, 1], in the `shape` (C, H, W) of a model.
 
+    See `load_images` for the files that are read, and `fitted` for `fit`.
+
+    Raises:
+        ValueError: if the file cannot be read, or its images do not fit.
+    """
+    return fitted(load_images(path), shape, fit, path)
+
+
+def load_images(path: Path) -> Tensor:
+    """The images in a file in their own size, ``(B, C, H, W)`` in [-1, 1] of one channel or three.
+
     The file is a picture in one of `FORMATS`; or an ``.npy`` array ``(H, W)``, ``(C, H, W)`` or
     ``(B, C, H, W)`` of one channel or three, uint8 or floating point in [-1, 1].
 
     Pictures are turned as their EXIF orientation says, and transparent ones are laid on white. All
     modes with a known range of values are read; colours with 16 bits a channel have 8 of them left, as
-    Pillow decodes them, and colour profiles are not applied. Colours become grey for a model of one
-    channel, by the weights of ITU-R 601. Another size is resized; of other proportions "crop" keeps the
-    centre, "pad" adds white, and "refuse" raises.
+    Pillow decodes them, and colour profiles are not applied.
 
     Raises:
-        ValueError: if the file is something else, is damaged, is animated, has other proportions or has
-            values out of range.
+        ValueError: if the file is something else, is damaged, is animated or has values out of range.
     """
-    images = _read_array(path) if path.suffix.lower() == ".npy" else _read_picture(path)
+    return _read_array(path) if path.suffix.lower() == ".npy" else _read_picture(path)
+
+
+def fitted(
+    images: Tensor, shape: Sequence[int], fit: str, name: object, border: float = 1.0
+) -> Tensor:
+    """Images ``(B, C, H, W)`` in the `shape` (C, H, W) of a model, float32, never squashed.
+
+    Colours become grey for a model of one channel, by the weights of ITU-R 601. Another size is resized;
+    of other proportions "crop" keeps the centre, "pad" adds a `border`, white by default, and "refuse"
+    raises a ValueError about `name`.
+    """
     channels, height, width = shape
     if images.shape[1] == 3 and channels == 1:
         images = (images * images.new_tensor(LUMA).reshape(3, 1, 1)).sum(1, keepdim=True)
     elif images.shape[1] == 1:
         images = images.expand(-1, channels, -1, -1)
     if images.shape[1] != channels:
-        raise ValueError(f"{path} has {images.shape[1]} channels, the model has {channels}")
+        raise ValueError(f"{name} has {images.shape[1]} channels, the model has {channels}")
     high, wide = images.shape[2:]
-    if abs(wide * height - high * width) >= width:  # not that of any picture so high
+    if not proportional((high, wide), (height, width)):
         if fit == "refuse":
             raise ValueError(
-                f"{path} is {wide} x {high} pixels, the model's images are {width} x {height}: --fit "
+                f"{name} is {wide} x {high} pixels, the model's images are {width} x {height}: --fit "
                 "crop takes the centre of it, --fit pad adds white; nothing is squashed"
             )
-        images = _proportioned(images, height, width, fit)
-        kept = f"its centre of {images.shape[3]} x {images.shape[2]} is taken; --fit pad takes all"
-        if fit == "crop":
-            tqdm.write(f"{path} is {wide} x {high} pixels: {kept}", file=sys.stderr)
+        images = _proportioned(images, height, width, fit, border)
     if images.shape[2:] != (height, width):
         resize = torch.nn.functional.interpolate
         images = resize(images, size=(height, width), mode="bilinear", antialias=True)
     return images.clamp(-1, 1).float()
 
 
-def _proportioned(images: Tensor, height: int, width: int, fit: str) -> Tensor:
-    """The centre of `images`, or all of them on white, in the proportions height to width."""
+def proportional(size: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether two sizes (H, W) have the same proportions, to the pixel of the first."""
+    return abs(size[1] * other[0] - size[0] * other[1]) < other[1]
+
+
+def read_mask(path: Path, photo: Sequence[int], shape: Sequence[int], fit: str) -> Tensor:
+    """The mask in a file, ``(H, W)`` from 0, kept, to 1, in the size of a model: float64.
+
+    It is cropped, padded and resized like the photo that it was drawn over; one in the proportions of
+    the model is resized. What padding adds to a photo is kept.
+
+    Args:
+        path: a picture, white where the photo may change.
+        photo: the size (H, W) of the photo, upright.
+        shape: that of the model's images, (C, H, W).
+        fit: as the photo is fitted, see `fitted`.
+
+    Raises:
+        ValueError: if the mask has the proportions neither of the photo nor of the model.
+    """
+    mask, model = load_images(path), shape[1:]
+    size = mask.shape[2:]
+    if len(mask) != 1 or not (proportional(size, photo) or proportional(size, model)):
+        raise ValueError(
+            f"the mask {path} is {size[1]} x {size[0]} pixels: draw one over the photo as it is shown, "
+            f"{photo[1]} x {photo[0]}, or in the proportions of the model, {model[1]} x {model[0]}"
+        )
+    return (fitted(mask, (1, *model), fit, path, border=-1.0)[0, 0].double() + 1) / 2
+
+
+def _proportioned(images: Tensor, height: int, width: int, fit: str, border: float) -> Tensor:
+    """The centre of `images`, or all of them within a border, in the proportions height to width."""
     high, wide = images.shape[2:]
     pick = min if fit == "crop" else max
     scale = pick(high / height, wide / width)
@@ -103,14 +148,14 @@ def _proportioned(images: Tensor, height: int, width: int, fit: str) -> Tensor:
         top, left = (high - rows) // 2, (wide - columns) // 2
         return images[:, :, top : top + rows, left : left + columns]
     above, left = (rows - high) // 2, (columns - wide) // 2
-    border = (left, columns - wide - left, above, rows - high - above)
-    return torch.nn.functional.pad(images, border, value=1.0)
+    edges = (left, columns - wide - left, above, rows - high - above)
+    return torch.nn.functional.pad(images, edges, value=border)
 
 
-def _read_array(path: Path) -> Tensor:
+def _read_array(path: Path, data: bytes | None) -> Tensor:
     """The array in a file of `numpy.save`, with a batch and channels; float64."""
     try:
-        array = _load_array(path)
+        array = _load_array(path.read_bytes() if data is None else data)
     except Exception as error:  # the header is an expression, and fails in as many ways
         raise ValueError(f"{path} is not an array saved by numpy.save: {_brief(error)}") from error
     if not 2 <= array.ndim <= 4 or array.size == 0:
@@ -138,10 +183,10 @@ def _read_array(path: Path) -> Tensor:
     return images.reshape((1,) * (4 - array.ndim) + array.shape)
 
 
-def _load_array(path: Path) -> npt.NDArray[Any]:
+def _load_array(content: bytes) -> npt.NDArray[Any]:
     """`numpy.load`, but of numbers only, and in no more memory than the file is long."""
     formats: Any = np.lib.format
-    with path.open("rb") as file:
+    with io.BytesIO(content) as file:
         read = {
             (1, 0): formats.read_array_header_1_0,
             (2, 0): formats.read_array_header_2_0,
@@ -158,12 +203,13 @@ def _load_array(path: Path) -> npt.NDArray[Any]:
     return array.reshape(shape, order="F" if columns_first else "C")
 
 
-def _read_picture(path: Path) -> Tensor:
+def _read_picture(path: Path, data: bytes | None) -> Tensor:
     """The picture in a file, upright and without transparency, (1, C, H, W)."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of what is refused below or harmless
-            with Image.open(path, formats=FORMATS) as picture:
+            source = path if data is None else io.BytesIO(data)
+            with Image.open(source, formats=FORMATS) as picture:
                 _check_picture(picture)
                 array = _values(ImageOps.exif_transpose(picture))
     except _Refused as error:
