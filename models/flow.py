@@ -131,7 +131,7 @@ def flow_sigmas(times: Tensor | Sequence[float]) -> Tensor:
     Raises:
         ValueError: if the times do not decrease strictly or lie outside [0, 1].
     """
-    t = row(times, torch.float64)
+    t = row("times", times, torch.float64)
     if len(t) > 1 and bool((t.diff() > 0).all()):
         raise ValueError(
             f"flow times must fall from 1, noise, to 0, and these rise from {t[0]:.6g}: of a scheduler "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from odesolvers.values import number
 
-from .base import DenoiserFunction
+from .base import DenoiserFunction, append_dims, values_readable
 from .batching import join
 
 
@@ -38,19 +38,23 @@ class ClassifierFreeGuidance(nn.Module):
 
         ClassifierFreeGuidance(denoiser, scale=4.0, shared=["img_ids", "txt_ids"])
 
+    The scale of a call, ``extra_args={"scale": ..., "positive": ..., "negative": ...}``, takes the place
+    of that of the object: a number, or a tensor, which may require a gradient, for all states or with a
+    scale for each.
+
     Args:
         denoiser: a conditional denoiser, called once as ``denoiser(x, sigma, **arguments)``, with the
             negative branch in the first half of the batch and the positive one in the second.
         scale: the guidance scale, 0 for the negative prediction and 1 for the positive one. At 1 the
             negative branch has no effect and is not evaluated. (Pipelines of diffusers do not guide
-            below 1: their ``guidance_scale=0.0`` is 1 here.)
+            below 1: their ``guidance_scale=0.0`` is 1 here.) A tensor is read as a number.
         shared: names of conditions without a batch, which must be the same in both branches; inside
             mappings with dots, such as ``"added_cond_kwargs.ids"``.
 
     Raises:
         TypeError: if `denoiser` is not callable or is guided already: guiding a guided prediction is
             not guidance with any scale; or if `shared` is not a collection of names.
-        ValueError: if `scale` is not a finite number.
+        ValueError: if `scale` is not a finite number, or requires a gradient: give it to the call.
     """
 
     def __init__(
@@ -63,13 +67,10 @@ class ClassifierFreeGuidance(nn.Module):
             )
         if not callable(denoiser):
             raise TypeError(f"denoiser must be callable, got {type(denoiser).__name__}")
-        scale = number("scale", scale)
-        if not math.isfinite(scale):
-            raise ValueError(f"scale must be a finite number, got {scale!r}")
         self.denoiser = denoiser
         if isinstance(shared, str) or not all(isinstance(name, str) for name in shared):
             raise TypeError(f"shared must be a list of names of conditions, got {shared!r}")
-        self.scale = scale
+        self.scale = _finite(scale)
         self.shared = frozenset(shared)
 
     @property
@@ -84,6 +85,7 @@ class ClassifierFreeGuidance(nn.Module):
         *,
         positive: Mapping[str, Any] | None = None,
         negative: Mapping[str, Any] | None = None,
+        scale: Tensor | float | None = None,
         **both: Any,
     ) -> Tensor:
         """The guided denoised states.
@@ -92,16 +94,24 @@ class ClassifierFreeGuidance(nn.Module):
             x: noisy states ``(B, ...)``.
             sigma: their noise levels ``(B,)``.
             positive: keyword arguments of the branch to guide towards.
-            negative: keyword arguments of the branch to guide away from; optional at scale 1.
+            negative: keyword arguments of the branch to guide away from; optional where the scale is the
+                number 1.
+            scale: in place of that of the object; a number, or a tensor ``()``, or ``(B,)`` for a scale
+                of each state. A condition of the denoiser with this name stands in the branches.
             both: keyword arguments of both branches.
 
         Raises:
-            TypeError, ValueError: if a branch is missing, or if the two cannot be evaluated together.
+            TypeError, ValueError: if a branch is missing, if the two cannot be evaluated together, or if
+                `scale` has another form.
         """
+        n = x.shape[0]
+        weight = self.scale if scale is None else _weight(scale, x)
+        lone = isinstance(weight, float) and weight == 1.0
         for name, branch in (("positive", positive), ("negative", negative)):
-            if branch is None and (name == "positive" or self.scale != 1.0):
+            if branch is None and not (name == "negative" and lone):
+                size = f"of scale {weight:g}" if isinstance(weight, float) else "by a tensor"
                 raise ValueError(
-                    f"guidance of scale {self.scale:g} needs the {name} branch: pass "
+                    f"guidance {size} needs the {name} branch: pass "
                     "extra_args={'positive': {...}, 'negative': {...}}, each the keyword arguments "
                     "of one branch"
                 )
@@ -111,12 +121,32 @@ class ClassifierFreeGuidance(nn.Module):
                     f"{type(branch).__name__}"
                 )
         assert positive is not None
-        n = x.shape[0]
-        if self.scale == 1.0:
+        if lone:
             arguments = join([{**both, **positive}], n, "", self.shared)
             return self.denoiser(x, sigma, **arguments)
         assert negative is not None
         arguments = join([{**both, **negative}, {**both, **positive}], n, "", self.shared)
         denoised = self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), **arguments)
         away, towards = denoised.chunk(2)
-        return away + self.scale * (towards - away)
+        return away + weight * (towards - away)
+
+
+def _finite(scale: object) -> float:
+    value = number("scale", scale)
+    if not math.isfinite(value):
+        raise ValueError(f"scale must be a finite number, got {value!r}")
+    return value
+
+
+def _weight(scale: Tensor | float, x: Tensor) -> Tensor | float:
+    """A finite number, or a tensor that broadcasts against `x` and has its dtype."""
+    if not isinstance(scale, Tensor):
+        return _finite(scale)
+    if scale.shape not in ((), x.shape[:1]) or scale.is_complex() or scale.dtype is torch.bool:
+        raise ValueError(
+            f"scale must be a number, or a tensor () or ({x.shape[0]},), one for each state, got "
+            f"{scale.dtype} {tuple(scale.shape)}"
+        )
+    if values_readable(scale) and not bool(scale.isfinite().all()):
+        raise ValueError(f"scale must be finite, got {scale.tolist()}")
+    return append_dims(scale, x).to(x) if scale.ndim else scale.to(x)

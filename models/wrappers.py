@@ -128,7 +128,7 @@ class DiscreteDenoiser(NetworkDenoiser):
                 f"alphas_cumprod must be a row of numbers, got a {type(alphas_cumprod).__name__}: pass "
                 "scheduler.alphas_cumprod"
             )
-        alphas = _check_alphas(row(alphas_cumprod, torch.float64), prediction)
+        alphas = _check_alphas(row("alphas_cumprod", alphas_cumprod, torch.float64), prediction)
         self.schedule = DiscreteSchedule(
             alphas, prediction, spacing="trailing", offset=0, final="zero"
         )

@@ -6,10 +6,11 @@ import math
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .grids import Grid
-from .values import number, shown
+from .settings import Settings
+from .values import number, refuse_gradient, shown
 
 
 class NotFinite(FloatingPointError, ValueError):
@@ -80,8 +81,11 @@ def refuse_call(denoiser: object, extra_args: object) -> NoReturn:
     )
 
 
-def check_differentiable(differentiable: object, solver: Any) -> None:
+def check_differentiable(differentiable: object, solver: Any, sigmas: object) -> None:
     """True or "reversible", where gradients of a run of `solver` can be recorded; or an error."""
+    with torch.enable_grad():
+        refuse_gradient("sigmas", sigmas)
+        _refuse_settings(solver)
     if differentiable is not True and differentiable != "reversible":
         raise TypeError(
             f"differentiable must be True, False or 'reversible', got {differentiable!r}"
@@ -101,6 +105,15 @@ def check_differentiable(differentiable: object, solver: Any) -> None:
             f"differentiable='reversible' undoes the run, and {solver} has no exact inverse: use "
             "BDIA over its method, or record every call with differentiable=True"
         )
+
+
+def _refuse_settings(thing: Any) -> None:
+    """Raises a ValueError if a setting requires a gradient, for coefficients are numbers."""
+    for name, value in getattr(thing, "__dict__", {}).items():
+        held = list(value.parameters()) if isinstance(value, nn.Module) else value
+        refuse_gradient(f"{name} of {type(thing).__name__}", held)
+        if isinstance(value, Settings):
+            _refuse_settings(value)
 
 
 def refuse_pair(a: object, b: object) -> NoReturn:

@@ -130,6 +130,10 @@ class Shear:
     rest: Combination
     gain: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.gain, int | float):
+            raise TypeError(f"the gain of a shear must be a number, got {self.gain!r}")
+
     @cached_property
     def exchanges(self) -> bool:
         """Whether it only exchanges the two states, which no rounding and no memory is needed for."""

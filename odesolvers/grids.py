@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .values import count, number, row
+from .values import count, number, refuse_gradient, row
 
 Sigmas: TypeAlias = "Grid | Tensor | Sequence[float]"
 """The types that `Grid.of` reads; numpy arrays are among them."""
@@ -36,6 +36,7 @@ class Grid:
     levels: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        refuse_gradient("a row of noise levels", self.levels)
         object.__setattr__(self, "levels", tuple(map(float, self.levels)))
         s = self.levels
         if len(s) >= 2 and s[0] < math.inf and s[-1] >= 0 and all(map(operator.gt, s, s[1:])):
@@ -69,7 +70,8 @@ class Grid:
         if sigmas is None and own is None:
             raise TypeError("sigmas, the grid of noise levels, is needed: only a State has its own")
         given = own if sigmas is None else sigmas.levels if isinstance(sigmas, Grid) else sigmas
-        line = given if isinstance(given, Tensor) else row(given, torch.float64)
+        refuse_gradient("sigmas", given)
+        line = given if isinstance(given, Tensor) else row("sigmas", given, torch.float64)
         if line.ndim != 1:
             raise ValueError(
                 f"sigmas must be one row of noise levels, got shape {tuple(line.shape)}"
@@ -235,7 +237,8 @@ def sigmas_from_alphas_cumprod(
         ValueError: if a timestep is outside the schedule, the timesteps do not decrease, or the
             last is 0 under ``final="first"`` (a step of length zero: drop that timestep).
     """
-    alphas, steps = row(alphas_cumprod, torch.float64), row(timesteps)
+    alphas = row("alphas_cumprod", alphas_cumprod, torch.float64)
+    steps = row("timesteps", timesteps)
     if alphas.ndim != 1 or not bool(((alphas > 0) & (alphas <= 1)).all()):
         raise ValueError("alphas_cumprod must be one row of numbers in (0, 1]")
     if steps.is_floating_point() or steps.ndim != 1 or len(steps) == 0:

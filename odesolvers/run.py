@@ -55,10 +55,12 @@ class Denoiser(Protocol):
 
 
 @contextmanager
-def modes(differentiable: object, *functions: Any, solver: Any = None) -> Iterator[list[Any]]:
+def modes(
+    differentiable: object, *functions: Any, solver: Any = None, sigmas: object = None
+) -> Iterator[list[Any]]:
     """The modes of torch in a run; yields `functions` put back in the caller's."""
     if differentiable is not False:
-        check_differentiable(differentiable, solver)
+        check_differentiable(differentiable, solver, sigmas)
     if torch.is_inference_mode_enabled():
         functions = tuple(torch.inference_mode()(f) if callable(f) else f for f in functions)
     # What is made in inference mode has no version, by which a write to it would be noticed.

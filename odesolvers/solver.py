@@ -109,7 +109,8 @@ class Solver(Settings, ABC):
         denoiser wrote to that state, or it is not finite.
         """
         reversible = differentiable == "reversible"
-        with modes(differentiable, denoiser, callback, solver=self) as (denoiser, callback):
+        within = modes(differentiable, denoiser, callback, solver=self, sigmas=sigmas)
+        with within as (denoiser, callback):
             run = Run(self, denoiser, x, sigmas, 0, extra_args, callback)
             levels, first, end = run.grid.levels, run.state.index, len(run.plan)
             stop = end if stop is None else count("stop", stop)
@@ -174,7 +175,8 @@ class Solver(Settings, ABC):
                 way has the gain 0, which nothing undoes.
         """
         reversible = differentiable == "reversible"
-        with modes(differentiable, denoiser, callback, solver=self) as (denoiser, callback):
+        within = modes(differentiable, denoiser, callback, solver=self, sigmas=sigmas)
+        with within as (denoiser, callback):
             run = Run(self, denoiser, x, sigmas, None, extra_args, callback)
             levels, last = run.grid.levels, run.state.index
             stop = 0 if stop is None else count("stop", stop)

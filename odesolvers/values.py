@@ -11,8 +11,25 @@ import torch
 from torch import Tensor
 
 
+def refuse_gradient(name: str, value: object) -> None:
+    """Raises a ValueError for a tensor whose gradient would be lost, for it is read as numbers.
+
+    Under `torch.no_grad()` nothing asks for one. Looks into lists and tuples too.
+    """
+    if isinstance(value, list | tuple):
+        for item in value:
+            refuse_gradient(name, item)
+    elif isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires a gradient, which would be lost, for it is read as a number: pass "
+            "tensor.detach(); a condition of the denoiser, such as the scale of a guidance, has its "
+            "gradient in extra_args"
+        )
+
+
 def number(name: str, value: object) -> float:
-    """A real number of any kind, or a tensor of no dimension, as a float; or a TypeError."""
+    """A real number of any kind, or a tensor of no dimension, as a float; or an error."""
+    refuse_gradient(name, value)
     if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -39,8 +56,9 @@ def shown(text: str, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def row(values: object, dtype: torch.dtype | None = None) -> Tensor:
+def row(name: str, values: object, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor, an array or a sequence as a tensor on the CPU, without gradients."""
+    refuse_gradient(name, values)
     if isinstance(values, np.ndarray):
         values = np.ascontiguousarray(values)  # torch has no negative strides
     return torch.as_tensor(values, dtype=dtype, device="cpu").detach()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,12 +23,15 @@ from odesolvers import (
     FixedPoint,
     FixedPointInversion,
     FloatingPoint,
+    GammaRule,
     InversionWarning,
     PerStep,
     ReversibleHeun,
     Rex,
+    Solution,
 )
 from odesolvers.extend import Arithmetic, Solver
+from odesolvers.models import ClassifierFreeGuidance
 
 from .problems import noise, relative_error
 from .test_gradients import SIGMAS, Network, farthest
@@ -231,6 +235,72 @@ def test_what_cannot_be_is_refused() -> None:
         torch.autograd.grad(solution.x.sum(), x, create_graph=True)
     with pytest.raises(TypeError, match="differentiable must be True, False or 'reversible'"):
         BDIA(Euler()).sample(network, x, SIGMAS, differentiable="backwards")  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Learned(GammaRule):
+    """A rule with a tensor, or a network, as its setting."""
+
+    given: Any
+
+    def weights(self, grid: Any, scale: Any) -> list[float]:
+        return [0.5] * (grid.steps - 1)
+
+
+@pytest.mark.parametrize("differentiable", [True, "reversible"])
+def test_numbers_that_require_a_gradient_are_refused(differentiable: Any) -> None:
+    """Of a run under no_grad too, for `differentiable` asks for them."""
+    network, x = Network(), noise(2, 3, sigma=5.0)
+    levels = SIGMAS.clone().requires_grad_()
+    ways: list[tuple[str, Callable[..., Solution]]] = [
+        ("sigmas", lambda **args: BDIA(Euler()).sample(network, x, levels, **args)),
+        ("sigmas", lambda **args: EDICT().invert(network, x, list(levels), **args)),
+        (
+            "given of Learned",
+            lambda **args: BDIA(Euler(), Learned(levels)).sample(network, x, SIGMAS, **args),
+        ),
+        (
+            "given of Learned",
+            lambda **args: BDIA(Euler(), Learned(network)).sample(network, x, SIGMAS, **args),
+        ),
+    ]
+    for name, way in ways:
+        with torch.no_grad(), pytest.raises(ValueError, match=f"{name} requires a gradient"):
+            way(differentiable=differentiable)
+        way()  # nothing is asked
+
+
+@pytest.mark.parametrize("scale", [2.5, 1.0, [2.5, 0.5]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("solver", [BDIA(Euler()), EDICT()], ids=repr)
+def test_the_gradient_of_a_guidance_scale(solver: Solver, scale: Any, dtype: torch.dtype) -> None:
+    """As autograd's, and as that of the guidance written out in the denoiser."""
+    network, shift = Network().requires_grad_(False), noise(2, 3)
+    guided = ClassifierFreeGuidance(network, 7.0)
+
+    def written(x: Tensor, sigma: Tensor, scale: Tensor) -> Tensor:
+        one, other = network(x, sigma, -shift), network(x, sigma, shift)
+        return one + scale.double().reshape(-1, 1) * (other - one)  # type: ignore[no-any-return]
+
+    def run(denoiser: Any, differentiable: Any, **conditions: Any) -> list[Tensor]:
+        own = torch.tensor(scale, dtype=dtype).requires_grad_()
+        x = noise(2, 3, sigma=5.0)
+        solution = solver.sample(
+            denoiser,
+            x,
+            SIGMAS,
+            extra_args={"scale": own, **conditions},
+            differentiable=differentiable,
+        )
+        return list(torch.autograd.grad(solution.x.square().sum(), own))
+
+    branches = {"positive": {"shift": shift}, "negative": {"shift": -shift}}
+    right = run(written, True)
+    assert float(right[0].abs().min()) > 1e-3
+    for differentiable in (True, "reversible"):
+        assert farthest(run(guided, differentiable, **branches), right) < (
+            1e-10 if dtype == torch.float64 else 1e-5
+        )
 
 
 @pytest.mark.parametrize("what", ["weights", "condition"])

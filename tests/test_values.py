@@ -45,7 +45,6 @@ NUMBERS: list[Callable[[float], Any]] = [
     np.array,
     Fraction,
     lambda value: torch.tensor(value, dtype=torch.float64),
-    lambda value: torch.tensor(value, dtype=torch.float64, requires_grad=True),
 ]
 OF_A_NUMBER: list[Callable[[Any], object]] = [
     lambda number: BDIA(Euler(), number),
@@ -69,6 +68,26 @@ def test_a_number_of_any_kind_is_the_same_setting(
 ) -> None:
     assert make(as_given(0.75)) == make(0.75)
     assert repr(make(as_given(0.75))) == repr(make(0.75))
+
+
+OF_LEVELS: list[Callable[[Any], object]] = [
+    lambda number: Grid.of(number * torch.ones(2) / torch.arange(1, 3)),
+    lambda number: Grid.of([number, 0.0]),
+    lambda number: Grid((number, 0.0)),
+    lambda number: karras_sigmas(4, sigma_max=number),
+    lambda number: sigmas_from_alphas_cumprod([0.9, number], [1, 0]),
+    lambda number: flow_sigmas([number, 0.0]),
+]
+TRACKED = torch.tensor(0.75, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("make", [*OF_A_NUMBER, *OF_LEVELS])
+def test_a_gradient_that_would_be_lost_is_refused(make: Callable[[Any], object]) -> None:
+    with pytest.raises(ValueError, match=r"requires a gradient, which would be lost.*detach"):
+        make(TRACKED)
+    with torch.no_grad():  # nothing asks for it
+        make(TRACKED)
+    make(TRACKED.detach())
 
 
 @pytest.mark.parametrize(
@@ -159,7 +178,7 @@ LEVELS = [80.0, 10.0, 1.0, 0.0]
         np.array(LEVELS, dtype=np.float32),
         np.array(LEVELS[::-1])[::-1],  # of negative strides
         np.array(LEVELS)[:, None].T[0],
-        torch.tensor(LEVELS, dtype=torch.float32, requires_grad=True),
+        torch.tensor(LEVELS, dtype=torch.float32),
         [torch.tensor(level) for level in LEVELS],
         [np.float32(level) for level in LEVELS],
         Grid(LEVELS),  # type: ignore[arg-type]

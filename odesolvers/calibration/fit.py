@@ -290,5 +290,7 @@ class _Fit(LeastSquares):
 
 def _row(levels: Sigmas) -> list[float]:
     """Levels to choose from, in any order, as numbers."""
-    found = levels.levels if isinstance(levels, Grid) else row(levels, torch.float64).tolist()
-    return list(found)
+    if isinstance(levels, Grid):
+        return list(levels.levels)
+    found: list[float] = row("levels", levels, torch.float64).tolist()
+    return found

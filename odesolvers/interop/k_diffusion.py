@@ -77,7 +77,8 @@ def as_sampler(solver: Solver, on_end: Callable[[Solution], object] | None = Non
         callback: Callback | None = None,
         disable: bool | None = None,
     ) -> Tensor:
-        levels = row(sigmas, torch.float64)
+        with torch.no_grad():  # as the run, which asks for no gradient
+            levels = row("sigmas", sigmas, torch.float64)
         rises = levels.numel() > 1 and bool(levels.flatten()[0] < levels.flatten()[-1])
         if rises and callback is not None:
             callback = _counted_up(solver, len(levels) - 1, callback)

@@ -131,7 +131,7 @@ def _check_list(name: str, values: Sequence[float] | None, schedule: Schedule) -
     """Raises a ValueError for timesteps or sigmas that diffusers would clamp or merge."""
     if values is None:
         return
-    listed = row(values, torch.float64)
+    listed = row(name, values, torch.float64)
     if not bool((listed[1:] < listed[:-1]).all()):
         raise ValueError(f"{name} must decrease, got {listed.tolist()}")
     last = None

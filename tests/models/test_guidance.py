@@ -116,6 +116,42 @@ def test_guided_runs_invert(method):
     assert ((back.x - x).norm() / x.norm()).item() < 1e-12
 
 
+def test_a_scale_of_the_call_takes_the_place_of_the_own_one():
+    net = Gaussian(0.3, 0.5)
+    x, sigma = torch.randn(3, 4, dtype=torch.float64), torch.tensor([0.5, 1.0, 2.0])
+
+    class Labelled(torch.nn.Module):
+        def forward(self, x, sigma, label, scale=None):
+            assert scale is None or scale == 9  # of the network itself
+            return net(x, sigma) * label[:, None]
+
+    branches = {
+        "positive": {"label": torch.tensor([1.0, 2.0, 3.0]).double(), "scale": 9},
+        "negative": {"label": torch.tensor([0.5, 0.2, 0.1]).double(), "scale": 9},
+    }
+    guided = ClassifierFreeGuidance(Labelled(), 7.0)
+    for scale in (2, 2.5, torch.tensor(2.5), torch.tensor(3), torch.tensor(1.0)):
+        own = ClassifierFreeGuidance(Labelled(), float(scale))
+        found = guided(x, sigma, scale=scale, **branches)
+        assert torch.allclose(found, own(x, sigma, **branches), rtol=1e-14)
+    each = guided(x, sigma, scale=torch.tensor([1.0, 2.0, 3.0]), **branches)
+    for k in range(3):
+        alone = ClassifierFreeGuidance(Labelled(), float(k + 1))(x, sigma, **branches)
+        assert torch.allclose(each[k], alone[k], rtol=1e-14)
+    assert guided(x, sigma, scale=1, positive=branches["positive"]).shape == x.shape
+    for scale, message in (
+        (torch.ones(2), r"tensor \(\) or \(3,\), one for each state, got torch.float32 \(2,\)"),
+        (torch.ones(3, 1), r"got torch.float32 \(3, 1\)"),
+        (torch.tensor(True), "got torch.bool"),
+        (torch.tensor(float("nan")), "scale must be finite, got nan"),
+        (float("inf"), "scale must be a finite number, got inf"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            guided(x, sigma, scale=scale, **branches)
+    with pytest.raises(ValueError, match="guidance by a tensor needs the negative branch"):
+        guided(x, sigma, scale=torch.tensor(1.0), positive=branches["positive"])
+
+
 def test_never_applied_twice():
     guided = ClassifierFreeGuidance(Gaussian(), 3.0)
     with pytest.raises(TypeError, match="guided already"):
