@@ -48,7 +48,7 @@ from .grids import (
 from .iterative import DDIMInversion, FixedPointInversion, ReverseStepInversion
 from .likelihood import log_likelihood
 from .named import BELM, MALI, Rex
-from .pair_likelihood import importance_samples as importance_samples, log_likelihood_bound
+from .pair_likelihood import importance_samples, log_likelihood_bound
 from .parsing import parse
 from .run import Denoiser as Denoiser
 from .stability import side_information_bound as side_information_bound, stability_report
@@ -102,6 +102,7 @@ __all__ = [
     "calibrate",
     "ddim_timesteps",
     "exponential_sigmas",
+    "importance_samples",
     "karras_sigmas",
     "log_likelihood",
     "log_likelihood_bound",

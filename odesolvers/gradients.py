@@ -22,6 +22,24 @@ from .state import Solution, State
 from .trust import ROUND_TRIP_LIMIT, InversionWarning
 
 
+def check_undoable(run: Run, steps: Steps, x: object) -> None:
+    """Checks, before `run` goes through `steps` from `x`, that a backward pass can undo it.
+
+    Raises:
+        ValueError: if a step has no inverse, or if a gradient would be lost.
+    """
+    if isinstance(x, Solution) and x.state.side is not None and x.x.requires_grad:
+        raise ValueError(
+            f"states of {run.arithmetic} are integers, through which no gradient leads back to an "
+            "earlier run: make one run of it, or detach with solution.state"
+        )
+    lone = run.state.partner is None  # its first shear has nothing to lose
+    moves = [(k, shear) for k, shears, _ in steps for shear in shears]
+    for k, shear in moves[lone:]:
+        if shear.gain == 0.0:
+            refuse_gain(run.solver, run.grid, k)
+
+
 def attach(run: Run, steps: Steps, solution: Solution, x: object, stop: int) -> Solution:
     """`solution` with its states as the outputs of one autograd node.
 
@@ -41,22 +59,14 @@ def attach(run: Run, steps: Steps, solution: Solution, x: object, stop: int) -> 
         stop: the level of ``solution.x``.
 
     Raises:
-        ValueError: if a step of this run has no inverse, or if a gradient would be lost.
+        ValueError: if a gradient would be lost.
     """
-    if isinstance(x, Solution) and x.state.side is not None and x.x.requires_grad:
-        raise ValueError(
-            f"states of {run.arithmetic} are integers, through which no gradient leads back to an "
-            "earlier run: make one run of it, or detach with solution.state"
-        )
     moves = [(k, shear, undo) for k, shears, undo in steps for shear in shears]
     if not moves:  # the run stayed where it was
         assert isinstance(x, State | Solution)
         state = x.state if isinstance(x, Solution) else x
         return replace(solution, x=solution.x if state.side else _at(state, stop), state=state)
     node = _Node(run, moves, solution.state, x)
-    for k, shear, _ in moves[node.lone :]:
-        if shear.gain == 0.0:
-            refuse_gain(run.solver, run.grid, k)
     if not any(tensor.requires_grad for tensor in node.inputs):
         node.check_hidden()
         return solution
@@ -112,7 +122,6 @@ class _Node:
         assert state.partner is not None
         self.run, self.moves, self.state = run, moves, state
         self.pair = state.current, state.partner
-        self.lone = run.state.partner is None
         start = x.state if isinstance(x, Solution) else x
         tensors = (start.current, start.partner) if isinstance(start, State) else (start,)
         integers = isinstance(start, State) and start.side is not None

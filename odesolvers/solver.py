@@ -12,7 +12,7 @@ from torch import Tensor
 from .arithmetic import Arithmetic, FloatingPoint
 from .checks import refuse_gain, refuse_stop
 from .formula import Shear
-from .gradients import attach
+from .gradients import attach, check_undoable
 from .grids import Grid, Sigmas
 from .propagation import Plan
 from .run import Callback, Denoiser, Differentiable, Pair, Run, Steps, modes
@@ -123,6 +123,8 @@ class Solver(Settings, ABC):
             steps = [(k, shears, False) for k, shears in run.plan[first:stop]]
             if lone and 0 < first < stop:
                 steps[0] = first, (self.start(levels[first], levels[first + 1]),), False
+            if reversible:
+                check_undoable(run, steps, x)
             solution = run.finish(steps, run.walk, progress, first + lone, stop)
             return attach(run, steps, solution, x, stop) if reversible else solution
 
@@ -194,6 +196,8 @@ class Solver(Settings, ABC):
             steps = [(k, shears[::-1], True) for k, shears in undone]
             if lone and stop < last:  # one step up supplies the neighbour
                 steps.insert(0, (last, (self.start(levels[last], levels[last - 1]),), False))
+            if reversible:
+                check_undoable(run, steps, x)
             run.check |= self.iterative
             solution = run.finish(steps, partial(self.undo, run), progress, last, stop)
             return attach(run, steps, solution, x, stop) if reversible else solution
