@@ -92,7 +92,7 @@ def edit(
     if solver.states == 1 and not solver.iterative:
         raise ValueError(f"an edit inverts the picture, and {solver} cannot: use BDIA({solver})")
     grid, denoiser = Grid.of(sigmas), as_denoiser(denoiser)
-    stop = _first_level(solver, grid.steps, strength)
+    stop = first_level(solver, grid.steps, strength)
     guided, condition = guide(denoiser, guidance, target, source if negative is None else negative)
     up: Any = {"extra_args": source, "progress": progress and mask is None}
     down: Any = {"extra_args": condition, "progress": progress and mask is None}
@@ -101,8 +101,9 @@ def edit(
         run = solver.sample(guided, code.state.fork(), grid, **down)
         return Edit(run.x, run.state, code, code.nfe + run.nfe)
     mask = _checked_mask(mask, picture)
-    bar = progress_bar(total=2 * (grid.steps - stop), desc="masked edit") if progress else None
-    code, passed = _inverted_step_by_step(solver, denoiser, picture, grid, stop, up, bar)
+    total = 2 * (grid.steps - stop)
+    tick = progress_bar(total=total, desc="masked edit").update if progress else lambda: None
+    code, passed = _inverted_step_by_step(solver, denoiser, picture, grid, stop, up, tick)
     state, nfe, x = code.state.fork(), code.nfe, picture
     for index in range(state.index + 1, grid.steps + 1):
         run = solver.sample(guided, state, grid, stop=index, **down)
@@ -111,10 +112,7 @@ def edit(
         assert current is not None
         state = replace(run.state, current=current, partner=partner).fork()
         nfe, x = nfe + run.nfe, run.x
-        if bar is not None:
-            bar.update()
-    if bar is not None:
-        bar.close()
+        tick()
     return Edit(solver.arithmetic.load(state.current, x.dtype).clone(), state, code, nfe)
 
 
@@ -128,6 +126,7 @@ def interpolate(
     *,
     frames: int = 9,
     source: Arguments = None,
+    target: Arguments = None,
     progress: bool = False,
 ) -> tuple[Solution, ...]:
     """Samples between two pictures: both are inverted, and the pairs of states are mixed by `slerp`.
@@ -143,6 +142,8 @@ def interpolate(
         sigmas: the grid.
         frames: number of frames, 2 or more.
         source: arguments of the denoiser, for both inversions and all frames.
+        target: others for the second picture. The denoiser of a frame is then the mixture of both, in
+            the proportions of the frame, for twice the evaluations of the network in between.
         progress: show a progress bar (needs tqdm).
 
     Raises:
@@ -151,16 +152,23 @@ def interpolate(
     if count("frames", frames) < 2:
         raise ValueError(f"frames must be 2 or more, the pictures among them, got {frames}")
     if first.shape != second.shape:
-        raise ValueError(
-            f"pictures of one shape are interpolated, got {tuple(first.shape)} and "
-            f"{tuple(second.shape)}"
-        )
+        shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
+        raise ValueError(f"pictures of one shape are interpolated, got {shapes}")
     denoiser, grid = as_denoiser(denoiser), Grid.of(sigmas)
-    options: Any = {"extra_args": source}
-    a, b = (solver.invert(denoiser, x, grid, **options).state for x in (first, second))
+    both = source or {}, (source if target is None else target) or {}
+
+    def run(walk: Any, x: Tensor | State, t: float) -> Any:
+        def mixed(x: Tensor, sigma: Tensor) -> Tensor:
+            one, two = (denoiser(x, sigma, **extra) for extra in both)
+            return torch.lerp(one, two, t)
+
+        alone = target is None or t in (0.0, 1.0)
+        return walk(denoiser if alone else mixed, x, grid, extra_args=both[int(t)] if alone else {})
+
+    a, b = (run(solver.invert, x, t).state for x, t in ((first, 0.0), (second, 1.0)))
     places = [k / (frames - 1) for k in range(frames)]
     bar = progress_bar(places, desc="frames") if progress else places
-    return tuple(solver.sample(denoiser, slerp(a, b, t), grid, **options) for t in bar)
+    return tuple(run(solver.sample, slerp(a, b, t), t) for t in bar)
 
 
 def slerp(first: State, second: State, t: float) -> State:
@@ -190,18 +198,17 @@ def slerp(first: State, second: State, t: float) -> State:
     angle = cosine.acos()
     straight = angle.sin() < 1e-6  # parallel, or opposite: there the sphere has no shortest way
     safe = torch.where(straight, torch.ones_like(angle), angle)
-    weights = [torch.sin(share * safe) / torch.sin(safe) for share in (1 - t, t)]
     weights = [
-        torch.where(straight, share, weight)
-        for share, weight in zip((1 - t, t), weights, strict=True)
+        torch.where(straight, share, torch.sin(share * safe) / torch.sin(safe))
+        for share in (1 - t, t)
     ]
 
     def mixed(x: Tensor | None, y: Tensor | None) -> Tensor | None:
         if x is None or y is None:
             return None
         form = (-1, *[1] * (x.ndim - 1))
-        mixture = sum(w.reshape(form) * z.double() for w, z in zip(weights, (x, y), strict=True))
-        assert isinstance(mixture, Tensor)
+        one, two = (w.reshape(form) * z.double() for w, z in zip(weights, (x, y), strict=True))
+        mixture = one + two
         return mixture.to(x.dtype) if x.is_floating_point() else mixture.round().to(x.dtype)
 
     current = mixed(a.current, b.current)
@@ -325,8 +332,8 @@ def guide(denoiser: Any, scale: float, target: Arguments, negative: Arguments) -
     }
 
 
-def _first_level(solver: Solver, steps: int, strength: float) -> int:
-    """The index of the level from which an edit of that strength is sampled."""
+def first_level(solver: Solver, steps: int, strength: float) -> int:
+    """The index of the level from which an edit of that strength is sampled, or a ValueError."""
     least = 1 if solver.coupled or solver.states == 1 else 2  # a pair of two levels is kept
     taken = round(number("strength", strength) * steps) if 0 < strength <= 1 else 0
     if taken < least:
@@ -341,14 +348,12 @@ def _checked_mask(mask: Tensor, picture: Tensor) -> Tensor:
     """The mask in float64, on the device of the picture."""
     check_is(mask, Tensor, "mask must be a tensor of numbers from 0 to 1")
     try:
-        fits = mask.expand(picture.shape).shape == picture.shape
+        mask.expand(picture.shape)
     except RuntimeError:
-        fits = False
-    if not fits:
         raise ValueError(
             f"the mask has the shape {tuple(mask.shape)}, which does not fit the picture, "
             f"{tuple(picture.shape)}: latents need a mask of their own size"
-        )
+        ) from None
     wide = torch.float32 if picture.device.type == "mps" else torch.float64
     mask = mask.to(picture.device, wide)
     if not bool(((mask >= 0) & (mask <= 1)).all()):
@@ -357,7 +362,7 @@ def _checked_mask(mask: Tensor, picture: Tensor) -> Tensor:
 
 
 def _inverted_step_by_step(
-    solver: Solver, denoiser: Any, picture: Tensor, grid: Grid, stop: int, options: Any, bar: Any
+    solver: Solver, denoiser: Any, picture: Tensor, grid: Grid, stop: int, options: Any, tick: Any
 ) -> tuple[Solution, dict[int, tuple[Tensor, Tensor | None]]]:
     """The inversion up to level `stop`, and the stored pairs that it passes, by index."""
     last, nfe = grid.steps, 0
@@ -374,8 +379,7 @@ def _inverted_step_by_step(
             solution = solver.invert(denoiser, solution, grid, stop=level, **options)
         state, nfe = solution.state, nfe + solution.nfe
         passed[state.index] = state.current, state.partner
-        if bar is not None:
-            bar.update()
+        tick()
     return replace(solution, nfe=nfe), passed
 
 
@@ -391,6 +395,5 @@ def _blended(outside: Tensor | None, inside: Tensor | None, mask: Tensor) -> Ten
 def _log_tail(least: int, n: int) -> Tensor:
     """The natural logarithm of ``P(K >= least)`` for K binomial of n coins, float64."""
     k = torch.arange(least, n + 1, dtype=torch.float64)
-    of_n = torch.tensor(n + 1.0, dtype=torch.float64).lgamma()
-    logs = of_n - (k + 1).lgamma() - (n - k + 1).lgamma() - n * math.log(2)
+    logs = math.lgamma(n + 1) - (k + 1).lgamma() - (n - k + 1).lgamma() - n * math.log(2)
     return logs.logsumexp(0).clamp(max=0.0)

@@ -51,7 +51,9 @@ def side_by_side(images: Sequence[Tensor]) -> Tensor:
     return joined.repeat_interleave(times, 1).repeat_interleave(times, 2)
 
 
-def read_images(path: Path, shape: Sequence[int], fit: str = "refuse") -> Tensor:
+def read_images(
+    path: Path, shape: Sequence[int], fit: str = "refuse", data: bytes | None = None
+) -> Tensor:
     """The images in a file, as float32 ``(B, C, H, W)`` in [-1, 1], in the `shape` (C, H, W) of a model.
 
     See `load_images` for the files that are read, and `fitted` for `fit`.
@@ -59,10 +61,10 @@ def read_images(path: Path, shape: Sequence[int], fit: str = "refuse") -> Tensor
     Raises:
         ValueError: if the file cannot be read, or its images do not fit.
     """
-    return fitted(load_images(path), shape, fit, path)
+    return fitted(load_images(path, data), shape, fit, path)
 
 
-def load_images(path: Path) -> Tensor:
+def load_images(path: Path, data: bytes | None = None) -> Tensor:
     """The images in a file in their own size, ``(B, C, H, W)`` in [-1, 1] of one channel or three.
 
     The file is a picture in one of `FORMATS`; or an ``.npy`` array ``(H, W)``, ``(C, H, W)`` or
@@ -72,10 +74,15 @@ def load_images(path: Path) -> Tensor:
     modes with a known range of values are read; colours with 16 bits a channel have 8 of them left, as
     Pillow decodes them, and colour profiles are not applied.
 
+    Args:
+        path: the file; or what errors call it.
+        data: its content, if it was read already.
+
     Raises:
         ValueError: if the file is something else, is damaged, is animated or has values out of range.
     """
-    return _read_array(path) if path.suffix.lower() == ".npy" else _read_picture(path)
+    array = path.suffix.lower() == ".npy"
+    return _read_array(path, data) if array else _read_picture(path, data)
 
 
 def fitted(

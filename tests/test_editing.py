@@ -204,6 +204,26 @@ def test_an_interpolation_ends_at_its_pictures(solver: Any) -> None:
     assert (frames[2].x - frames[1].x).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_an_interpolation_between_two_conditions_ends_at_its_pictures(solver: Any) -> None:
+    a, b = picture(torch.float64).split(1)
+    if solver.arithmetic.exact:
+        a, b = solver.arithmetic.snap(a), solver.arithmetic.snap(b)
+    frames = interpolate(solver, Two(), a, b, SIGMAS, frames=3, source=LEFT, target=RIGHT)
+    tolerance = 0 if solver.arithmetic.exact else 1e-10
+    assert (frames[0].x - a).abs().max() <= tolerance
+    assert (frames[2].x - b).abs().max() <= tolerance
+    # The frame between is a sample of the mixture of both, which is guidance of scale 1/2.
+    codes = [
+        solver.invert(Two(), x, SIGMAS, extra_args=extra).state
+        for x, extra in ((a, LEFT), (b, RIGHT))
+    ]
+    between = ClassifierFreeGuidance(Two(), 0.5)
+    both = {"positive": RIGHT, "negative": LEFT}
+    right = solver.sample(between, slerp(*codes, 0.5), SIGMAS, extra_args=both).x
+    assert (frames[1].x - right).abs().max() < 1e-6
+
+
 def test_slerp_walks_on_the_sphere() -> None:
     """On a circle: equal angles, and the closed form at a third."""
     solver = BDIA(Euler(), 1.0)

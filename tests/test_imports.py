@@ -29,6 +29,7 @@ FLOORS = (
         "page",
         "pictures",
         "opening",
+        "bundled",
         "editing",
         "pipelines",
         "interop",

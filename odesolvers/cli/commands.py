@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 import odesolvers as ode
 
+from ..bundled import BUNDLED, GRIDS, Model
 from ..editing import edit as edit_picture, interpolate as between, mark, matches
 from ..extend import IntegrationApproximator, Solver
-from ..opening import BUNDLED, GRIDS, SHORT, Model, open_model, solver_of
+from ..opening import SHORT, open_model, solver_of
 from ..pictures import noise_in_view, read_images, side_by_side, to_picture
 from ..typed import optional, printable, read
 from .outputs import STATE, Outputs, digest_of, say

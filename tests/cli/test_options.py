@@ -205,10 +205,10 @@ def test_missing_extras_are_named(
     shell: Shell, absent: str, hint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, absent, None)
-    from odesolvers import opening
+    from odesolvers import bundled, opening
 
     if absent == "sklearn.datasets":
-        entry = opening._digits, ""
+        entry = bundled._digits, ""
         monkeypatch.setitem(opening.BUNDLED, "digits", entry)  # type: ignore[arg-type]
     shell.capsys.readouterr()
     with pytest.raises(SystemExit) as caught:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from odesolvers.pictures import FORMATS, MAX_PIXELS, read_images
+from odesolvers.pictures import FORMATS, MAX_PIXELS, read_images, read_mask
 
 RAMP = np.linspace(0, 255, 32 * 32).reshape(32, 32).astype(np.uint8)
 COLOURS = np.stack([RAMP, RAMP.T, 255 - RAMP], 2)
@@ -203,7 +203,7 @@ def test_other_sizes_are_resized_and_never_squashed() -> None:
     assert read_images(Path("a.png"), (3, 48, 64)).shape == (1, 3, 48, 64)  # 4:3, to the pixel
 
 
-def test_other_proportions_are_cropped_or_padded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_proportions_are_cropped_or_padded() -> None:
     """A square ring on white, 40 high and 60 wide: its centre, or all of it between white bars."""
     wide = np.full((40, 60), 255, np.uint8)
     wide[:, 10:50] = 0
@@ -211,7 +211,6 @@ def test_other_proportions_are_cropped_or_padded(capsys: pytest.CaptureFixture[s
     Image.fromarray(wide).save("a.png")
     cropped = read_images(Path("a.png"), (1, 40, 40), "crop")
     close(cropped, values(wide[:, 10:50])[:, :1])
-    assert "its centre of 40 x 40 is taken; --fit pad" in capsys.readouterr().err
     padded = read_images(Path("a.png"), (1, 60, 60), "pad")
     close(padded[:, :, 10:50], values(wide)[:, :1])
     assert (padded[:, :, :10] == 1).all()
@@ -221,6 +220,32 @@ def test_other_proportions_are_cropped_or_padded(capsys: pytest.CaptureFixture[s
     assert read_images(Path("a.png"), (1, 20, 30), "crop").shape == (1, 1, 20, 30)
     Image.fromarray(np.zeros((1, 64), np.uint8)).save("a.png")
     assert read_images(Path("a.png"), (1, 8, 8), "crop").shape == (1, 1, 8, 8)
+
+
+def test_a_mask_is_fitted_like_its_photo() -> None:
+    """A photo that is its own mask: what is white of it after the fit is what the mask has as 1."""
+    wide = np.zeros((40, 60), np.uint8)
+    wide[10:20, 5:25] = 255
+    Image.fromarray(wide).save("photo.png")
+    Image.fromarray(wide.repeat(2, 0).repeat(2, 1)).save("twice.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(np.rot90(wide, 1)).save("turned.png", exif=turned)
+    for name in ("photo.png", "twice.png", "turned.png"):
+        for fit, shape in (("crop", (1, 40, 40)), ("crop", (1, 20, 20)), ("pad", (1, 60, 60))):
+            photo = (read_images(Path("photo.png"), shape, fit)[0, 0] + 1) / 2
+            if fit == "pad":
+                photo[:10] = photo[50:] = 0  # the border is kept
+            mask = read_mask(Path(name), (40, 60), shape, fit)
+            assert mask.dtype == torch.float64
+            assert torch.equal(mask > 0.5, photo > 0.5), (name, fit, shape)
+            assert (mask - photo).abs().max() < (0.3 if name == "twice.png" else 0.01)
+    Image.fromarray(wide[:, :40]).save("square.png")  # in the proportions of the model already
+    mask = read_mask(Path("square.png"), (40, 60), (1, 40, 40), "crop")
+    assert torch.equal(mask, torch.from_numpy(wide[:, :40] / 255))
+    Image.fromarray(wide.T).save("tall.png")
+    with pytest.raises(ValueError, match=r"tall.png is 40 x 60 pixels: .* shown, 60 x 40, or"):
+        read_mask(Path("tall.png"), (40, 60), (1, 40, 40), "crop")
 
 
 def animation(name: str) -> None:
