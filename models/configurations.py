@@ -21,6 +21,13 @@ CLIP = (
 )
 """The settings of a text encoder."""
 
+STATED = {
+    "unet": ("attention_head_dim",),
+    "text_encoder": ("hidden_act", "num_attention_heads"),
+    "text_encoder_2": ("hidden_act", "num_attention_heads"),
+}
+"""Settings in which published models differ and that no weight shows, so that a default is a guess."""
+
 TIMESTEPS = 100_000
 """The highest whole number among the settings of a scheduler, which make tables of that length."""
 
@@ -49,6 +56,9 @@ nothing. `from_config` keeps those of another scheduler, and a class that lacks 
 
 TEXT = 2**20
 """The largest size in a text encoder, of 49,408 words; its positions are listed before its weights."""
+
+SCALE_1, SCALE_XL = 0.18215, 0.13025
+"""The scales of latents of Stable Diffusion 1 and 2, which is the default of the class, and of XL."""
 
 FORMS = {bool: "true or false", float: "numbers", str: "texts", type(None): "null"}
 
@@ -79,10 +89,17 @@ def clean_settings(part: str, library: str, kind: str, config: Mapping[str, Any]
     else:
         import transformers
 
+        config = _of_text(part, config)
         usual = transformers.CLIPTextConfig()
         defaults = {name: getattr(usual, name) for name in CLIP}
         lists = set()
     settings = {name: config[name] for name in defaults if name in config}
+    unsaid = [name for name in STATED.get(part, ()) if settings.get(name) is None]
+    if unsaid:
+        raise ValueError(
+            f"its {part} does not say its {' and '.join(unsaid)}, and models differ in it: state it in "
+            "its config.json, as it is in that of the model that this one was trained from"
+        )
     if part == "scheduler":
         _check_training(kind, settings)
         check_heard(kind, defaults, config)
@@ -114,6 +131,24 @@ def check_heard(kind: str, known: Collection[str], config: Mapping[str, Any]) ->
                 f"the scheduler, a {kind}, has {name} = {brief(value)} in its configuration and ignores "
                 "it: the network was trained with another scheduler, so pass that one as scheduler="
             )
+
+
+def _of_text(part: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of the text encoder in a configuration, which may be that of all of CLIP."""
+    inner = config.get("text_config")
+    if inner is None:
+        return config
+    if not isinstance(inner, dict):
+        raise ValueError(f"its {part} has a text_config of another form, {brief(inner)}")
+    for name in CLIP:
+        # The dimension of all of CLIP is checked by the weights, and beginnings of training are over.
+        used = name != "projection_dim" and not name.startswith("initializer_")
+        if used and config.get(name) not in (None, inner.get(name)):
+            raise ValueError(
+                f"its {part} has {name} = {brief(config[name])} and, in its text_config, "
+                f"{brief(inner.get(name))}: one of them belongs to another model; remove it"
+            )
+    return inner
 
 
 def _check_text(part: str, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -171,13 +206,20 @@ def flat(value: Any) -> Iterable[Any]:
         yield from item if isinstance(item, (list, tuple)) else [item]
 
 
-def check_vae(config: Any) -> None:
+def check_vae(config: Any, *, is_xl: bool) -> None:
     """Check the statistics by which latents are normalised.
 
     Raises:
         ValueError: naming the setting.
     """
     scale = config.scaling_factor
+    unsaid = "scaling_factor" in getattr(config, "_use_default_values", ())
+    if is_xl and unsaid and scale == SCALE_1:
+        raise ValueError(
+            f"the VAE does not say its scaling_factor, and the default of its class, {SCALE_1}, is that "
+            f"of Stable Diffusion 1 and 2; XL's own has {SCALE_XL}: state it in its config.json, or by "
+            "vae.register_to_config(scaling_factor=...)"
+        )
     if not (_is_number(scale) and scale > 0):
         raise ValueError(f"the VAE has scaling_factor = {brief(scale)}, and it is a number above 0")
     shift = getattr(config, "shift_factor", None)

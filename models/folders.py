@@ -137,9 +137,13 @@ def clean_index(index: Mapping[str, Any]) -> dict[str, Any]:
             )
         clean[part] = index[part]
     if kind == PIPELINES[1]:
-        clean["force_zeros_for_empty_prompt"] = (
-            index.get("force_zeros_for_empty_prompt", True) is True
-        )
+        zeros = index.get("force_zeros_for_empty_prompt", True)
+        if not isinstance(zeros, bool):
+            raise ValueError(
+                f"its model_index.json has force_zeros_for_empty_prompt = {brief(zeros)}, where true or "
+                "false belong"
+            )
+        clean["force_zeros_for_empty_prompt"] = zeros
     return clean
 
 
@@ -250,8 +254,23 @@ def _weight_files(folder: Path, part: str, variant: str | None) -> list[Path]:
         raise ValueError(
             f"its {part} has {'not all' if found else 'no'} weights"
             + ("" if variant is None else f" of variant {variant}")
+            + ("" if found else _other_variants(stem, there, variant))
         )
     return [folder / part / name for name in whole[:1] or parts]
+
+
+def _other_variants(stem: str, there: list[str], variant: str | None) -> str:
+    """What to do about weights of other variants than the one that is asked for."""
+    kind = re.compile(rf"{stem}(\.([\w-]+?))?(-\d{{5}}-of-\d{{5}})?\.(safetensors|bin)")
+    others = [m for name in there if (m := kind.fullmatch(name))]
+    if not others:
+        return ""
+    if variant is None:
+        return f", but some of variant {brief(others[0][2])}: pass variant="
+    return (
+        f", but {brief(others[0][0])}: variant= is of all parts. Leave it out if the others have such "
+        f"weights too; if not, copy this file to {stem}.{variant}.{others[0][4]}"
+    )
 
 
 def _link(path: Path, into: Path) -> None:

@@ -20,6 +20,9 @@ OTHER_INPUTS = {
 }
 """The networks of other tasks, by their number of input channels."""
 
+WIDTH_2 = 1024
+"""The features of a token in the prompts of Stable Diffusion 2."""
+
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 """The schedule of the published networks."""
 
@@ -33,7 +36,7 @@ def check_network(pipeline: Any, *, is_xl: bool) -> None:
     for name in ("unet", "vae", "scheduler"):
         if getattr(pipeline, name, None) is None:
             raise ValueError(f"the pipeline has no {name}: give it one")
-    check_vae(pipeline.vae.config)
+    check_vae(pipeline.vae.config, is_xl=is_xl)
     check_sample_size(pipeline.unet.config.sample_size)
     config, latents = pipeline.unet.config, pipeline.vae.config.latent_channels
     channels = config.in_channels
@@ -159,6 +162,22 @@ def check_betas(scheduler: Any) -> None:
             f"class lead to {used}, where the published networks have {BETAS}: make it from that of "
             f"the pipeline, {kind}.from_config(pipeline.scheduler.config), or state all three if this "
             "network was trained so"
+        )
+
+
+def check_stated(pipeline: Any) -> None:
+    """Check that the scheduler of Stable Diffusion 2, published with both predictions, says which.
+
+    Raises:
+        ValueError: if it does not, and the default of its class is used.
+    """
+    config = pipeline.scheduler.config
+    unsaid = "prediction_type" in getattr(config, "_use_default_values", ())
+    if unsaid and WIDTH_2 in flat(pipeline.unet.config.cross_attention_dim):
+        raise ValueError(
+            f"it is a Stable Diffusion 2 (prompts of {WIDTH_2} features), which was published with "
+            f"epsilon and with v prediction, and its scheduler, a {type(pipeline.scheduler).__name__}, "
+            "does not say which: pass prediction_type='v_prediction' (of 768 pixels) or 'epsilon' (512)"
         )
 
 

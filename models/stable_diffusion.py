@@ -16,6 +16,7 @@ from .networks import (
     check_betas,
     check_conditions,
     check_network,
+    check_stated,
     check_tokenizers,
     execution_device,
     expand,
@@ -75,6 +76,8 @@ class StableDiffusion(nn.Module):
         check_scheduler(pipeline.scheduler)
         self.schedule = schedule_of(pipeline.scheduler, prediction_type)
         check_betas(pipeline.scheduler)
+        if prediction_type is None:
+            check_stated(pipeline)
         self.prediction_type = self.schedule.prediction_type
         self.pipeline = pipeline  # not a submodule: its models are registered below
         self.unet = pipeline.unet

@@ -24,7 +24,7 @@ from .folders import (
     weight_patterns,
     write_tensors,
 )
-from .reading import read_json
+from .reading import read_header, read_json
 from .single_files import check_used, read_single_file, set_parts, set_scheduler
 from .stable_diffusion import StableDiffusion, import_diffusers
 from .weights import check_finite, check_report
@@ -197,7 +197,8 @@ def _from_folder(
                 output_loading_info=True,
                 **options,
             )
-            check_report(name, parts[name], report)
+            files = (clean / name).glob("*.safetensors")
+            check_report(name, parts[name], report, [n for f in files for n in read_header(f)[1]])
     if index["_class_name"] == PIPELINES[1]:
         parts["force_zeros_for_empty_prompt"] = index["force_zeros_for_empty_prompt"]
     else:

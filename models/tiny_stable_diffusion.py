@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from .stable_diffusion import import_diffusers
+from .tokenizers import letters
 
 Family = Literal["1.x", "2.x", "2.x-v", "xl"]
 
@@ -139,8 +140,7 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _vocabulary() -> list[str]:
-    """The 256 bytes as printable characters (as in GPT-2), each inside and at the end of a word."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(b) for b in printable] + [chr(256 + k) for k in range(256 - len(printable))]
-    ends = [letter + "</w>" for letter in letters]
-    return [*letters, *ends, "at</w>", "<|startoftext|>", "<|endoftext|>"]
+    """The bytes inside and at the end of words, a word of two letters, and the special tokens."""
+    singles = letters()
+    ends = [letter + "</w>" for letter in singles]
+    return [*singles, *ends, "at</w>", "<|startoftext|>", "<|endoftext|>"]

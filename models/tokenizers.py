@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from .edm.checks import brief
 from .reading import JSON, SETTINGS, MissingFile, parse_json, read_text
 
-SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+END = "<|endoftext|>"
+SPECIAL = {"bos_token": "<|startoftext|>", "eos_token": END, "unk_token": END, "pad_token": None}
+"""The special tokens, and what they are where the files do not say it. Prompts of Stable Diffusion 1 are
+padded with the end; those of 2 and of the second encoder of XL with "!"."""
+
 FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 TOKENS = 2**20
 """The most tokens; CLIP has 49,408."""
 
 LENGTH = 10_000
 """The most tokens of a prompt; CLIP has 77."""
+
+WORD_END = "</w>"
+"""The end of tokens that end a word."""
+
+
+def letters() -> list[str]:
+    """The 256 bytes as printable characters, in the order of CLIP's vocabulary (and of GPT-2's)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(b) for b in printable] + [chr(256 + k) for k in range(256 - len(printable))]
 
 
 def copy_tokenizer(find: Callable[[str], Path], into: Path) -> None:
@@ -27,26 +40,31 @@ def copy_tokenizer(find: Callable[[str], Path], into: Path) -> None:
         into: an empty folder.
 
     Raises:
-        ValueError: if a file is missing or damaged.
+        ValueError: if a file is missing or damaged, or there are not the words by which CLIP reads text.
     """
     config, special, added = (
         _read(find, name, optional=True)
         for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     )
     whole: dict[str, Any] = {}
-    if _has(find, "vocab.json"):
-        vocabulary = _read(find, "vocab.json")
-        merges = read_text(find("merges.txt"))
-    else:
+    separate = _has(find, "vocab.json")
+    if separate:
+        vocabulary, merges = _read(find, "vocab.json"), read_text(find("merges.txt"))
+    if not separate or _has(find, "tokenizer.json"):  # newer versions of the library write it alone
         whole = _read(find, "tokenizer.json")
-        model = whole.get("model")
-        model = model if isinstance(model, dict) else {}
-        vocabulary = model.get("vocab", {})
-        pairs = _list(model.get("merges"))
-        merges = "#version: 0.2\n" + "".join(f"{_pair(pair)}\n" for pair in pairs)
+        words, pairs = _model(whole)
+        if separate and (words, pairs) != (vocabulary, _pairs(merges)):
+            raise ValueError(
+                "its tokenizer.json has other words than its vocab.json and merges.txt: one of them is "
+                "left over from another tokenizer; remove it"
+            )
+        vocabulary, merges = words, "#version: 0.2\n" + "".join(f"{pair}\n" for pair in pairs)
     _check_vocabulary(vocabulary)
     _check_vocabulary(added)
-    clean = {key: _token(config[key]) for key in SPECIAL if config.get(key) is not None}
+    clean = {
+        key: {"__type": "AddedToken", **token} if isinstance(token, dict) else token
+        for key, token in _special(config).items()
+    }
     length = config.get("model_max_length", 77)
     if type(length) not in (int, float) or not length >= 2:
         raise ValueError(f"its tokenizer has a model_max_length of {brief(length)}")
@@ -59,13 +77,14 @@ def copy_tokenizer(find: Callable[[str], Path], into: Path) -> None:
         }
     if decoder is not None:
         clean["added_tokens_decoder"] = _decoder(decoder)
+    numbered = [token["content"] for token in clean.get("added_tokens_decoder", {}).values()]
+    _check_words(vocabulary, merges, {*added, *numbered}, _special(config) | _special(special))
     # Prompts are padded to this length. Text encoders refuse more tokens than they have positions.
     clean |= {"model_max_length": min(int(length), LENGTH) if length < 2**60 else 77}
     clean["tokenizer_class"] = "CLIPTokenizer"
     content: dict[str, Any] = {"tokenizer_config.json": clean, "vocab.json": vocabulary}
     if special:
-        tokens = {key: _token(special[key]) for key in SPECIAL if special.get(key) is not None}
-        content["special_tokens_map.json"] = tokens
+        content["special_tokens_map.json"] = _special(special)
     if added:
         content["added_tokens.json"] = added
     for name, value in content.items():
@@ -96,6 +115,18 @@ def _list(value: Any) -> list[Any]:
     return value
 
 
+def _model(whole: Mapping[str, Any]) -> tuple[dict[str, int], list[str]]:
+    """The words and the merges of a file that holds a whole tokenizer."""
+    model = whole.get("model")
+    model = model if isinstance(model, dict) else {}
+    return model.get("vocab", {}), [_pair(pair) for pair in _list(model.get("merges"))]
+
+
+def _pairs(merges: str) -> list[str]:
+    """The merges in a file of their own."""
+    return [line for line in merges.splitlines() if line and not line.startswith("#version")]
+
+
 def _pair(value: Any) -> str:
     words = value.split(" ") if isinstance(value, str) else value
     texts = isinstance(words, list) and all(isinstance(word, str) and word for word in words)
@@ -110,13 +141,56 @@ def _check_vocabulary(words: Any) -> None:
         raise ValueError("its tokenizer is damaged: its vocabulary does not number words")
 
 
+def _check_words(
+    vocabulary: Mapping[str, int], merges: str, added: Collection[str], special: Mapping[str, Any]
+) -> None:
+    """Check that all text has tokens, and that the vocabulary and the merges belong together.
+
+    The library gives special tokens that have no number the next one, which another may have already.
+    """
+    for key, usual in SPECIAL.items():
+        token = special.get(key, usual)
+        word = token["content"] if isinstance(token, dict) else token
+        if word is None:
+            raise ValueError(
+                f"its tokenizer names no {key}, and models differ in it: state it in its "
+                f"tokenizer_config.json ({END!r} for Stable Diffusion 1 and the first of XL, '!' for "
+                "Stable Diffusion 2 and the second of XL)"
+            )
+        if word not in vocabulary and word not in added:
+            raise ValueError(
+                f"its tokenizer has no number for its {key}, {brief(word)}: its vocabulary of "
+                f"{len(vocabulary)} words is not that of CLIP"
+            )
+    single = {letter + end for letter in letters() for end in ("", WORD_END)}
+    absent = sorted(single - vocabulary.keys())
+    if absent:
+        raise ValueError(
+            f"its tokenizer has no number for {len(absent)} of the 512 letters of CLIP, such as "
+            f"{brief(absent[0])}, so it cannot read every text: its vocabulary is not that of CLIP"
+        )
+    made = {"".join(pair.split(" ")) for pair in _pairs(merges)}
+    words = {token["content"] if isinstance(token, dict) else token for token in special.values()}
+    odd = sorted(vocabulary.keys() - single - made - words - {*SPECIAL.values()} - {*added})
+    if odd:
+        raise ValueError(
+            f"its tokenizer has {len(odd)} words that its merges do not make, such as {brief(odd[0])}: "
+            "its vocabulary and its merges are of different models, or one is damaged"
+        )
+
+
+def _special(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The special tokens among settings."""
+    return {key: _token(values[key]) for key in SPECIAL if values.get(key) is not None}
+
+
 def _token(value: Any) -> Any:
     """A special token, as its text or with the flags that it may have."""
     if isinstance(value, str) and 0 < len(value) <= 1000:
         return value
     if isinstance(value, dict) and isinstance(value.get("content"), str):
         flags = {key: value[key] for key in FLAGS if type(value.get(key)) is bool}
-        return {"__type": "AddedToken", "content": _token(value["content"]), **flags}
+        return {"content": _token(value["content"]), **flags}
     raise ValueError(f"its tokenizer is damaged: {brief(value)} is no token")
 
 
@@ -127,5 +201,5 @@ def _decoder(value: Any) -> Mapping[str, Any]:
     for key, token in value.items():
         if not (key.isdecimal() and len(key) < 9 and int(key) < TOKENS and isinstance(token, dict)):
             raise ValueError(f"its tokenizer is damaged: {brief(key)} is no number of a token")
-        tokens[key] = {k: v for k, v in _token(token).items() if k != "__type"}
+        tokens[key] = _token(token)
     return tokens

@@ -77,11 +77,20 @@ def check_shapes(part: str, model: nn.Module, shapes: Mapping[str, tuple[int, ..
             )
 
 
-def check_report(part: str, model: nn.Module, report: Mapping[str, Any]) -> None:
+def check_report(
+    part: str, model: nn.Module, report: Mapping[str, Any], names: Iterable[str]
+) -> None:
     """Check what `from_pretrained` reports of a part.
 
+    Args:
+        part: the name of the part.
+        model: its network.
+        report: what the library says of its loading.
+        names: the names of all tensors in the files of the part.
+
     Raises:
-        ValueError: if weights are missing, or have no place or another shape in the network.
+        ValueError: if weights are missing, have no place or another shape in the network, or are there
+            twice.
     """
     check_complete(part, report["missing_keys"])
     unused = part.startswith("text_encoder")
@@ -93,6 +102,14 @@ def check_report(part: str, model: nn.Module, report: Mapping[str, Any]) -> None
     }
     odd |= {key[0] if isinstance(key, tuple) else key for key in report.get("mismatched_keys", ())}
     check_places(part, odd)
+    own = {name for name, _ in model.named_parameters()}
+    used = {name for name in names if not (unused and is_unused(name, projects=projects))}
+    if len(used) > len(own):
+        # The libraries rename what older versions wrote, and which of two names wins is theirs to say.
+        raise ValueError(
+            f"its {part} has {len(used) - len(own)} of its {len(own)} weights under two names, of which "
+            f"one is among {_few(sorted(used - own))}: remove one of each, as their values may differ"
+        )
 
 
 def check_complete(part: str, names: Iterable[str]) -> None:

@@ -1,5 +1,8 @@
 """Fixtures shared by the tests of Stable Diffusion."""
 
+import json
+import shutil
+
 import pytest
 
 from odesolvers.models import load_stable_diffusion, save_tiny_stable_diffusion
@@ -32,6 +35,30 @@ def pipeline(request, folders):
 def xl(folders):
     """The miniature XL pipeline, whose scheduler tests replace."""
     return load_pipeline(folders["xl"])
+
+
+@pytest.fixture
+def edited(folders, tmp_path):
+    """The folder of a family with other weights or settings in one part, `...` for none."""
+    from safetensors.torch import load_file, save_file
+
+    def make(family, part, change=None, file="config.json", **settings):
+        folder = tmp_path / "m"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(folders[family], folder)
+        if change is not None:
+            (path,) = (folder / part).glob("*.safetensors")
+            weights = load_file(path)
+            change(weights)
+            save_file(weights, path, metadata={"format": "pt"})
+        if settings:
+            path = folder / part / file
+            content = json.loads(path.read_text(encoding="utf-8"))
+            content = {k: v for k, v in {**content, **settings}.items() if v is not ...}
+            path.write_text(json.dumps(content), encoding="utf-8")
+        return folder
+
+    return make
 
 
 def load_pipeline(folder):

@@ -2,7 +2,10 @@
 
 import warnings
 
+import pytest
 import torch
+
+from odesolvers.models import load_stable_diffusion
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -41,3 +44,8 @@ def theirs(pipeline, scheduler, n):
     finally:
         handle.remove()
     return found, *seen[0]
+
+
+def refused(path, match, **options):
+    with pytest.raises(ValueError, match=f"could not be read as .*{match}"):
+        load_stable_diffusion(path, **options)

@@ -1,6 +1,5 @@
 """Pipelines of Stable Diffusion whose parts do not fit each other, or themselves: no wrong number."""
 
-import json
 import math
 import shutil
 import time
@@ -12,38 +11,11 @@ from odesolvers.models import load_stable_diffusion
 
 from .conftest import load_pipeline
 from .original_layout import original_layout
+from .pipelines import refused
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 PARTS = ("unet", "vae", *ENCODERS)
 NAN, INF = math.nan, math.inf
-
-
-@pytest.fixture
-def edited(folders, tmp_path, request):
-    """The folder of a family with other weights, settings or both in one part."""
-    from safetensors.torch import load_file, save_file
-
-    def make(family, part, change=None, file="config.json", **settings):
-        folder = tmp_path / "m"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(folders[family], folder)
-        if change is not None:
-            (path,) = (folder / part).glob("*.safetensors")
-            weights = load_file(path)
-            change(weights)
-            save_file(weights, path, metadata={"format": "pt"})
-        if settings:
-            path = folder / part / file
-            content = json.loads(path.read_text(encoding="utf-8"))
-            path.write_text(json.dumps({**content, **settings}), encoding="utf-8")
-        return folder
-
-    return make
-
-
-def refused(path, match, **options):
-    with pytest.raises(ValueError, match=f"could not be read as .*{match}"):
-        load_stable_diffusion(path, **options)
 
 
 # Weights

@@ -1,0 +1,142 @@
+"""Tokenizers of folders: the tokens of transformers itself, or an error when the folder is loaded."""
+
+import json
+
+import pytest
+
+from odesolvers.models import load_stable_diffusion
+
+from .conftest import load_pipeline
+from .pipelines import refused
+
+TEXTS = ["", "a cat", "at AT\n\u00e9 \u732b 12!?", "<cat> a<cat>"]
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+END = "<|endoftext|>"
+
+
+@pytest.fixture
+def words(edited):
+    """The folder with other words in its vocabulary: by one file, or by two."""
+
+    def make(change, files="two", merges="#version: 0.2\na t</w>\n"):
+        folder = edited("1.x", "tokenizer")
+        place = folder / "tokenizer"
+        if files == "two":
+            (place / "tokenizer.json").unlink()
+            path = place / "vocab.json"
+            content = json.loads(path.read_text(encoding="utf-8"))
+            path.write_text(json.dumps(change(content)), encoding="utf-8")
+            (place / "merges.txt").write_text(merges, encoding="utf-8")
+        else:
+            (place / "vocab.json").unlink()
+            path = place / "tokenizer.json"
+            content = json.loads(path.read_text(encoding="utf-8"))
+            model = content["model"]
+            model["vocab"] = change(model["vocab"])
+            model["merges"] = [line.split() for line in merges.splitlines()[1:]]
+            content["added_tokens"] = []
+            path.write_text(json.dumps(content), encoding="utf-8")
+        return folder
+
+    return make
+
+
+def without(*gone):
+    return lambda words: {word: n for word, n in words.items() if word not in gone}
+
+
+@pytest.mark.parametrize("files", ["one", "two"])
+def test_vocabularies_that_cannot_be_those_of_clip(words, files):
+    """Each made prompts of other tokens, or failed at the first prompt."""
+    genuine = load_stable_diffusion(words(dict, files)).pipeline.tokenizer
+    assert genuine("a cat")["input_ids"] == [513, 320, 66, 512, 514]
+    for change, match in (
+        (lambda words: {}, "no number for its bos_token, .* of 0 words"),
+        (without("<|startoftext|>"), "no number for its bos_token, '<.startoftext.>'"),
+        (without(END), "no number for its eos_token, '<.endoftext.>'"),
+        (without("!"), "no number for 1 of the 512 letters of CLIP, such as '!'"),
+        (without("a</w>", "b"), "no number for 2 of the 512 letters of CLIP, such as 'a</w>'"),
+        (lambda words: {**words, "cat</w>": 515}, "1 words that its merges do not make, .* 'cat"),
+    ):
+        refused(words(change, files), f"its tokenizer has {match}")
+    refused(words(dict, files, merges="#version: 0.2\n"), "1 words that its merges do not make")
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_special_tokens_without_a_number(edited, name, file):
+    """The library gives them the number of words, which another may have already."""
+    folder = edited("1.x", "tokenizer", file="tokenizer_config.json", **{name: "<none>"})
+    if file == "special_tokens_map.json":
+        folder = edited("1.x", "tokenizer", file="tokenizer_config.json", **{name: ...})
+        path = folder / "tokenizer" / file
+        path.write_text(json.dumps({name: {"content": "<none>"}}), encoding="utf-8")
+    refused(folder, f"its tokenizer has no number for its {name}, '<none>'")
+
+
+@pytest.mark.parametrize(("family", "part"), [("1.x", "tokenizer"), ("xl", "tokenizer_2")])
+def test_padding_must_be_said(edited, folders, family, part):
+    """Stable Diffusion 1 pads with the end of the text, 2 and the second encoder of XL with "!"."""
+    refused(
+        edited(family, part, file="tokenizer_config.json", pad_token=...),
+        "its tokenizer names no pad",
+    )
+    folder = edited(family, part, file="tokenizer_config.json", pad_token="!")
+    theirs = type(getattr(load_pipeline(folders[family]), part)).from_pretrained(folder / part)
+    ours = getattr(load_stable_diffusion(folder).pipeline, part)
+    for text in TEXTS:
+        found, expected = (t(text, padding="max_length")["input_ids"] for t in (ours, theirs))
+        assert found == expected
+        assert found[-1] == 0
+
+
+def token(text):
+    flags = dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
+    return {"__type": "AddedToken", "content": text, "normalized": True, **flags}
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_special_tokens_with_flags(edited, folders, capfd, file):
+    """As in the published folders; the library printed a line for each of them."""
+    folder = edited("1.x", "tokenizer")
+    path = folder / "tokenizer" / file
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    marked = {**dict.fromkeys(SPECIAL, token(END)), "bos_token": token("<|startoftext|>")}
+    path.write_text(json.dumps({**content, **marked}), encoding="utf-8")
+    tokenizer = load_stable_diffusion(folder).pipeline.tokenizer
+    assert capfd.readouterr().out == ""
+    plain = load_pipeline(folders["1.x"]).tokenizer
+    for text in TEXTS:
+        assert tokenizer(text)["input_ids"] == plain(text)["input_ids"]
+
+
+@pytest.mark.parametrize("over", [True, False])
+def test_tokens_that_were_added(edited, folders, over):
+    """Saved over the folder of the tokenizer that had them not, and alone."""
+    pipeline = load_pipeline(folders["1.x"])
+    pipeline.tokenizer.add_tokens(["<cat>"])
+    pipeline.text_encoder.resize_token_embeddings(516)
+    folder = edited("1.x", "tokenizer")
+    if not over:
+        for path in (folder / "tokenizer").iterdir():
+            path.unlink()
+    pipeline.tokenizer.save_pretrained(folder / "tokenizer")
+    pipeline.text_encoder.save_pretrained(folder / "text_encoder")
+    found = load_stable_diffusion(folder).pipeline.tokenizer
+    for text in TEXTS:
+        assert found(text)["input_ids"] == pipeline.tokenizer(text)["input_ids"]
+    assert found("<cat>")["input_ids"] == [513, 515, 514]
+
+
+@pytest.mark.parametrize("key", ["vocab", "merges"])
+def test_two_tokenizers_in_a_folder(edited, key):
+    folder = edited("1.x", "tokenizer")
+    path = folder / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    model = content["model"]
+    if key == "vocab":
+        model["vocab"] |= {"a": model["vocab"]["b"], "b": model["vocab"]["a"]}
+    else:
+        model["merges"] = [["b", "t</w>"]]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    refused(folder, r"its tokenizer\.json has other words than its vocab\.json and merges\.txt")
