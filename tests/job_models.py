@@ -28,6 +28,7 @@ class Network(nn.Module):
             weight.data = torch.randn(weight.shape, generator=generator) * 0.1
         self.seconds = seconds
         self.sizes: list[int] = []
+        self.faults = False
 
     def condition(self, prompts: Sequence[str | None]) -> dict[str, Tensor]:
         return {"class_labels": torch.tensor([int(prompt or -1) for prompt in prompts])}
@@ -38,6 +39,8 @@ class Network(nn.Module):
         s = sigma.reshape(-1, 1, 1, 1).to(x.dtype)
         shift = 0.1 * class_labels.reshape(-1, 1, 1, 1)
         raw = self.layers((x / (s**2 + 1).sqrt() + shift).float()).to(x.dtype)
+        if self.faults:
+            raise FloatingPointError("nothing is white")
         if bool((x.flatten(1).mean(1) == 1).any()):  # a white picture at the level 0
             raise FloatingPointError("there is a white picture")
         return x / (s**2 + 1) + s / (s**2 + 1).sqrt() * raw
@@ -50,6 +53,13 @@ def small() -> Network:
 def slow() -> Network:
     """The same at 0.1 s a call, for processes that are killed on the way."""
     return Network(0.1)
+
+
+def broken() -> Network:
+    """The same, which fails in every call."""
+    network = Network()
+    network.faults = True
+    return network
 
 
 def opened() -> Model:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,9 @@ from PIL import Image
 import odesolvers as ode
 from odesolvers import State
 from odesolvers.jobs import Job, Output, Shards, report, run_workers, verify, work
-from odesolvers.jobs.inputs import decode, open_input
-from odesolvers.jobs.job import Claims
+from odesolvers.jobs.output import Claims
 from odesolvers.jobs.work import launched
+from odesolvers.pictures import read_images
 
 from .job_models import SHAPE, opened
 
@@ -97,7 +95,7 @@ def test_a_shard_holds_what_the_solver_makes_of_its_elements(
                 extra_args={"class_labels": labels},
             )
         else:
-            x = torch.stack([decode((pictures / name).read_bytes(), SHAPE) for name in names])
+            x = torch.cat([read_images(pictures / name, SHAPE, "crop") for name in names])
             labels = torch.tensor([int(name[2:4]) if int(name[2:4]) < 5 else -1 for name in names])
             expected = solved.invert(model.denoiser, x, SIGMAS, extra_args={"class_labels": labels})
         torch.testing.assert_close(torch.from_numpy(array), expected.x, rtol=1e-4, atol=1e-3)
@@ -138,7 +136,8 @@ def test_other_settings_are_refused_by_name(pictures: Path, tmp_path: Path) -> N
     before = contents(output)
     for changes, words in (
         ({"solver": FLOATING}, "solver was BDIA"),
-        ({"guidance": 2.0}, "guidance was 1.0 and is 2.0"),
+        ({"guidance": 2.0}, "guidance was None and is 2.0"),
+        ({"negative": "1", "fit": "pad"}, "fit was crop and is pad; negative was None and is 1"),
         ({"batch": 1}, "batch was 2 and is 1"),
         ({"sigmas": SIGMAS[1:]}, "sigmas was 7 values and is 6 values"),
         ({"sigmas": (90.0, *SIGMAS[1:])}, r"sigmas\[0\] was 80.0 and is 90.0"),
@@ -152,8 +151,12 @@ def test_other_settings_are_refused_by_name(pictures: Path, tmp_path: Path) -> N
         described.prepare(output, other)
     with pytest.raises(ValueError, match="other weights here"):
         work(output, model=other)
+    with Image.open(pictures / "0" / "02.png") as old:
+        old.resize((8, 8)).save(pictures / "0" / "02.png")
+    with pytest.raises(ValueError, match=r"has changed since .*: 0/02\.png was replaced\. Restore"):
+        described.prepare(output, opened())
     (pictures / "0" / "00.png").rename(pictures / "0" / "renamed.png")
-    with pytest.raises(ValueError, match=r"plan was .* and is"):
+    with pytest.raises(ValueError, match=r"where 0/00\.png was, there is 0/02\.png"):
         described.prepare(output, opened())
     assert contents(output) == before
 
@@ -174,8 +177,8 @@ def test_pictures_that_fail_are_recorded_and_the_others_are_not_touched(
     found = report(tmp_path / "out")
     reasons = dict(found["failed"])
     assert sorted(reasons) == ["0/00.png", "0/02.png", "0/06.png", "0/12.png"]
-    assert "no picture in a format" in reasons["0/00.png"]
-    assert "truncated" in reasons["0/02.png"]
+    assert reasons["0/00.png"].startswith("cannot be read as an image: give a picture")
+    assert reasons["0/02.png"].startswith("is a damaged picture (")
     assert "white picture" in reasons["0/06.png"]
     assert found["written"] == 9
     assert not found["missing"]  # of the first shard nothing is left, and that is settled
@@ -195,12 +198,10 @@ def test_pictures_that_fail_are_recorded_and_the_others_are_not_touched(
 def test_what_fails_for_all_elements_is_an_error_and_no_list_of_failures(
     pictures: Path, tmp_path: Path
 ) -> None:
-    def condition(prompts: Any) -> Any:
-        raise ValueError("prompts of nobody")
-
-    model = replace(opened(), condition=condition)
+    model = opened()
     job(pictures).prepare(tmp_path / "out", model)
-    with pytest.raises(ValueError, match="prompts of nobody"):
+    model.denoiser.faults = True
+    with pytest.raises(FloatingPointError, match="nothing is white"):
         work(tmp_path / "out", model=model)
     assert Output(tmp_path / "out").done() == set()
 
@@ -231,6 +232,9 @@ def test_verify_finds_another_picture_and_another_weight(pictures: Path, tmp_pat
     assert 0 < found["largest"] < 1e-3
     assert not found["faults"]
     assert verify(folder, pictures=4, tolerance=1e-9)["faults"]
+    for settings in ({"pictures": 0}, {"pictures": -1}, {"tolerance": float("nan")}):
+        with pytest.raises(ValueError, match="must be"):
+            verify(folder, **settings)
     shutil.copy(pictures / "1" / "01.png", pictures / "0" / "02.png")
     assert "0/02.png is another picture now" in verify(folder, pictures=4)["faults"][0]
 
@@ -255,90 +259,13 @@ def test_reading_back_as_a_data_set_and_as_arrays(pictures: Path, tmp_path: Path
     assert len(Shards(output)) == 9
 
 
-def test_archives_hold_the_pictures_of_folders(pictures: Path, tmp_path: Path) -> None:
-    """The layout of WebDataset: files of one element are neighbours, and have one name."""
-    archives = tmp_path / "archives"
-    archives.mkdir()
-    for part in "01":
-        with tarfile.open(archives / f"{part}.tar", "w") as archive:
-            for path in sorted((pictures / part).iterdir()):
-                archive.add(path, path.name)
-    (archives / "notes.md").write_text("no picture")
-    there, here = open_input(str(archives)), open_input(str(pictures))
-    names = [entry.id for entry in there.entries()]
-    assert names == [f"{k % 2}.tar/{k:02d}.png" for k in (*range(0, 13, 2), *range(1, 13, 2))]
-    for a, b in zip(there.entries(), here.entries(), strict=True):
-        assert a.prompt == b.prompt
-        assert there.read(a) == here.read(b)
-    assert [e.prompt for e in here.entries()][:4] == ["0", "2", "4", None]
-
-
-def test_damaged_archives_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "a.tar"
-    path.write_bytes(b"x" * 3000)
-    with pytest.raises(ValueError, match=r"a\.tar is not a whole tar archive"):
-        list(open_input(str(path)).entries())
-
-
-def test_seeds_have_their_prompts_in_turn(tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("a cat\n\na dog: at 5\n")
-    found = list(open_input(f"prompts:{tmp_path / 'prompts.txt'}@2").entries())
-    assert [entry.prompt for entry in found] == ["a cat", "a dog: at 5"] * 2
-    assert len({entry.place for entry in found}) == 4
-    prompted = open_input("seeds:5", ("A", "B")).entries()
-    assert [entry.prompt for entry in prompted] == ["A", "B", "A", "B", "A"]
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("nowhere", "there is no input nowhere"),
-        ("seeds:0", "whole number N above 0"),
-        ("seeds:many", "must be seeds:N"),
-        ("prompts:file", "must be prompts:FILE@N"),
-    ],
-)
-def test_inputs_that_are_none_are_refused(text: str, words: str) -> None:
-    with pytest.raises((ValueError, FileNotFoundError), match=words):
-        open_input(text)
-
-
-def picture(image: Any, format: str = "PNG", **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
-def test_pictures_are_read_upright_on_white_and_cropped_about_their_centre() -> None:
-    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    values = torch.from_numpy(ramp).float() / 127.5 - 1
-    assert torch.equal(decode(picture(Image.fromarray(ramp)), (1, 16, 16))[0], values)
-    exif = Image.Exif()
-    exif[274] = 3  # upside down
-    turned = decode(picture(Image.fromarray(ramp), exif=exif), (1, 16, 16))[0]
-    assert torch.equal(turned, values.flip(0, 1))
-    clear = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
-    assert torch.equal(decode(picture(clear), (3, 16, 16)), torch.ones(3, 16, 16))
-    wide = np.zeros((16, 48), dtype=np.uint8)
-    wide[:, 16:32] = ramp
-    assert torch.equal(decode(picture(Image.fromarray(wide)), (1, 16, 16))[0], values)
-    deep = Image.fromarray(np.full((16, 16), 40_000, dtype=np.uint16))
-    with pytest.raises(ValueError, match="more than 8 bits"):
-        decode(picture(deep), (1, 16, 16))
-    moving = picture(
-        Image.new("L", (4, 4)), "GIF", save_all=True, append_images=[Image.new("L", (4, 4), 9)]
-    )
-    with pytest.raises(ValueError, match="animated"):
-        decode(moving, (1, 4, 4))
-
-
 @pytest.mark.skipif(os.name == "nt", reason="locks of POSIX")
 def test_a_claim_is_one_process_s_until_it_dies(tmp_path: Path) -> None:
-    with Claims(tmp_path / "claims") as claims:
+    with Claims(Output(tmp_path)) as claims:
         read, write = os.pipe()
         child = os.fork()
         if not child:
-            other = Claims(tmp_path / "claims")
+            other = Claims(Output(tmp_path))
             os.write(write, bytes([other.take(3), other.take(4)]))
             os.read(read, 0)
             signal_pause()
@@ -381,6 +308,11 @@ def test_ranks_are_those_of_torchrun_and_of_steps_of_slurm(monkeypatch: pytest.M
         ({"shard_size": 40_000}, "from 1 to 20000"),
         ({"solver": "StepRatio(2)"}, "must name a solver"),
         ({"device": "tpu"}, "device must be one of"),
+        ({"threads": 0}, "threads must be at least 1"),
+        ({"batch": 0}, "batch must be at least 1"),
+        ({"guidance": float("nan")}, "guidance must be finite"),
+        ({"network": "int8"}, "network must be one of"),
+        ({"fit": "squash"}, "fit must be one of"),
     ],
 )
 def test_settings_of_no_use_are_refused(changes: dict[str, Any], words: str) -> None:
@@ -388,9 +320,53 @@ def test_settings_of_no_use_are_refused(changes: dict[str, Any], words: str) -> 
         job("seeds:3", **changes)
 
 
-def test_kinds_refuse_inputs_of_the_other_kind(pictures: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="sample takes seeds or prompts"):
-        job(pictures, "sample").prepare(tmp_path / "out", opened())
-    with pytest.raises(ValueError, match="invert takes pictures"):
-        job("seeds:4").prepare(tmp_path / "out", opened())
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kind": "sample"}, "sample takes seeds or prompts"),
+        ({"input": "seeds:4"}, "invert takes pictures"),
+        ({"prompts": ("x",)}, "invalid literal for int"),
+        ({"sigmas": (1e6, 1.0, 0.0)}, "FixedPoint"),
+        ({"size": (5.5, 5)}, "size: must be an integer"),
+        ({"input": "nowhere"}, "there is no input nowhere"),
+    ],
+)
+def test_nothing_is_written_of_a_job_that_cannot_be_done(
+    changes: dict[str, Any], words: str, pictures: Path, tmp_path: Path
+) -> None:
+    with pytest.raises((ValueError, OSError), match=words):
+        replace(job(pictures), **changes).prepare(tmp_path / "out", opened())
     assert not (tmp_path / "out").exists()
+
+
+def test_prompts_in_turn_are_those_of_elements_without_their_own(
+    pictures: Path, tmp_path: Path
+) -> None:
+    output = job(pictures, prompts=("7", "8")).prepare(tmp_path / "out", opened())
+    found = {e.id: e.prompt for k in range(output.count) for e in output.entries(k)}
+    assert [found[f"{k % 2}/{k:02d}.png"] for k in range(5)] == ["0", "1", "2", "3", "4"]
+    later = [prompt for name, prompt in found.items() if int(name[2:4]) > 4]
+    assert later == ["8", "7", "8", "7", "8", "7", "8", "7"]  # places 3 to 6, and 9 to 12
+
+
+def test_all_elements_have_one_guidance_whoever_runs_beside_them(
+    pictures: Path, tmp_path: Path
+) -> None:
+    """Some batches have no prompt: both ways back must be under the guidance of the way there."""
+    model = replace(opened(), guidance=3.0)
+    described = job(pictures, "roundtrip")
+    described.prepare(tmp_path / "out", model)
+    work(tmp_path / "out", model=model)
+    assert report(tmp_path / "out")["errors"]["exact"] == 13
+    found = verify(tmp_path / "out", pictures=2, model=model)
+    assert found == {"elements": 7, "largest": 0.0, "faults": []}
+
+
+def test_a_model_on_another_kind_of_device_is_refused(tmp_path: Path) -> None:
+    described = job("seeds:4", "sample", device="cuda")
+    described.prepare(tmp_path / "out", opened())
+    with pytest.raises(ValueError, match="one of the device cuda, the model is on cpu"):
+        work(tmp_path / "out", model=opened())
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="torch finds no GPU here"):
+            work(tmp_path / "out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ import torch
 from PIL import Image
 
 import odesolvers as ode
-from odesolvers.jobs import Job, Shards, report, verify, work
+from odesolvers.cli import main
+from odesolvers.jobs import Job, Output, Shards, report, verify, work
+from odesolvers.jobs.runner import Runner
+from odesolvers.jobs.weights import fingerprint
 from odesolvers.models import save_tiny_stable_diffusion
 from odesolvers.opening import Model, open_model
 
@@ -24,11 +28,11 @@ def folder(tmp_path: Path, diffusers: ModuleType) -> Path:
     return tmp_path / "tiny"
 
 
-def job(kind: str, folder: Path, source: str) -> tuple[Job, Model]:
+def job(kind: Any, folder: Path, source: str, **changes: Any) -> tuple[Job, Model]:
     model = open_model(str(folder), torch.device("cpu"), None, None)
     levels = tuple(model.sigmas(4, None, {}).tolist())
-    settings = {"guidance": 3.0, "dtype": "float64", "batch": 2, "shard_size": 4}
-    return Job(kind, str(folder), source, EXACT, levels, **settings), model  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"guidance": 3.0, "dtype": "float64", "batch": 2, "shard_size": 4}
+    return Job(kind, str(folder), source, EXACT, levels, **{**settings, **changes}), model
 
 
 def test_prompts_are_sampled_as_the_pipeline_is_without_a_job(folder: Path, tmp_path: Path) -> None:
@@ -67,3 +71,54 @@ def test_memory_does_not_hold_the_prompts_of_earlier_shards(folder: Path, tmp_pa
     described.prepare(tmp_path / "out", model)
     work(tmp_path / "out", model=model)
     assert len(model.denoiser._prompts) <= 2  # those of the last shard, by calls
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_a_job_for_gpus_that_is_begun_without_one_has_the_weights_of_its_workers(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Without --network the workers run in float16. Here the CPU stands for their device."""
+    begun = open_model(str(folder), CUDA, None, None, place=CPU)
+    described, _ = job("sample", folder, "seeds:2", device="cuda")
+    output = described.prepare(tmp_path / "out", begun)
+    Runner(output, described, open_model(str(folder), CPU, torch.float16, None))
+    for other in (torch.float32, torch.bfloat16):
+        with pytest.raises(ValueError, match="has other weights here"):
+            Runner(output, described, open_model(str(folder), CPU, other, None))
+
+
+def test_prompts_that_were_encoded_are_no_weights_and_settings_of_parts_are(folder: Path) -> None:
+    model = open_model(str(folder), CPU, None, None)
+    before = fingerprint(model.denoiser)
+    x = torch.zeros(1, 4, 8, 8)
+    model.denoiser(x, torch.ones(1), prompt="a cat")
+    assert fingerprint(model.denoiser) == before
+    for name in ("vae", "scheduler"):
+        part = getattr(model.denoiser.pipeline, name)
+        part.register_to_config(scaling_factor=0.5, prediction_type="v_prediction")
+        assert fingerprint(model.denoiser) != before
+        before = fingerprint(model.denoiser)
+
+
+@pytest.mark.parametrize("network", ["bfloat16", "float16"])
+def test_the_command_runs_pipelines_in_half_precision(
+    network: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """States are float64 by default, as in the other commands: the way back is exact."""
+    options = f"--model {folder} --network {network} --steps 4 --batch 2 --shard-size 2"
+    prompts = "--prompt cat --prompt dog --solver exact"
+    out = tmp_path / "out"
+    main(f"batch sample --input seeds:4 {prompts} {options} --output {out}".split())
+    assert "4 of 4 elements in 2 shards" in capsys.readouterr().out
+    assert Output(out).manifest["dtype"] == "float64"
+    main(f"batch verify --output {out} --per-shard 2".split())
+    assert "4 elements lead back, with a relative error of at most 0" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(
+            f"batch sample --input seeds:4 {prompts} --steps 4 --batch 2 --shard-size 2 "
+            f"--model {folder} --output {out}".split()
+        )
+    error = capsys.readouterr().err
+    assert f"network was {network} and is None; weights was" in error

@@ -15,13 +15,15 @@ import shtab
 import torch
 
 from .. import StabilityWarning, __version__
-from ..opening import BUNDLED, GRIDS
+from ..bundled import BUNDLED, GRIDS
+from ..jobs.command import batch
 from ..pictures import FITS
 from . import commands
 from .outputs import say
 
 DTYPES: Final = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 NETWORKS: Final = {**DTYPES, "float16": torch.float16}
+EXECUTORS: Final = ("local", "slurm", "ray")
 MOST: Final = 10_000
 """Pictures and steps that are taken for no slip of the keyboard."""
 
@@ -111,6 +113,23 @@ OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "--save": {"action": "store_true", "help": "save states too, to go back"},
     "--again": {"action": "store_true", "help": "make finished results again"},
     "--port": _option(_whole(1, 65535), "N", "of the page (%(default)s)"),
+    "--input": _option(str, "WHAT", "pictures: a folder, FILE.tar or hf:NAME; or noise: seeds:N"),
+    "--output": _option(Path, "FOLDER", "of the job", required=True),
+    "--shard-size": _option(_COUNT, "N", "elements of a file (%(default)s)"),
+    "--workers": _option(_COUNT, "N", "processes (one for each GPU, or 1)"),
+    "--threads": _option(_COUNT, "N", "of each worker on the CPU (%(default)s)"),
+    "--executor": _option(_of({e: e for e in EXECUTORS}), "NAME", ", ".join(EXECUTORS)),
+    "--option": _option(str, "NAME=VALUE", "of datatrove's executor; repeated", action="append"),
+    "--per-shard": _option(_COUNT, "N", "verify: elements of each shard (%(default)s)"),
+    "--tolerance": _option(_number, "X", "verify: largest relative error (%(default)s)"),
+    "batch --solver": _option(str, "NAME", "short name or expression (damped; invert: codes)"),
+    "batch --batch": _option(_COUNT, "N", "elements of a call of the network (%(default)s)"),
+    "batch --device": _option(_of({"cpu": "cpu", "cuda": "cuda"}), "NAME", "cpu, cuda (cpu)"),
+}
+"""The options, some of them as one command has them."""
+ACTIONS: Final = {
+    "watermark": ("embed", "detect"),
+    "batch": ("invert", "sample", "roundtrip", "verify"),
 }
 MODEL: Final = "--model --prompt --guidance --negative"
 RUN: Final = (
@@ -149,6 +168,20 @@ COMMANDS: Final[tuple[tuple[Callable[[Namespace], None], str, Mapping[str, Any]]
         commands.calibrate,
         f"--base --runs {MODEL} --count --seed {RUN} --out",
         {"out": Path("out/gamma.json"), "count": 16, "seed": 1000},
+    ),
+    (
+        batch,
+        f"--input --output {MODEL} --fit --batch --shard-size {RUN} --threads --workers --executor "
+        "--option --per-shard --tolerance",
+        {
+            **dict.fromkeys(("solver", "device", "input", "workers", "option")),
+            "batch": 32,
+            "shard_size": 256,
+            "threads": 1,
+            "executor": "local",
+            "per_shard": 1,
+            "tolerance": 0.01,
+        },
     ),
     (commands.report, f"{RUN} --model", {}),
     (commands.list_, "", {}),
@@ -193,31 +226,25 @@ def parser() -> Parser:
         command = parsers.add_parser(name, description=doc, help=doc.split("\n")[0])
         words = [
             "%(prog)s",
-            "embed|detect" if name == "watermark" else "",
+            "|".join(ACTIONS.get(name, ())),
             operand and "[FILE ...]",
         ]
         if names:
             command.usage = " ".join([*filter(None, words), "[options]"])
             command.epilog = "Defaults are in parentheses."
-        if name == "watermark":
-            command.add_argument("action", choices=("embed", "detect"), help="what to do")
+        if name in ACTIONS:
+            command.add_argument("action", choices=ACTIONS[name], help="what to do")
         out = {"out": Path("out") / name}
         for option in names.split():
-            command.add_argument(option, **OPTIONS[option])
+            command.add_argument(option, **OPTIONS.get(f"{name} {option}", OPTIONS[option]))
         command.set_defaults(
             function=function, prog=command.prog, **{**DEFAULTS, **out, **defaults}
         )
-    parsers.add_parser("batch", add_help=False, help="Jobs over data sets, on many workers.")
     return top
 
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command that `argv` names."""
-    if argv and argv[0] == "batch":
-        from ..jobs.command import run as batch  # which has options of its own
-
-        say("\n".join(batch(argv[1:])))
-        return
     args, unknown = parser().parse_known_args(argv or ["--help"])
     if unknown:
         raise ValueError(f"{args.prog} takes no {unknown[0]!r}; see `{args.prog} --help`")

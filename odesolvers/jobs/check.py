@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import State
 from ..opening import Model
+from ..progress import progress_bar
+from ..values import count, number
 from .inputs import Entry
-from .job import Output
-from .runner import Runner
+from .job import Job
+from .output import Output
+from .runner import Runner, local_device, reproducible
 
 
 def verify(
@@ -23,35 +24,45 @@ def verify(
     pictures: int = 1,
     tolerance: float = 0.01,
     seed: int = 0,
-    device: torch.device | str = "cpu",
     model: Model | None = None,
-    watch: Callable[[int], None] = lambda done: None,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Checks the checksum of every shard, and takes some elements of each back to their start.
 
     Codes are sampled, and compared with the pictures of the input; samples are inverted, and compared
     with the noise of their seeds. In fixed point they must agree to the bit, else within a relative
-    error. Whole batches are run, as in the job, so that the denoiser computes the same bits.
+    error. Whole batches are run, as in the job, so that the denoiser computes the same bits, on a
+    device of the kind that the job ran on.
 
     Args:
         folder: the folder of a job.
         pictures: elements of every shard, at random, rounded up to whole batches.
         tolerance: the largest ``|x - reference| / |reference|`` of an element; unused in fixed point.
         seed: of the choice.
-        device: the device; in fixed point, one of the kind that the job ran on.
         model: the model, if it is loaded already.
-        watch: called with the number of shards that are verified.
+        progress: whether to show a progress bar, which needs tqdm.
 
     Returns:
         ``elements`` that were compared, the ``largest`` error, and ``faults``, a sentence each.
+
+    Raises:
+        ValueError: for settings that check nothing, if the folder holds no job, or if its model has
+            other weights here.
     """
+    if count("pictures", pictures) < 1:
+        raise ValueError(f"pictures must be at least 1, got {pictures}")
+    if not 0 <= number("tolerance", tolerance) < math.inf:
+        raise ValueError(f"tolerance must be finite and at least 0, got {tolerance}")
     output = Output(Path(folder))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(output.job.threads)
-    try:
-        runner = Runner(output, torch.device(device), model)
-        done, compared, largest, faults = output.done(), 0, 0.0, list[str]()
-        for k in range(output.count):
+    job = Job.of(output)
+    runner = Runner(output, job, model or job.open(local_device(job.device)))
+    done, compared, largest, faults = output.done(), 0, 0.0, list[str]()
+    limit = 0.0 if runner.solver.arithmetic.exact else float(tolerance)
+    shards: Any = range(output.count)
+    if progress:
+        shards = progress_bar(shards, desc="verify", unit="shard")
+    with reproducible(job):
+        for k in shards:
             if k not in done:
                 faults.append(f"shard {k} is not written: run the job again")
             elif not output.failed(k).exists():
@@ -62,16 +73,12 @@ def verify(
                     continue
                 compared += len(errors)
                 largest = max(largest, *errors.values())
-                limit = 0.0 if runner.solver.arithmetic.exact else tolerance
                 faults += [
                     f"shard {k}: {name} comes back with an error of {error:.2g}, over {limit:g}"
                     for name, error in errors.items()
                     if not error <= limit
                 ]
-            watch(k + 1)
-        return {"elements": compared, "largest": largest, "faults": faults}
-    finally:
-        torch.set_num_threads(threads)
+    return {"elements": compared, "largest": largest, "faults": faults}
 
 
 def _back(runner: Runner, k: int, pictures: int, chance: random.Random) -> dict[str, float]:
@@ -94,7 +101,7 @@ def _back(runner: Runner, k: int, pictures: int, chance: random.Random) -> dict[
         for row, found in zip(rows, reference.hashes, strict=False):
             if notes["sha256"][row] != found:
                 raise ValueError(f"{names[row]} is another picture now than when the job ran")
-        part = state[rows].to(runner.device)
+        part = state[rows].to(runner.model.device)
         back = runner.walk(part, reference.entries, down=runner.job.kind != "sample")
         found_errors = runner.errors(back.x, runner.start(reference))
         errors |= dict(zip((names[row] for row in rows), found_errors, strict=True))

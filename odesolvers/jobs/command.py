@@ -2,127 +2,91 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import time
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+import threading
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import torch
 
-from ..opening import SHORT, open_model, solver_of
+from ..cli.outputs import say
+from ..opening import open_model, solver_of
 from ..progress import progress_bar
 from .check import verify
-from .job import Job, Output
+from .job import Job
+from .output import Output
 from .reading import report
+from .runner import local_device
 from .work import launched, run_workers, work
 
 SHOWN: Final = 5
 """Failures that are printed; all are in the report."""
-USAGE: Final = """\
-examples:
-  odesolvers batch invert --model letters --input pictures/ --output codes/ --workers 2
-  odesolvers batch sample --model letters --input seeds:10000 --prompts A,B,C --output samples/
-  odesolvers batch roundtrip --model network.pkl --solver exact --input data.tar --output check/
-  odesolvers batch verify --output codes/ --pictures 8
-The same command goes on with a job that was interrupted, or is done already.
-"""
 
 
-class Parser(ArgumentParser):
-    """A parser that takes options in full only, and raises its errors."""
+def batch(args: Namespace) -> None:
+    """Jobs over data sets, on many workers.
 
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see `{self.prog} --help`")
-
-
-def parser() -> Parser:
-    """The parser of the command."""
-    top = Parser(
-        prog="odesolvers batch",
-        description="Invert, sample or take there and back a whole data set, shard by shard.",
-        epilog=USAGE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    top.add_argument("kind", choices=("invert", "sample", "roundtrip", "verify"))
-    add: Any = top.add_argument
-    add("--output", type=Path, required=True, help="the folder of the job")
-    add("--model", help="as of the other commands: letters, FILE.pkl, MODULE:FUNCTION")
-    add("--input", help="folder, FILE.tar, hf:NAME@SPLIT; seeds:N, prompts:FILE@N to sample")
-    add("--prompts", help="of seeds:N, in turn: A,B,C")
-    add("--solver", default="damped", help=f"{', '.join(SHORT)} or an expression (%(default)s)")
-    add("--steps", type=int, help="steps of the model's own grid (the model's)")
-    add("--guidance", type=float, default=1.0, help="classifier-free guidance (%(default)g)")
-    add("--dtype", default="float32", help="float32 or float64, of states (%(default)s)")
-    add("--batch", type=int, default=32, help="elements of a call (%(default)s)")
-    add("--shard-size", type=int, default=256, help="elements of a shard (%(default)s)")
-    add("--device", help="cpu or cuda (cuda where there is one)")
-    add("--threads", type=int, default=1, help="of each worker on the CPU (%(default)s)")
-    add("--workers", type=int, help="processes (one for each GPU, or 1)")
-    add("--executor", choices=("local", "slurm", "ray"), default="local", help="(%(default)s)")
-    add("--option", action="append", default=[], help="NAME=VALUE, of datatrove's executor")
-    add("--pictures", type=int, default=1, help="verify: elements of each shard (%(default)s)")
-    add("--tolerance", type=float, default=0.01, help="verify: relative error (%(default)g)")
-    return top
-
-
-def run(argv: Sequence[str]) -> list[str]:
-    """Runs the command, and returns what is to be printed.
-
-    Raises:
-        ValueError, OSError: if a job cannot be done as asked.
-        RuntimeError: if shards are missing in the end, or do not stand verification.
+    The same command goes on with a job that was interrupted, and reports on one that is done; `verify`
+    takes some elements of one back to their start.
     """
-    args = parser().parse_args(argv or ["--help"])
-    device: Any = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.kind == "verify":
-        return _verified(args, device)
-    for name in ("model", "input"):
-        if getattr(args, name) is None:
-            raise ValueError(f"a job needs --{name}; see `odesolvers batch --help`")
-    model = open_model(args.model, torch.device("cpu"), None, None)
-    sigmas = model.sigmas(args.steps or model.steps, None, {})
+    if args.action == "verify":
+        return _verify(args)
+    if args.input is None:
+        raise ValueError(f"{args.prog} {args.action} needs --input; see `{args.prog} --help`")
+    options, ranks = dict(map(_option, args.option or ())), launched()
+    device, place = torch.device(args.device or "cpu"), torch.device("cpu")
+    if device.type == "cuda" and (ranks or args.executor == "local"):
+        found = local_device("cuda", ranks[2] if ranks else 0)
+        place = found if ranks else place  # it is opened once
+    model = open_model(args.model, device, args.network, args.size, place)
+    levels = {k: getattr(args, k) for k in ("sigma_min", "sigma_max", "rho")}
+    levels = {name: level for name, level in levels.items() if level is not None}
+    sigmas = model.sigmas(args.steps or model.steps, args.grid, levels)
+    name = args.solver or ("codes" if args.action == "invert" else "damped")
     job = Job(
-        args.kind,
+        args.action,
         args.model,
         _absolute(args.input),
-        repr(solver_of(args.solver, model.method, sigmas)),
+        repr(solver_of(name, model.method, sigmas)),
         tuple(sigmas.tolist()),
-        () if args.prompts is None else tuple(args.prompts.split(",")),
+        args.prompt or (),
+        args.negative,
         args.guidance,
-        args.dtype,
+        args.fit,
+        args.size,
+        str(args.dtype or model.dtype).removeprefix("torch."),
+        None if args.network is None else str(args.network).removeprefix("torch."),
         args.batch,
         args.shard_size,
-        device,
+        device.type,
         args.threads,
     )
-    output = job.prepare(args.output, model)
-    ranks, faults = launched(), list[str]()
+    output, faults = job.prepare(args.output, model), list[str]()
     if ranks is not None:  # one of the workers that torchrun or srun started
         rank, world, local_rank = ranks
-        work(output.path, rank=rank, world=world, local_rank=local_rank)
-        return _reported(output, faults) if rank == 0 else []
+        work(output.path, rank=rank, world=world, local_rank=local_rank, model=model)
+        return _say_report(output, faults) if rank == 0 else None
     del model
-    devices = torch.cuda.device_count() if device == "cuda" else 1
-    workers = min(args.workers or devices, output.count)
-    if len(output.done()) == output.count:
-        return _reported(output, faults)
-    if args.executor == "local":
-        with _progress(output, output.count) as watch:
-            faults = run_workers(output, workers, watch)
-    else:
-        from .engines import run_on
+    workers = args.workers or (torch.cuda.device_count() if device.type == "cuda" else 1)
+    workers = min(max(workers, 1), output.count)
+    if len(output.done()) < output.count:
+        with _progress(output):
+            if args.executor == "local":
+                faults = run_workers(output, workers)
+            else:
+                from .engines import run_on
 
-        run_on(args.executor, output, workers, dict(map(_option, args.option)))
+                run_on(args.executor, output, workers, options)
         if args.executor == "slurm":
-            return [f"{workers} workers are queued on Slurm; the same command reports when done."]
-    return _reported(output, faults)
+            say(f"{workers} workers are queued on Slurm; the same command reports when done.")
+            return None
+    return _say_report(output, faults)
 
 
-def _reported(output: Output, faults: list[str]) -> list[str]:
+def _say_report(output: Output, faults: list[str]) -> None:
     found = report(output.path, write=True)
     if found["missing"]:
         reasons = "; ".join(faults) or "they were removed, or their workers ended"
@@ -144,51 +108,50 @@ def _reported(output: Output, faults: list[str]) -> list[str]:
     lines += [f"failed: {id}: {reason}" for id, reason in found["failed"][:SHOWN]]
     if len(found["failed"]) > SHOWN:
         lines.append(f"and {len(found['failed']) - SHOWN} more failed, see the report")
-    return [*lines, f"wrote {output.path / 'report.json'} (report)"]
+    say("\n".join([*lines, f"wrote {output.path / 'report.json'} (report)"]))
 
 
-def _verified(args: Namespace, device: str) -> list[str]:
-    output = Output(args.output)
-    with _progress(output, output.count, started=0) as watch:
-        found = verify(
-            args.output,
-            pictures=args.pictures,
-            tolerance=args.tolerance,
-            device=device,
-            watch=watch,
-        )
-    if found["faults"]:
-        faults = found["faults"]
+def _verify(args: Namespace) -> None:
+    if args.input or args.named:
+        raise ValueError(f"{args.prog} verify takes the job in --output as it is: it has its model")
+    output, (k, tolerance) = Output(args.output), (args.per_shard, args.tolerance)
+    found = verify(output.path, pictures=k, tolerance=tolerance, progress=True)
+    if faults := found["faults"]:
         more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise RuntimeError(
             f"{args.output} is not as it should be: {'; '.join(faults[:SHOWN])}{more}"
         )
-    return [
+    say(
         f"{output.count} shards are whole; {found['elements']} elements lead back, with a relative "
         f"error of at most {found['largest']:.2g}"
-    ]
+    )
 
 
-class _progress:
-    """A progress bar over shards, of this run: those that were there before are no part of the rate."""
+@contextmanager
+def _progress(output: Output) -> Iterator[None]:
+    """A progress bar over the elements in shards that are written, whichever worker writes them."""
+    ended, size = threading.Event(), output.manifest["shard_size"]
+    total = output.manifest["elements"]
 
-    def __init__(self, output: Output, count: int, started: int | None = None) -> None:
-        initial = len(output.done()) if started is None else started
-        self._bar = progress_bar(desc="shards", total=count, initial=initial)
-        self._size = output.job.shard_size
+    def written() -> Any:
+        return min(total, size * len(output.done()))
 
-    def __enter__(self) -> Callable[[int], None]:
-        begun, first = time.monotonic(), self._bar.n
+    bar = progress_bar(desc="batch", total=total, initial=written(), unit="element")
 
-        def watch(done: int) -> None:
-            rate = (done - first) * self._size / (time.monotonic() - begun)
-            self._bar.set_postfix_str(f"{rate:.3g} elements/s", refresh=False)
-            self._bar.update(done - self._bar.n)
+    def watch() -> None:
+        last = False
+        while not last:
+            last = ended.wait(1.0)
+            bar.update(written() - bar.n)
 
-        return watch
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+        bar.close()
 
 
 def _absolute(text: str) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .job import Output
+from .job import Job
+from .output import Output
 from .work import work
 
 try:
@@ -53,16 +54,16 @@ def run_on(engine: str, output: Output, workers: int, options: Mapping[str, Any]
         workers: the number of tasks, all at the same time.
         options: further arguments of the executor, such as ``time`` and ``partition`` of Slurm.
     """
-    folder = str(output.path.resolve())
+    folder, job = str(output.path.resolve()), Job.of(output)
     settings: dict[str, Any] = {"tasks": workers, "workers": workers, "skip_completed": False}
     settings |= {"logging_dir": f"{folder}/logs"}
-    if output.job.device == "cuda":
+    if job.device == "cuda":
         settings["gpus_per_task"] = 1
     if engine == "slurm":
         from datatrove.executor import SlurmPipelineExecutor
 
         settings |= {"job_name": "odesolvers", "slurm_logs_folder": f"{folder}/logs/slurm"}
-        settings |= {"cpus_per_task": output.job.threads, **options}
+        settings |= {"cpus_per_task": job.threads, **options}
         SlurmPipelineExecutor([MakeShards(folder)], **settings).run()
     else:
         import ray
@@ -70,7 +71,7 @@ def run_on(engine: str, output: Output, workers: int, options: Mapping[str, Any]
 
         ray.init(ignore_reinit_error=True)
         try:
-            settings |= {"cpus_per_task": output.job.threads, **options}
+            settings |= {"cpus_per_task": job.threads, **options}
             RayPipelineExecutor([MakeShards(folder)], **settings).run()
         finally:
             ray.shutdown()

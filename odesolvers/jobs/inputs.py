@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor
-
+from ..pictures import ENDINGS as PICTURES
 from ..typed import optional, parsed, read
+from ..writing import read_regular
 
-ENDINGS: Final = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-FORMATS: Final = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""Formats that are decoded. Pillow knows more, of which EPS would run another program."""
-MODES: Final = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
-"""Pillow's modes of 8 bits a channel at most: the range of the others is not always known."""
-MAX_PIXELS: Final = 2**26
+ENDINGS: Final = (*PICTURES, ".npy")
+PROMPTS: Final = (".cls", ".txt")
 
 
 class Entry(NamedTuple):
@@ -58,10 +50,11 @@ class Input(ABC):
         """The elements in order; holds the names of one folder at a time."""
 
     def read(self, entry: Entry) -> bytes:
-        """The encoded picture of an entry.
+        """The content of the file of an entry.
 
         Raises:
             OSError: if it cannot be read.
+            ValueError: if it is another file now than when it was listed.
         """
         raise NotImplementedError(f"{type(self).__name__} holds no pictures")
 
@@ -89,18 +82,21 @@ class Pictures(Input):
                 file = (inner / name).as_posix()
                 if name.endswith(".tar"):
                     yield from self._archive(file)
-                elif name.endswith((*_lower_and_upper(ENDINGS), ".cls", ".txt")):
+                elif name.lower().endswith((*ENDINGS, *PROMPTS)):
                     found.append((file, file, 0, os.stat(self.root / file).st_size))
             yield from self._prompted(found)
 
     def read(self, entry: Entry) -> bytes:
         assert not isinstance(entry.place, int)
-        return self._bytes(*entry.place)
+        found, size = self._bytes(*entry.place), entry.place[2]
+        if len(found) != size:
+            raise ValueError(f"was replaced since the job was begun: it had {size} bytes")
+        return found
 
     def _bytes(self, file: str, offset: int, size: int) -> bytes:
         with open(self.root / file, "rb") as opened:
             opened.seek(offset)
-            return opened.read(size)
+            return opened.read(size if file.endswith(".tar") else size + 1)
 
     def _archive(self, file: str) -> Iterator[Entry]:
         try:
@@ -121,7 +117,7 @@ class Pictures(Input):
             for id, file, offset, size in group:
                 if id.lower().endswith(ENDINGS):
                     pictures.append((id, (file, offset, size)))
-                elif id.endswith((".cls", ".txt")):
+                elif id.lower().endswith(PROMPTS):
                     prompt = self._bytes(file, offset, size).decode(errors="replace").strip()
             yield from (Entry(id, place, prompt) for id, place in pictures)
 
@@ -166,23 +162,21 @@ class Seeds(Input):
 
     pictures = False
 
-    def __init__(self, count: int, prompts: Sequence[str]) -> None:
-        self.count, self.prompts = count, tuple(prompts) or (None,)
+    def __init__(self, count: int, prompts: Sequence[str | None] = (None,)) -> None:
+        self.count, self.prompts = count, prompts
 
     def entries(self) -> Iterator[Entry]:
         for seed in range(self.count):
             yield Entry(f"seed-{seed:09d}", seed, self.prompts[seed % len(self.prompts)])
 
 
-@lru_cache(maxsize=4)
-def open_input(text: str, prompts: tuple[str, ...] = ()) -> Input:
+def open_input(text: str) -> Input:
     """The input that a text names.
 
     Args:
         text: a folder of pictures or of WebDataset shards, or one shard ``NAME.tar``; ``hf:NAME`` or
             ``hf:NAME@SPLIT``, by default the split train; ``seeds:N``; or ``prompts:FILE@N``, N
             pictures of every line of a text file.
-        prompts: those of ``seeds:N``, in turn.
 
     Raises:
         ValueError, OSError: if there is no such input.
@@ -195,15 +189,15 @@ def open_input(text: str, prompts: tuple[str, ...] = ()) -> Input:
             form = "seeds:N" if scheme == "seeds" else "prompts:FILE@N"
             raise ValueError(f"{text} must be {form} with a whole number N above 0")
         if scheme == "seeds":
-            return Seeds(int(number), prompts)
-        lines = list(filter(None, map(str.strip, Path(file).read_text("utf-8").splitlines())))
+            return Seeds(int(number))
+        try:
+            content = read_regular(file).decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} must be a text in UTF-8, and is none: {error}") from None
+        lines = list(filter(None, map(str.strip, content.splitlines())))
         if not lines:
             raise ValueError(f"{file} must hold a prompt in each line, and is empty")
         return Seeds(int(number) * len(lines), lines)
-    if prompts:
-        raise ValueError(
-            "prompts in turn are those of seeds:N; that of a picture NAME.png is in NAME.txt"
-        )
     if colon and scheme == "hf":
         name, _, split = rest.partition("@")
         return HuggingFace(name, split or "train")
@@ -216,40 +210,6 @@ def open_input(text: str, prompts: tuple[str, ...] = ()) -> Input:
     return Pictures(path)
 
 
-def decode(data: bytes, shape: Sequence[int]) -> Tensor:
-    """A picture, float32 of the `shape` (C, H, W) in [-1, 1].
-
-    Upright by its EXIF orientation, on white where it is transparent, cropped about its centre to the
-    proportions of the model and resized (Pillow's `ImageOps.fit`, bicubic).
-
-    Raises:
-        Exception: of many kinds, if the data are no whole picture.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    channels, height, width = shape
-    try:
-        opened = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError:
-        raise ValueError(f"it is no picture in a format of {', '.join(FORMATS)}") from None
-    with opened:
-        if opened.width * opened.height > MAX_PIXELS:
-            raise ValueError(f"it has {opened.width} x {opened.height} pixels, over {MAX_PIXELS}")
-        if opened.mode not in MODES:
-            raise ValueError(f"its mode {opened.mode} has more than 8 bits a channel: convert it")
-        if getattr(opened, "is_animated", False):
-            raise ValueError("it is animated, or holds several pictures")
-        picture: Any = ImageOps.exif_transpose(opened)
-    if picture.has_transparency_data:
-        layer = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    picture = picture.convert("L" if channels == 1 else "RGB")
-    if picture.size != (width, height):
-        picture = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(picture)).reshape(height, width, -1).permute(2, 0, 1)
-    return pixels.contiguous().float() / 127.5 - 1
-
-
 def _place(value: Any) -> tuple[str, int, int] | int:
     if type(value) is int:
         return value
@@ -260,10 +220,6 @@ def _place(value: Any) -> tuple[str, int, int] | int:
 def _key(name: str) -> str:
     path = PurePosixPath(name)
     return str(path.parent / path.name.partition(".")[0])
-
-
-def _lower_and_upper(endings: Iterable[str]) -> tuple[str, ...]:
-    return tuple(form for ending in endings for form in (ending, ending.upper()))
 
 
 def _raise(error: OSError) -> None:

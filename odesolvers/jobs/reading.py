@@ -21,7 +21,7 @@ import odesolvers as ode
 
 from .. import State
 from ..writing import read_regular, replacing
-from .job import Output
+from .output import Output
 
 
 class Shards(Dataset[dict[str, Any]]):
@@ -44,9 +44,10 @@ class Shards(Dataset[dict[str, Any]]):
         done = self.output.done()
         self.missing = [k for k in range(self.output.count) if k not in done]
         self.files = [self.output.shard(k) for k in sorted(done) if self.output.shard(k).exists()]
-        job = self.output.job
-        self._up, self._arithmetic = job.kind != "sample", ode.parse(job.solver).arithmetic
-        self._dtype: torch.dtype = getattr(torch, job.dtype)
+        settings = self.output.manifest
+        self._up = settings["kind"] != "sample"
+        self._arithmetic = ode.parse(settings["solver"]).arithmetic
+        self._dtype: torch.dtype = getattr(torch, settings["dtype"])
 
     @cached_property
     def _ends(self) -> list[int]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +16,39 @@ from torch import Tensor
 import odesolvers as ode
 
 from .. import Solution, State
-from ..opening import Model, open_model
-from .inputs import Entry, Input, decode, open_input
-from .job import Output, weights
+from ..opening import Model
+from ..pictures import read_images
+from ..values import shown
+from .inputs import Entry, open_input
+from .job import Job
+from .output import Output
+from .weights import fingerprint
 
 Failure = tuple[str, str]
 """The name of an element, and the reason."""
+
+
+@contextmanager
+def reproducible(job: Job) -> Iterator[None]:
+    """The settings of torch on which the bits of a job depend."""
+    cudnn, threads = torch.backends.cudnn, torch.get_num_threads()
+    before = cudnn.benchmark, cudnn.deterministic
+    torch.set_num_threads(job.threads)
+    cudnn.benchmark, cudnn.deterministic = False, True  # it chooses by the speed of the moment
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        cudnn.benchmark, cudnn.deterministic = before
+
+
+def local_device(kind: str, rank: int = 0) -> torch.device:
+    """The device of a worker by its rank on this machine; a ValueError if there is none."""
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here")
+    return torch.device("cuda", rank % torch.cuda.device_count())
 
 
 @dataclass(frozen=True)
@@ -64,22 +93,22 @@ class Chunks:
 
 
 class Runner:
-    """Reads and runs the shards of a job, with one model on one device.
+    """Reads and runs the shards of a job, with one model.
 
     Raises:
         ValueError: at construction, if the model's weights are not those that the job was begun with.
     """
 
-    def __init__(self, output: Output, device: torch.device, model: Model | None = None) -> None:
-        self.output, self.job, self.device = output, output.job, device
-        self.model = open_model(self.job.model, device, None, None) if model is None else model
-        if (found := weights(self.model)) != output.manifest["weights"]:
+    def __init__(self, output: Output, job: Job, model: Model) -> None:
+        self.output, self.job, self.model = output, job, model
+        if (found := fingerprint(model.denoiser)) != output.manifest["weights"]:
             raise ValueError(
-                f"the model {self.job.model} has other weights here than those that {output.path} was "
-                f"begun with: SHA-256 {found}, not {output.manifest['weights']}"
+                f"the model {job.model} has other weights here than those that {output.path} was begun "
+                f"with: SHA-256 {found}, not {output.manifest['weights']}"
             )
-        self.solver = ode.parse(self.job.solver)
-        self.dtype: torch.dtype = getattr(torch, self.job.dtype)
+        self.source = open_input(job.input)
+        self.solver = ode.parse(job.solver)
+        self.dtype: torch.dtype = getattr(torch, job.dtype)
 
     def read(self, k: int) -> tuple[Batch, list[Failure]]:
         """The elements of a shard, and those that cannot be read.
@@ -87,33 +116,30 @@ class Runner:
         Raises:
             OSError: for a fault of the file system; a file that is missing is one of a picture.
         """
-        source, elements = open_input(self.job.input, self.job.prompts), self.output.entries(k)
-        if not source.pictures:
+        elements = self.output.entries(k)
+        if not self.source.pictures:
             return Batch(elements, [], torch.empty(0)), []
         entries, hashes, pictures, failures = [], [], [], []
         for entry in elements:
-            found = self._picture(source, entry)
+            found = self._picture(entry)
             if isinstance(found, str):
                 failures.append((entry.id, found))
             else:
                 entries.append(entry)
                 pictures.append(found[0])
                 hashes.append(found[1])
-        stacked = torch.stack(pictures) if pictures else torch.empty(0)
-        return Batch(entries, hashes, stacked), failures
+        return Batch(entries, hashes, torch.cat(pictures or [torch.empty(0)])), failures
 
-    def _picture(self, source: Input, entry: Entry) -> tuple[Tensor, str] | str:
+    def _picture(self, entry: Entry) -> tuple[Tensor, str] | str:
         """A picture and the SHA-256 of its file; or the reason why there is none."""
         try:
-            data = source.read(entry)
-        except (FileNotFoundError, PermissionError) as error:
-            return _reason(error)
-        try:
-            return decode(data, self.model.shape), hashlib.sha256(data).hexdigest()
-        except ImportError:
-            raise
-        except Exception as error:  # decoders fail in as many ways as files are damaged
-            return _reason(error)
+            data = self.source.read(entry)
+            images = read_images(Path(entry.id), self.model.shape, self.job.fit, data=data)
+            if len(images) != 1:
+                raise ValueError(f"holds {len(images)} pictures: save each as a file of its own")
+        except (FileNotFoundError, PermissionError, ValueError) as error:
+            return _reason(error).removeprefix(f"{entry.id} ")
+        return images, hashlib.sha256(data).hexdigest()
 
     def start(self, batch: Batch) -> Tensor:
         """The states that a run of the batch starts from."""
@@ -168,7 +194,7 @@ class Runner:
     def walk(self, start: Tensor | State, entries: Sequence[Entry], *, down: bool) -> Solution:
         """Samples from `start`, or inverts it, under the prompts of the entries."""
         prompts = [entry.prompt for entry in entries]
-        denoiser, extra = self.model.guided(prompts, self.job.guidance, None)
+        denoiser, extra = self.job.guided(self.model, prompts, self.output.manifest["prompted"])
         go = self.solver.sample if down else self.solver.invert
         chunks = Chunks(denoiser, self.job.batch)
         solution: Solution = go(chunks, start, self.job.sigmas, extra_args=extra)
@@ -205,5 +231,4 @@ def _rows(value: Any, rows: Tensor, n: int) -> Any:
 def _reason(error: Exception) -> str:
     """The message of an error, in one line of plain characters."""
     text = " ".join(str(error).split()) or type(error).__name__
-    text = re.sub("0x[0-9a-f]{6,}", "0x...", text)  # addresses, which differ from run to run
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)[:300]
+    return shown(re.sub("0x[0-9a-f]{6,}", "0x...", text), 300)  # addresses differ from run to run

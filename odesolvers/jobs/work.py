@@ -10,18 +10,20 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, Final
 
 import torch
 
-from .. import State
+from .. import StabilityWarning, State
 from ..opening import Model
 from ..writing import replacing
-from .job import Claims, Output
-from .runner import AllFailed, Batch, Failure, Runner
+from .job import Job
+from .output import Claims, Output
+from .runner import AllFailed, Batch, Failure, Runner, local_device, reproducible
 
 WATCHED: Final = "ODESOLVERS_WATCHED"
 """Set for workers whose standard input is a pipe from their parent."""
@@ -70,20 +72,16 @@ def work(
         ValueError: if the folder holds no job, or its model has other weights here.
     """
     output = Output(Path(folder))
-    local, threads = rank if local_rank is None else local_rank, torch.get_num_threads()
-    device = torch.device("cpu")
-    if output.job.device == "cuda":
-        device = torch.device("cuda", local % torch.cuda.device_count())
-        torch.backends.cudnn.benchmark = False  # it chooses kernels by their speed of the moment
-        torch.backends.cudnn.deterministic = True
-    else:
-        torch.set_num_threads(output.job.threads)
-    try:
-        runner = Runner(output, device, model)
-        with Claims(output.path / "claims") as claims:
-            return _work(runner, claims, rank * output.count // world)
-    finally:
-        torch.set_num_threads(threads)
+    job = Job.of(output)
+    if model is None:
+        model = job.open(local_device(job.device, rank if local_rank is None else local_rank))
+    elif model.device.type != job.device:
+        raise ValueError(
+            f"the job is one of the device {job.device}, the model is on {model.device}"
+        )
+    runner = Runner(output, job, model)
+    with reproducible(job), Claims(output) as claims:
+        return _work(runner, claims, rank * output.count // world)
 
 
 def _work(runner: Runner, claims: Claims, first: int) -> int:
@@ -137,7 +135,7 @@ def _made(
             state, failures = state.to("cpu"), failures + more
         except AllFailed as error:
             batch, failures = batch[[]], failures + error.args[0]
-    device = runner.device
+    device = runner.model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     notes: dict[str, Any] = {"job": runner.output.digest, "device": name}
     notes |= {"entries": [list(entry) for entry in batch.entries], "sha256": batch.hashes}
@@ -162,9 +160,7 @@ def _write(
     claims.release(k)
 
 
-def run_workers(
-    output: Output, workers: int, watch: Callable[[int], None] = lambda done: None
-) -> list[str]:
+def run_workers(output: Output, workers: int) -> list[str]:
     """Runs worker processes on this machine until all of them have ended.
 
     They end at once if this process does, in whatever way. A worker that is killed is not started
@@ -173,7 +169,6 @@ def run_workers(
     Args:
         output: a job that was prepared.
         workers: their number.
-        watch: called twice a second with the number of shards that are written.
 
     Returns:
         What went wrong with workers, a sentence each.
@@ -190,14 +185,10 @@ def run_workers(
                 env=os.environ | {name: str(value) for name, value in variables.items()},
             )
             processes.append((process, said))
-        while any(process.poll() is None for process, _ in processes):
-            watch(len(output.done()))
-            time.sleep(0.5)
-        watch(len(output.done()))
         return [
             _fault(rank, process.returncode, said)
             for rank, (process, said) in enumerate(processes)
-            if process.returncode
+            if process.wait()
         ]
     finally:
         for process, said in processes:
@@ -229,6 +220,7 @@ def main() -> None:
     if WATCHED in os.environ:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
         threading.Thread(target=leave_with_parent, daemon=True).start()
+    warnings.simplefilter("ignore", StabilityWarning)  # it was said when the job was begun
     try:
         work(sys.argv[1], rank=rank, world=world, local_rank=local_rank)
     except Exception as error:

@@ -1,0 +1,164 @@
+"""The identity of a model: a hash of all weights that its denoiser computes with."""
+
+from __future__ import annotations
+
+import builtins
+import hashlib
+import inspect
+import json
+import sys
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
+from functools import partial
+from types import CodeType, ModuleType, SimpleNamespace
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_BUILTIN: Final = {x for m in (builtins, types) for x in vars(m).values() if isinstance(x, type)}
+_PLAIN: Final = (str, bytes, bytearray, memoryview, range)
+_OWN: Final = frozenset(vars(nn.Module()))
+"""What every module has: its weights, which are read by name, its parts, and its hooks."""
+
+
+def fingerprint(denoiser: Any) -> str:
+    """The SHA-256 of the weights of a denoiser: the same on every device, another one for each dtype.
+
+    Weights are the parameters and buffers of networks, and all other tensors and arrays that the
+    denoiser holds: in attributes, in containers, in closures, and in globals that its functions name.
+    Of a pipeline they are those of its parts, with their configurations. Numbers and texts are
+    settings, and not counted: a denoiser may count its calls.
+
+    A denoiser whose weights are out of reach has an attribute `fingerprint`, a text to hash for them.
+
+    Raises:
+        ValueError: for an object of a library that may hold weights where they cannot be read.
+    """
+    search = _Search()
+    search.add("denoiser", denoiser)
+    return search.digest.hexdigest()
+
+
+class _Search:
+    """Weights are found in one order, and each is counted where it is found first."""
+
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+        self.seen: dict[
+            int, Any
+        ] = {}  # the objects too: another may get the place of one that is gone
+
+    def add(self, path: str, thing: Any) -> None:
+        """Counts a thing, and what it holds."""
+        if id(thing) in self.seen:
+            return
+        self.seen[id(thing)] = thing
+        pipeline = getattr(thing, "pipeline", thing)
+        if isinstance(thing, type | ModuleType):
+            return
+        if isinstance(thing, Tensor):
+            self._tensor(path, thing)
+        elif isinstance(thing, np.ndarray | np.generic) and thing.dtype.kind in "biufc":
+            self._tensor(path, torch.from_numpy(np.array(thing)))
+        elif isinstance(text := getattr(thing, "fingerprint", None), str):
+            self.digest.update(f"{path} {text}\n".encode())
+        elif isinstance(parts := getattr(pipeline, "components", None), Mapping):
+            for name, part in sorted(parts.items()):
+                settings = getattr(part, "config", None)
+                if isinstance(settings, Mapping):  # of diffusers: of what is predicted, how scaled
+                    kept = {k: v for k, v in settings.items() if not k.startswith("_")}
+                    text = json.dumps(kept, sort_keys=True, default=str)
+                    self.digest.update(f"{path} {name} {text}\n".encode())
+                if isinstance(part, nn.Module):
+                    self._network(f"{path}.{name}", part)
+        elif isinstance(thing, nn.Module):
+            self._network(path, thing)
+            for name, module in thing.named_modules():
+                for key, value in vars(module).items():
+                    if key not in _OWN:
+                        self.add(f"{path}.{name}.{key}", value)
+        else:
+            for name, part in _parts(path, thing):
+                self.add(f"{path}.{name}", part)
+
+    def _network(self, path: str, network: nn.Module) -> None:
+        for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+            self.seen[id(tensor)] = tensor
+            self._tensor(f"{path}.{name}", tensor)
+        self.seen |= {id(module): module for module in network.modules()}
+
+    def _tensor(self, path: str, tensor: Tensor) -> None:
+        shape = f"{path} {tensor.dtype} {tuple(tensor.shape)}\n"
+        try:
+            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            raise _unreadable(path, tensor) from error
+        self.digest.update(shape.encode())
+        self.digest.update(data)
+
+
+def _parts(path: str, thing: Any) -> Iterable[tuple[str, Any]]:
+    """What a container or an object holds, or a function uses."""
+    if isinstance(thing, Mapping):
+        return ((f"[{k}]" if isinstance(k, str | int) else "[]", x) for k, x in thing.items())
+    if isinstance(thing, Sequence | Set) and not isinstance(thing, _PLAIN):
+        return ((f"[{k}]", part) for k, part in enumerate(thing))
+    if isinstance(thing, SimpleNamespace):
+        return vars(thing).items()
+    if isinstance(thing, partial):
+        return [("func", thing.func), ("args", thing.args), ("keywords", thing.keywords)]
+    if inspect.ismethod(thing):
+        return [("self", thing.__self__), ("func", thing.__func__)]
+    if inspect.isfunction(thing):
+        return _used(thing)
+    if isinstance(thing, torch.jit.ScriptFunction):
+        raise _unreadable(path, thing)
+    if type(thing) in _BUILTIN or _is_common(type(thing).__module__):
+        return []  # numbers, texts, functions written in C, generators, locks
+    held, slotted = dict(getattr(thing, "__dict__", {})), False
+    for base in type(thing).__mro__:
+        slots = vars(base).get("__slots__", ())
+        slotted |= "__slots__" in vars(base)
+        for name in (slots,) if isinstance(slots, str) else slots:
+            with suppress(AttributeError):  # without a value yet
+                held[name] = getattr(thing, name)
+    if not slotted and not hasattr(thing, "__dict__"):  # of a class that is not written in Python
+        raise _unreadable(path, thing)
+    return [*held.items(), ("__call__", type(thing).__call__ if callable(thing) else None)]
+
+
+def _used(function: Any) -> Iterator[tuple[str, Any]]:
+    """The globals that a function names, its defaults, and what it closes over."""
+    if not _is_common(function.__globals__.get("__name__", "")):
+        for name in _names(function.__code__):
+            yield name, function.__globals__.get(name)
+    yield "defaults", (function.__defaults__, function.__kwdefaults__)
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # without a value yet
+            yield name, cell.cell_contents
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _is_common(module: str) -> bool:
+    """Whether a module is one of Python, torch or numpy."""
+    package = module.partition(".")[0]
+    if package == "builtins":  # types of any library written in C say so too
+        return False
+    return package in ("torch", "numpy") or package in sys.stdlib_module_names
+
+
+def _unreadable(path: str, thing: Any) -> ValueError:
+    kind = f"{type(thing).__module__}.{type(thing).__qualname__}"
+    return ValueError(
+        f"{path} is a {kind}, in which weights cannot be found: another model would pass for this one. "
+        "Give the denoiser an attribute `fingerprint`, a text that changes with its weights"
+    )
