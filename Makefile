@@ -5,7 +5,7 @@ VENV ?= .venv
 LOWEST ?= python3.10
 BIN := $(VENV)/bin
 
-.PHONY: demo test fuzz lint types docs slow bench lowest release clean
+.PHONY: demo test fuzz lint types docs slow gpu bench lowest release clean
 
 demo: $(VENV)/.cli  ## the main job: sample digits, invert them, sample again; table and picture
 	$(BIN)/odesolvers roundtrip --model digits --steps 18 --out out/digit.png
@@ -33,6 +33,10 @@ fuzz: $(VENV)/.dev  ## a minute of files with random changes and of properties, 
 
 slow: $(VENV)/.dev  ## the long tests
 	$(BIN)/python -m pytest -n auto -m slow
+
+gpu: $(VENV)/.dev  ## tests and measurements on a GPU, in 8 minutes: docs/tables/gpu_*.md
+	$(BIN)/python -m pytest -q -rs -n 4 -m "cuda and not slow" tests
+	$(BIN)/python -m benchmarks.gpu --write
 
 bench: $(VENV)/.dev  ## samplers and inverters side by side: tables and plots in docs; hours, resumable
 	$(BIN)/python -m benchmarks.suite

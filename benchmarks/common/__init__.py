@@ -25,7 +25,7 @@ from .problems import (
     Problem,
 )
 from .tables import DOCS, IMAGES, TABLES, shown, table, write
-from .timing import Watch, bare, k_diffusion, machine, seconds
+from .timing import Watch, bare, k_diffusion, machine, peak, seconds, waited
 
 __all__ = [
     "CACHE",
@@ -52,6 +52,7 @@ __all__ = [
     "machine",
     "median_error",
     "one_step",
+    "peak",
     "reference",
     "relative_errors",
     "sampling_error",
@@ -60,5 +61,6 @@ __all__ = [
     "shown",
     "solve",
     "table",
+    "waited",
     "write",
 ]

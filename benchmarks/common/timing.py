@@ -74,6 +74,30 @@ def k_diffusion(name: str, sigmas: Tensor) -> Callable[[Denoiser, Tensor], Any]:
     return lambda denoiser, x: sampler(denoiser, x, sigmas.to(x.device), disable=True)
 
 
+def waited(run: Callable[[], Any], device: torch.device) -> Callable[[], None]:
+    """`run`, until the device has done it."""
+
+    def wait() -> None:
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return wait
+
+
+def peak(run: Callable[[], Any], device: torch.device) -> int:
+    """The peak of GPU memory that a run adds; 0 on a CPU."""
+    if device.type != "cuda":
+        run()
+        return 0
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
 class Watch(TorchDispatchMode):
     """Counts the tensor operations outside the denoiser, and the most bytes of states alive at once.
 
