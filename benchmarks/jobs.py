@@ -10,6 +10,7 @@
 
     python -m benchmarks.jobs --write        # makes docs/tables/jobs.md; a quarter of an hour
     python -m benchmarks.jobs --pictures 128 --most 1000
+    python -m benchmarks.jobs --workers      # one worker and two alone, side by side, at any load
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -112,16 +114,20 @@ def overhead(folder: Path, count: int, repeats: int) -> tuple[list[float], float
     return [statistics.median(r[k] for r in ratios) for k in (0, 1)], statistics.median(rates)
 
 
-def speed_up(folder: Path, count: int) -> str:
-    """The seconds of a job by one worker over those by two, where the machine does nothing else."""
-    if (load := os.getloadavg()[0]) > 1:
-        return f"not measured: the load was {load:.0f}"
+def speed_up(folder: Path, count: int, repeats: int) -> list[tuple[float, float]]:
+    """Of jobs by one worker over those by two, in turn: seconds of the clock, and of the processor."""
     path, model = letters(folder, count)
-    described, found = job(path, "letters", model, STEPS), list[float]()
-    for workers in (1, 2):
-        output = described.prepare(folder / f"workers-{workers}", model)
-        found.append(timed(lambda: run_workers(output, workers))[1])  # noqa: B023
-    return f"{found[0] / found[1]:.2f}"
+    described, found = job(path, "letters", model, STEPS), list[tuple[float, float]]()
+    for k in range(repeats):
+        pair = []
+        for workers in (1, 2):
+            output = described.prepare(folder / f"workers-{k}-{workers}", model)
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            clock = timed(lambda: run_workers(output, workers))[1]  # noqa: B023
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            pair.append((clock, after.ru_utime - before.ru_utime))
+        found.append((pair[0][0] / pair[1][0], pair[0][1] / pair[1][1]))
+    return found
 
 
 def memory(folder: Path, count: int) -> tuple[float, float]:
@@ -151,7 +157,10 @@ def report(pictures: int, repeats: int, most: int) -> str:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (processor, clock), rate = overhead(folder, pictures, repeats)
-        faster = speed_up(folder, 8 * pictures)
+        load = os.getloadavg()[0]
+        faster = f"not measured: the load was {load:.0f}"
+        if load <= 1:
+            faster = f"{speed_up(folder, 8 * pictures, 1)[0][0]:.2f}"
         sets = {n: memory(folder, n) for n in (1_000, 10_000, 100_000) if n <= most}
     hours = MILLION * rate / 3600
     lines = [
@@ -175,9 +184,18 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--most", type=int, default=100_000)
+    parser.add_argument("--workers", action="store_true")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.workers:
+        with tempfile.TemporaryDirectory() as name:
+            print(
+                f"load {os.getloadavg()[0]:.2f}; one worker over two, by the clock, by the processor:"
+            )
+            for clock, processor in speed_up(Path(name), 2 * args.pictures, args.repeats):
+                print(f"{clock:.2f} {processor:.2f}")
+        return
     text = report(args.pictures, args.repeats, args.most)
     if args.write:
         write(TABLES / "jobs.md", text)

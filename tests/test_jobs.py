@@ -17,7 +17,7 @@ from PIL import Image
 import odesolvers as ode
 from odesolvers import State
 from odesolvers.jobs import Job, Output, Shards, report, run_workers, verify, work
-from odesolvers.jobs.output import Claims
+from odesolvers.jobs.claims import Claims
 from odesolvers.jobs.work import launched
 from odesolvers.pictures import read_images
 
@@ -137,7 +137,7 @@ def test_other_settings_are_refused_by_name(pictures: Path, tmp_path: Path) -> N
     for changes, words in (
         ({"solver": FLOATING}, "solver was BDIA"),
         ({"guidance": 2.0}, "guidance was None and is 2.0"),
-        ({"negative": "1", "fit": "pad"}, "fit was crop and is pad; negative was None and is 1"),
+        ({"negative": "1", "fit": "pad"}, "negative was None and is 1; fit was crop and is pad"),
         ({"batch": 1}, "batch was 2 and is 1"),
         ({"sigmas": SIGMAS[1:]}, "sigmas was 7 values and is 6 values"),
         ({"sigmas": (90.0, *SIGMAS[1:])}, r"sigmas\[0\] was 80.0 and is 90.0"),
@@ -261,11 +261,11 @@ def test_reading_back_as_a_data_set_and_as_arrays(pictures: Path, tmp_path: Path
 
 @pytest.mark.skipif(os.name == "nt", reason="locks of POSIX")
 def test_a_claim_is_one_process_s_until_it_dies(tmp_path: Path) -> None:
-    with Claims(Output(tmp_path)) as claims:
+    with Claims(tmp_path / "claims") as claims:
         read, write = os.pipe()
         child = os.fork()
         if not child:
-            other = Claims(Output(tmp_path))
+            other = Claims(tmp_path / "claims")
             os.write(write, bytes([other.take(3), other.take(4)]))
             os.read(read, 0)
             signal_pause()
@@ -313,10 +313,12 @@ def test_ranks_are_those_of_torchrun_and_of_steps_of_slurm(monkeypatch: pytest.M
         ({"guidance": float("nan")}, "guidance must be finite"),
         ({"network": "int8"}, "network must be one of"),
         ({"fit": "squash"}, "fit must be one of"),
+        ({"size": (5.5, 5)}, "size must be an integer"),
+        ({"prompts": [3]}, "prompts must be texts"),
     ],
 )
 def test_settings_of_no_use_are_refused(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((TypeError, ValueError), match=words):
         job("seeds:3", **changes)
 
 
@@ -327,7 +329,6 @@ def test_settings_of_no_use_are_refused(changes: dict[str, Any], words: str) -> 
         ({"input": "seeds:4"}, "invert takes pictures"),
         ({"prompts": ("x",)}, "invalid literal for int"),
         ({"sigmas": (1e6, 1.0, 0.0)}, "FixedPoint"),
-        ({"size": (5.5, 5)}, "size: must be an integer"),
         ({"input": "nowhere"}, "there is no input nowhere"),
     ],
 )

@@ -187,5 +187,5 @@ def test_threads_of_other_numbers_are_set_for_the_job_alone(pictures: Path, tmp_
     )
     assert work(output.path) == 2
     assert torch.get_num_threads() == threads
-    assert Output(output.path).manifest["threads"] == 2
+    assert Output(output.path).job.threads == 2
     assert ode.__version__ == output.manifest["odesolvers"]

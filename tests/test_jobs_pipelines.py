@@ -83,10 +83,10 @@ def test_a_job_for_gpus_that_is_begun_without_one_has_the_weights_of_its_workers
     begun = open_model(str(folder), CUDA, None, None, place=CPU)
     described, _ = job("sample", folder, "seeds:2", device="cuda")
     output = described.prepare(tmp_path / "out", begun)
-    Runner(output, described, open_model(str(folder), CPU, torch.float16, None))
+    Runner(output, open_model(str(folder), CPU, torch.float16, None))
     for other in (torch.float32, torch.bfloat16):
         with pytest.raises(ValueError, match="has other weights here"):
-            Runner(output, described, open_model(str(folder), CPU, other, None))
+            Runner(output, open_model(str(folder), CPU, other, None))
 
 
 def test_prompts_that_were_encoded_are_no_weights_and_settings_of_parts_are(folder: Path) -> None:
@@ -112,7 +112,7 @@ def test_the_command_runs_pipelines_in_half_precision(
     out = tmp_path / "out"
     main(f"batch sample --input seeds:4 {prompts} {options} --output {out}".split())
     assert "4 of 4 elements in 2 shards" in capsys.readouterr().out
-    assert Output(out).manifest["dtype"] == "float64"
+    assert Output(out).job.dtype == "float64"
     main(f"batch verify --output {out} --per-shard 2".split())
     assert "4 elements lead back, with a relative error of at most 0" in capsys.readouterr().out
     with pytest.raises(SystemExit):

@@ -67,6 +67,17 @@ def closed(inner: Any) -> Any:
     return denoiser
 
 
+def enclosing(inner: Any) -> nn.Module:
+    class Closing(nn.Module):
+        def forward(self, x: Tensor, sigma: Tensor) -> Any:
+            return self._network(x)
+
+        def _network(self, x: Tensor) -> Any:
+            return inner(x)
+
+    return Closing()
+
+
 HOLDERS: dict[str, Callable[[nn.Linear], Any]] = {
     "a module": lambda inner: inner,
     "a module in a module": lambda inner: nn.Sequential(nn.SiLU(), inner),
@@ -83,6 +94,7 @@ HOLDERS: dict[str, Callable[[nn.Linear], Any]] = {
     "a partial function": lambda inner: partial(torch.add, alpha=inner.weight),
     "a bound method": lambda inner: Held(inner).__call__,
     "a closure": closed,
+    "a method of a module": enclosing,
     "a function of functions": lambda inner: closed(closed(inner)),
     "a default": lambda inner: Held(lambda x, net=inner: net(x)),
 }

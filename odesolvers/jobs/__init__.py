@@ -1,8 +1,7 @@
 """Jobs over data sets: pictures are inverted and noise is sampled, shard by shard, on many workers."""
 
 from .check import verify
-from .job import Job
-from .output import Output
+from .job import Job, Output
 from .reading import Shards, report
 from .work import run_workers, work
 

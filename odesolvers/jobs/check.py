@@ -13,8 +13,7 @@ from ..opening import Model
 from ..progress import progress_bar
 from ..values import count, number
 from .inputs import Entry
-from .job import Job
-from .output import Output
+from .job import Output
 from .runner import Runner, local_device, reproducible
 
 
@@ -54,14 +53,13 @@ def verify(
     if not 0 <= number("tolerance", tolerance) < math.inf:
         raise ValueError(f"tolerance must be finite and at least 0, got {tolerance}")
     output = Output(Path(folder))
-    job = Job.of(output)
-    runner = Runner(output, job, model or job.open(local_device(job.device)))
+    runner = Runner(output, model or output.job.open(local_device(output.job.device)))
     done, compared, largest, faults = output.done(), 0, 0.0, list[str]()
     limit = 0.0 if runner.solver.arithmetic.exact else float(tolerance)
     shards: Any = range(output.count)
     if progress:
         shards = progress_bar(shards, desc="verify", unit="shard")
-    with reproducible(job):
+    with reproducible(output.job):
         for k in shards:
             if k not in done:
                 faults.append(f"shard {k} is not written: run the job again")

@@ -16,8 +16,7 @@ from ..cli.outputs import say
 from ..opening import open_model, solver_of
 from ..progress import progress_bar
 from .check import verify
-from .job import Job
-from .output import Output
+from .job import Job, Output
 from .reading import report
 from .runner import local_device
 from .work import launched, run_workers, work
@@ -37,6 +36,8 @@ def batch(args: Namespace) -> None:
     if args.input is None:
         raise ValueError(f"{args.prog} {args.action} needs --input; see `{args.prog} --help`")
     options, ranks = dict(map(_option, args.option or ())), launched()
+    if args.executor != "local":
+        from .engines import run_on
     device, place = torch.device(args.device or "cpu"), torch.device("cpu")
     if device.type == "cuda" and (ranks or args.executor == "local"):
         found = local_device("cuda", ranks[2] if ranks else 0)
@@ -77,8 +78,6 @@ def batch(args: Namespace) -> None:
             if args.executor == "local":
                 faults = run_workers(output, workers)
             else:
-                from .engines import run_on
-
                 run_on(args.executor, output, workers, options)
         if args.executor == "slurm":
             say(f"{workers} workers are queued on Slurm; the same command reports when done.")
@@ -130,7 +129,7 @@ def _verify(args: Namespace) -> None:
 @contextmanager
 def _progress(output: Output) -> Iterator[None]:
     """A progress bar over the elements in shards that are written, whichever worker writes them."""
-    ended, size = threading.Event(), output.manifest["shard_size"]
+    ended, size = threading.Event(), output.job.shard_size
     total = output.manifest["elements"]
 
     def written() -> Any:
@@ -157,11 +156,10 @@ def _progress(output: Output) -> Iterator[None]:
 def _absolute(text: str) -> str:
     """An input as workers in other folders name it."""
     scheme, colon, rest = text.partition(":")
-    if colon and scheme == "prompts":
-        return f"{scheme}:{Path(rest).absolute()}"
-    if colon and scheme == "hf" and Path(rest.partition("@")[0]).exists():
-        return f"{scheme}:{Path(rest).absolute()}"
-    return text if colon and scheme in ("seeds", "hf") else str(Path(text).absolute())
+    if not colon or scheme not in ("seeds", "prompts", "hf"):
+        return str(Path(text).absolute())
+    file = scheme == "prompts" or (scheme == "hf" and Path(rest.partition("@")[0]).exists())
+    return f"{scheme}:{Path(rest).absolute()}" if file else text
 
 
 def _option(text: str) -> tuple[str, Any]:

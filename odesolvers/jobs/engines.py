@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .job import Job
-from .output import Output
+from .job import Output
 from .work import work
 
 try:
@@ -54,7 +53,7 @@ def run_on(engine: str, output: Output, workers: int, options: Mapping[str, Any]
         workers: the number of tasks, all at the same time.
         options: further arguments of the executor, such as ``time`` and ``partition`` of Slurm.
     """
-    folder, job = str(output.path.resolve()), Job.of(output)
+    folder, job = str(output.path.resolve()), output.job
     settings: dict[str, Any] = {"tasks": workers, "workers": workers, "skip_completed": False}
     settings |= {"logging_dir": f"{folder}/logs"}
     if job.device == "cuda":

@@ -1,12 +1,15 @@
-"""A job: its settings, and how it is begun in a folder or found there."""
+"""A job: its settings, and the folder that it is begun in, or found in."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -18,13 +21,16 @@ import odesolvers as ode
 from ..extend import Solver
 from ..opening import Model, open_model
 from ..pictures import FITS
-from ..typed import read
+from ..typed import parsed, whole
 from ..values import count, number
-from ..writing import replacing
+from ..writing import read_regular, replacing
+from .claims import Claims
 from .inputs import Entry, Input, open_input
-from .output import FORM, FORMAT, MOST, VERSION, Claims, Output
 from .weights import fingerprint
 
+FORMAT: Final = "odesolvers job, version 2"
+MOST: Final = 20_000
+"""Elements of a shard: their names stand in the header of its file."""
 DTYPES: Final = ("float32", "float64", "bfloat16")
 KNOWN: Final = {
     "kind": ("invert", "sample", "roundtrip"),
@@ -33,6 +39,17 @@ KNOWN: Final = {
     "network": (*DTYPES, "float16", None),
     "device": ("cpu", "cuda"),
 }
+FORM: Final = {
+    "format": str,
+    "settings": dict,
+    "weights": str,
+    "odesolvers": str,
+    "torch": str,
+    "elements": whole(1),
+    "prompted": bool,
+    "plan": str,
+}
+"""The form of the manifest: the settings of a job, what they stand for, and what is in the plan."""
 
 
 @dataclass(frozen=True)
@@ -97,18 +114,18 @@ class Job:
             object.__setattr__(self, "guidance", number("guidance", self.guidance))
             if not math.isfinite(self.guidance):
                 raise ValueError(f"guidance must be finite, got {self.guidance}")
+        prompts = (self.prompts,) if isinstance(self.prompts, str) else tuple(self.prompts)
+        for text in (self.model, self.input, self.solver, self.negative or "", *prompts):
+            if not isinstance(text, str):
+                raise TypeError(f"model, input, solver and prompts must be texts, got {text!r}")
         solver = ode.parse(self.solver)
         if not isinstance(solver, Solver):
             raise ValueError(f"solver must name a solver, got {self.solver!r}")
         object.__setattr__(self, "solver", repr(solver))
         object.__setattr__(self, "sigmas", ode.Grid(self.sigmas).levels)
-        object.__setattr__(self, "prompts", tuple(self.prompts))
-        object.__setattr__(self, "size", None if self.size is None else tuple(self.size))
-
-    @classmethod
-    def of(cls, output: Output) -> Job:
-        """The job that was begun in a folder."""
-        return cls(**{name: output.manifest[name] for name in cls.__dataclass_fields__})
+        object.__setattr__(self, "prompts", prompts)
+        if self.size is not None:
+            object.__setattr__(self, "size", tuple(count("size", side) for side in self.size))
 
     def open(self, device: torch.device) -> Model:
         """The model on a device of the job's kind."""
@@ -136,26 +153,17 @@ class Job:
         """
         source, output = open_input(self.input), Output(Path(folder))
         self._check(source, model)
-        asked = self._asked(model)
+        now = {"weights": fingerprint(model.denoiser)}
+        now |= {"odesolvers": ode.__version__, "torch": torch.__version__}
         if not output.begun:
             (output.path / "shards").mkdir(parents=True, exist_ok=True)
-            with Claims(output) as claims:
+            with Claims(output.claims) as claims:
                 claims.take(Claims.PREPARING, wait=True)
                 if not output.begun:  # by another process meanwhile
-                    self._begin(output, source, asked)
+                    self._begin(output, source, now)
                     return output
-        self._compare(output, source, asked)
+        self._compare(output, source, now)
         return output
-
-    def _asked(self, model: Model) -> dict[str, Any]:
-        """The settings, and what the names in them stand for at this time, as JSON holds them."""
-        found = asdict(self) | {"sigmas": [sigma.hex() for sigma in self.sigmas]}
-        found |= {"weights": fingerprint(model.denoiser)}
-        found |= {"format": FORMAT, "version": VERSION}
-        found |= {"odesolvers": ode.__version__, "torch": torch.__version__}
-        asked: dict[str, Any] = json.loads(json.dumps(found))
-        _read(asked)  # what could not be read again is not written
-        return asked
 
     def _entries(self, source: Input) -> Iterator[Entry]:
         """The elements of the input, with their prompts."""
@@ -171,12 +179,13 @@ class Job:
         first = list(islice(self._entries(source), self.shard_size))
         if not first:
             raise ValueError(f"there is nothing in the input {self.input}")
-        for prompt in dict.fromkeys(entry.prompt for entry in first):
-            self.guided(model, [prompt], prompt is not None)
+        prompts = dict.fromkeys(entry.prompt for entry in first)
+        for prompt in prompts:
+            self.guided(model, [prompt], prompts.keys() != {None})
         nothing = torch.zeros(1, 1, dtype=getattr(torch, self.dtype))
         ode.parse(self.solver).sample(lambda x, sigma: torch.zeros_like(x), nothing, self.sigmas)
 
-    def _begin(self, output: Output, source: Input, asked: dict[str, Any]) -> None:
+    def _begin(self, output: Output, source: Input, now: dict[str, str]) -> None:
         digest, elements, prompted = hashlib.sha256(), 0, False
         with replacing(output.plan) as file:
             for entry in self._entries(source):
@@ -184,17 +193,16 @@ class Job:
                 digest.update(line)
                 file.write(line)
                 elements, prompted = elements + 1, prompted or entry.prompt is not None
-        listed = {"elements": elements, "prompted": prompted, "plan": digest.hexdigest()}
+        manifest = {"format": FORMAT, "settings": asdict(self), **now, "elements": elements}
+        manifest |= {"prompted": prompted, "plan": digest.hexdigest()}
         with replacing(output.path / "manifest.json") as file:
-            file.write(json.dumps(asked | listed, indent=1).encode() + b"\n")
+            file.write(json.dumps(manifest, indent=1).encode() + b"\n")
 
-    def _compare(self, output: Output, source: Input, asked: dict[str, Any]) -> None:
+    def _compare(self, output: Output, source: Input, now: dict[str, str]) -> None:
         """A ValueError that names the differences to the job that was begun."""
-        then, now = output.manifest, _read(asked)
-        differences = [
-            _difference(k, then[k], now[k]) for k in then if k in now and then[k] != now[k]
-        ]
-        if differences:
+        pairs = [(f.name, getattr(output.job, f.name), getattr(self, f.name)) for f in fields(self)]
+        pairs += [(name, output.manifest[name], value) for name, value in now.items()]
+        if differences := [_difference(*pair) for pair in pairs if pair[1] != pair[2]]:
             raise ValueError(
                 f"{output.path} holds a job that was begun with other settings: "
                 f"{'; '.join(differences)}. Repeat the settings to go on with it, or give another "
@@ -210,9 +218,119 @@ class Job:
                     )
 
 
-def _read(asked: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = read(asked, {name: FORM[name] for name in asked})
-    return found
+@dataclass(frozen=True)
+class Output:
+    """The folder of a job.
+
+    ``manifest.json`` holds the settings, ``plan.jsonl`` an `Entry` a line, ``claims`` is locked by the
+    workers, ``log.jsonl`` holds the seconds of each shard, and ``shards/`` the results: a saved `State`
+    a shard, or, where all of its elements failed, a file of JSON.
+    """
+
+    path: Path
+
+    @property
+    def plan(self) -> Path:
+        """The file of the plan."""
+        return self.path / "plan.jsonl"
+
+    @property
+    def claims(self) -> Path:
+        """The file that is locked."""
+        return self.path / "claims"
+
+    @property
+    def begun(self) -> bool:
+        """Whether a job was begun here."""
+        return (self.path / "manifest.json").exists()
+
+    @cached_property
+    def _text(self) -> bytes:
+        return read_regular(self.path / "manifest.json")
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """What is written of the job; a ValueError if the file is damaged."""
+        try:
+            form = parsed(self._text, dict).get("format")
+            if form != FORMAT:
+                raise ValueError(f"its format is {form!r}, this odesolvers reads {FORMAT!r}")
+            found: dict[str, Any] = parsed(self._text, FORM)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.path}/manifest.json is no manifest of a job: {error}"
+            ) from None
+        return found
+
+    @cached_property
+    def job(self) -> Job:
+        """The settings of the job that was begun here."""
+        try:
+            return Job(**self.manifest["settings"])
+        except TypeError as error:
+            raise ValueError(f"{self.path}/manifest.json holds other settings: {error}") from error
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 of the manifest, which every shard names."""
+        return hashlib.sha256(self._text).hexdigest()
+
+    @property
+    def count(self) -> int:
+        """The number of shards."""
+        return -(-int(self.manifest["elements"]) // self.job.shard_size)
+
+    def shard(self, k: int) -> Path:
+        """The file of a shard."""
+        return self.path / "shards" / f"{k:06d}.safetensors"
+
+    def failed(self, k: int) -> Path:
+        """The file that stands for a shard without any result."""
+        return self.shard(k).with_suffix(".json")
+
+    def is_done(self, k: int) -> bool:
+        """Whether the shard is written."""
+        return self.shard(k).exists() or self.failed(k).exists()
+
+    def done(self) -> set[int]:
+        """The shards that are written."""
+        names = [name.partition(".")[0] for name in os.listdir(self.path / "shards")]
+        return {int(name) for name in names if name.isdecimal()}
+
+    @cached_property
+    def _offsets(self) -> list[int]:
+        """The first byte of each shard in the plan."""
+        offsets, position, size = [], 0, self.job.shard_size
+        digest = hashlib.sha256()
+        with open(self.plan, "rb") as file:
+            for k, line in enumerate(file):
+                if k % size == 0:
+                    offsets.append(position)
+                position += len(line)
+                digest.update(line)
+        if digest.hexdigest() != self.manifest["plan"]:
+            raise ValueError(f"{self.plan} is damaged: begin the job elsewhere")
+        return offsets
+
+    def entries(self, k: int) -> list[Entry]:
+        """The elements of a shard."""
+        offset = self._offsets[k]
+        with open(self.plan, "rb") as file:
+            file.seek(offset)
+            return [Entry.of_line(line) for line in islice(file, self.job.shard_size)]
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Adds a line to the log, in one write."""
+        with open(self.path / "log.jsonl", "ab", buffering=0) as file:
+            file.write(json.dumps(record).encode() + b"\n")
+
+    def logged(self) -> Iterator[dict[str, Any]]:
+        """The lines of the log that are whole."""
+        if (self.path / "log.jsonl").exists():
+            with open(self.path / "log.jsonl", "rb") as file:
+                for line in file:
+                    with suppress(ValueError):
+                        yield parsed(line, dict)
 
 
 def _change(then: Entry | None, now: Entry | None) -> str:

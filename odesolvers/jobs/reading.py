@@ -21,7 +21,7 @@ import odesolvers as ode
 
 from .. import State
 from ..writing import read_regular, replacing
-from .output import Output
+from .job import Output
 
 
 class Shards(Dataset[dict[str, Any]]):
@@ -44,10 +44,10 @@ class Shards(Dataset[dict[str, Any]]):
         done = self.output.done()
         self.missing = [k for k in range(self.output.count) if k not in done]
         self.files = [self.output.shard(k) for k in sorted(done) if self.output.shard(k).exists()]
-        settings = self.output.manifest
-        self._up = settings["kind"] != "sample"
-        self._arithmetic = ode.parse(settings["solver"]).arithmetic
-        self._dtype: torch.dtype = getattr(torch, settings["dtype"])
+        job = self.output.job
+        self._up = job.kind != "sample"
+        self._arithmetic = ode.parse(job.solver).arithmetic
+        self._dtype: torch.dtype = getattr(torch, job.dtype)
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -63,10 +63,12 @@ class Shards(Dataset[dict[str, Any]]):
             raise IndexError(f"there are {n} elements, got the index {k}")
         k %= n
         place = bisect_right(self._ends, k)
-        opened, names, paired = _opened(self.files[place])
-        end = "partner" if paired and self._up else "current"
         row = k - (self._ends[place - 1] if place else 0)
-        return {"id": names[row], "x": self._loaded(opened.get_slice(end)[row])}
+        found = os.stat(self.files[place])
+        tensors, header = _opened(self.files[place], found.st_ino, found.st_mtime_ns)
+        paired = "partner" in header["strides"] and not header["coupled"]
+        stored = tensors.get_slice("partner" if paired and self._up else "current")[row]
+        return {"id": header["notes"]["entries"][row][0], "x": self._loaded(stored)}
 
     def states(self) -> Iterator[tuple[list[str], State]]:
         """The names of elements and their state, shard by shard: what `Solver.sample` continues."""
@@ -79,9 +81,9 @@ class Shards(Dataset[dict[str, Any]]):
     def arrays(self) -> Iterator[tuple[list[str], npt.NDArray[Any]]]:
         """The names of elements and an array ``(n, ...)`` of their states, shard by shard."""
         for names, state in self.states():
-            end = state.current
-            if state.partner is not None and not state.coupled and self._up:
-                end = state.partner
+            paired = state.partner is not None and not state.coupled  # at neighbouring levels
+            end = state.partner if paired and self._up else state.current
+            assert end is not None
             yield names, self._loaded(end).numpy()
 
     def _loaded(self, stored: Tensor) -> Tensor:
@@ -134,22 +136,17 @@ def report(folder: str | os.PathLike[str], *, write: bool = False) -> dict[str, 
     return found
 
 
-@lru_cache(maxsize=8)
-def _opened(path: Path) -> tuple[Any, list[str], bool]:
-    """A mapped file, the names of its elements, and whether it has states at neighbouring levels.
-
-    Of two such the code is the `partner`: an inverted pair has its `current` at level 1.
-    """
-    opened, header = _map(path), _header(path)
-    paired = "partner" in header["strides"] and not header["coupled"]
-    return opened, [entry[0] for entry in header["notes"]["entries"]], paired
-
-
 def _header(path: Path) -> dict[str, Any]:
     """The description of a saved state with its notes, without its tensors."""
     with _map(path) as opened:
         found: dict[str, Any] = json.loads(opened.metadata()["state"])
     return found
+
+
+@lru_cache(maxsize=8)
+def _opened(path: Path, *_: int) -> tuple[Any, dict[str, Any]]:
+    """The mapped file of a state, and its description; the numbers tell it from an earlier file."""
+    return _map(path), _header(path)
 
 
 def _map(path: Path) -> Any:

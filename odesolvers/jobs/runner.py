@@ -20,8 +20,7 @@ from ..opening import Model
 from ..pictures import read_images
 from ..values import shown
 from .inputs import Entry, open_input
-from .job import Job
-from .output import Output
+from .job import Job, Output
 from .weights import fingerprint
 
 Failure = tuple[str, str]
@@ -99,16 +98,16 @@ class Runner:
         ValueError: at construction, if the model's weights are not those that the job was begun with.
     """
 
-    def __init__(self, output: Output, job: Job, model: Model) -> None:
-        self.output, self.job, self.model = output, job, model
+    def __init__(self, output: Output, model: Model) -> None:
+        self.output, self.job, self.model = output, output.job, model
         if (found := fingerprint(model.denoiser)) != output.manifest["weights"]:
             raise ValueError(
-                f"the model {job.model} has other weights here than those that {output.path} was begun "
-                f"with: SHA-256 {found}, not {output.manifest['weights']}"
+                f"the model {self.job.model} has other weights here than those that {output.path} was "
+                f"begun with: SHA-256 {found}, not {output.manifest['weights']}"
             )
-        self.source = open_input(job.input)
-        self.solver = ode.parse(job.solver)
-        self.dtype: torch.dtype = getattr(torch, job.dtype)
+        self.source = open_input(self.job.input)
+        self.solver = ode.parse(self.job.solver)
+        self.dtype: torch.dtype = getattr(torch, self.job.dtype)
 
     def read(self, k: int) -> tuple[Batch, list[Failure]]:
         """The elements of a shard, and those that cannot be read.
@@ -151,11 +150,13 @@ class Runner:
         return torch.cat([self.model.enter(part, sigmas[-1], self.dtype) for part in parts])
 
     @torch.no_grad()
-    def run(self, batch: Batch) -> tuple[State, Batch, list[float], list[Failure]]:
+    def run(self, batch: Batch) -> tuple[State | None, Batch, list[float], list[Failure]]:
         """The states of a batch; of which elements; their errors, if a round trip; and failures.
 
-        Elements that make the run fail are found by halves, and left out.
+        Elements that make the run fail are found by halves, and left out; no states if none is left.
         """
+        if not batch.entries:
+            return None, batch, [], []
         if hasattr(self.model.denoiser, "forget_prompts"):  # a million of them do not fit in memory
             self.model.denoiser.forget_prompts()
         try:
@@ -167,10 +168,7 @@ class Runner:
                 raise  # that is no fault of single elements
         left = batch[[k for k in range(len(batch.entries)) if k not in reasons]]
         failures = [(batch.entries[k].id, reason) for k, reason in reasons.items()]
-        if not left.entries:
-            raise AllFailed(failures)
-        state, errors = self._run(left)
-        return state, left, errors, failures
+        return *self.run(left)[:3], failures
 
     def _run(self, batch: Batch) -> tuple[State, list[float]]:
         x = self.start(batch)
@@ -196,9 +194,9 @@ class Runner:
         prompts = [entry.prompt for entry in entries]
         denoiser, extra = self.job.guided(self.model, prompts, self.output.manifest["prompted"])
         go = self.solver.sample if down else self.solver.invert
-        chunks = Chunks(denoiser, self.job.batch)
-        solution: Solution = go(chunks, start, self.job.sigmas, extra_args=extra)
-        return solution
+        chunks: Any = Chunks(denoiser, self.job.batch)
+        found: Solution = go(chunks, start, self.job.sigmas, extra_args=extra)
+        return found
 
     def errors(self, x: Tensor, reference: Tensor) -> list[float]:
         """``|x - reference| / |reference|`` of each element; 0 for equal bits alone.
@@ -211,10 +209,6 @@ class Runner:
         a, b = x.flatten(1).double(), reference.flatten(1).double()
         found: list[float] = ((a - b).norm(dim=1) / b.norm(dim=1).clamp(min=1e-300)).tolist()
         return found
-
-
-class AllFailed(Exception):
-    """The only element of a shard failed; the argument is the list of failures."""
 
 
 def _rows(value: Any, rows: Tensor, n: int) -> Any:

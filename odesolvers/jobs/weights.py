@@ -19,6 +19,11 @@ import torch
 from torch import Tensor, nn
 
 _BUILTIN: Final = {x for m in (builtins, types) for x in vars(m).values() if isinstance(x, type)}
+_COMMON: Final = sys.stdlib_module_names - {"builtins"} | {"torch", "numpy"}
+"""Packages whose objects hold no weights but in tensors, arrays, networks and containers; any type that
+is written in C may say that it is one of the builtins."""
+_LIBRARIES: Final = _COMMON | {"builtins", "odesolvers", "diffusers", "transformers", "k_diffusion"}
+"""Packages whose functions hold no weights."""
 _PLAIN: Final = (str, bytes, bytearray, memoryview, range)
 _OWN: Final = frozenset(vars(nn.Module()))
 """What every module has: its weights, which are read by name, its parts, and its hooks."""
@@ -77,9 +82,9 @@ class _Search:
         elif isinstance(thing, nn.Module):
             self._network(path, thing)
             for name, module in thing.named_modules():
-                for key, value in vars(module).items():
-                    if key not in _OWN:
-                        self.add(f"{path}.{name}.{key}", value)
+                held = {k: value for k, value in vars(module).items() if k not in _OWN}
+                for key, value in (held | _methods(type(module))).items():
+                    self.add(f"{path}.{name}.{key}", value)
         else:
             for name, part in _parts(path, thing):
                 self.add(f"{path}.{name}", part)
@@ -116,7 +121,7 @@ def _parts(path: str, thing: Any) -> Iterable[tuple[str, Any]]:
         return _used(thing)
     if isinstance(thing, torch.jit.ScriptFunction):
         raise _unreadable(path, thing)
-    if type(thing) in _BUILTIN or _is_common(type(thing).__module__):
+    if type(thing) in _BUILTIN or _is_of(_COMMON, type(thing).__module__):
         return []  # numbers, texts, functions written in C, generators, locks
     held, slotted = dict(getattr(thing, "__dict__", {})), False
     for base in type(thing).__mro__:
@@ -127,12 +132,18 @@ def _parts(path: str, thing: Any) -> Iterable[tuple[str, Any]]:
                 held[name] = getattr(thing, name)
     if not slotted and not hasattr(thing, "__dict__"):  # of a class that is not written in Python
         raise _unreadable(path, thing)
-    return [*held.items(), ("__call__", type(thing).__call__ if callable(thing) else None)]
+    return (held | _methods(type(thing))).items()
+
+
+def _methods(cls: type) -> dict[str, Any]:
+    """The functions of a class and its bases, which may close over weights."""
+    own = (base for base in cls.__mro__ if not _is_of(_LIBRARIES, base.__module__))
+    return {k: f for base in own for k, f in vars(base).items() if inspect.isfunction(f)}
 
 
 def _used(function: Any) -> Iterator[tuple[str, Any]]:
     """The globals that a function names, its defaults, and what it closes over."""
-    if not _is_common(function.__globals__.get("__name__", "")):
+    if not _is_of(_LIBRARIES, function.__globals__.get("__name__", "")):
         for name in _names(function.__code__):
             yield name, function.__globals__.get(name)
     yield "defaults", (function.__defaults__, function.__kwdefaults__)
@@ -148,12 +159,8 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def _is_common(module: str) -> bool:
-    """Whether a module is one of Python, torch or numpy."""
-    package = module.partition(".")[0]
-    if package == "builtins":  # types of any library written in C say so too
-        return False
-    return package in ("torch", "numpy") or package in sys.stdlib_module_names
+def _is_of(packages: Set[str], module: str) -> bool:
+    return module.partition(".")[0] in packages
 
 
 def _unreadable(path: str, thing: Any) -> ValueError:

@@ -21,9 +21,9 @@ import torch
 from .. import StabilityWarning, State
 from ..opening import Model
 from ..writing import replacing
-from .job import Job
-from .output import Claims, Output
-from .runner import AllFailed, Batch, Failure, Runner, local_device, reproducible
+from .claims import Claims
+from .job import Output
+from .runner import Batch, Failure, Runner, local_device, reproducible
 
 WATCHED: Final = "ODESOLVERS_WATCHED"
 """Set for workers whose standard input is a pipe from their parent."""
@@ -72,15 +72,15 @@ def work(
         ValueError: if the folder holds no job, or its model has other weights here.
     """
     output = Output(Path(folder))
-    job = Job.of(output)
+    job = output.job
     if model is None:
         model = job.open(local_device(job.device, rank if local_rank is None else local_rank))
     elif model.device.type != job.device:
         raise ValueError(
             f"the job is one of the device {job.device}, the model is on {model.device}"
         )
-    runner = Runner(output, job, model)
-    with reproducible(job), Claims(output) as claims:
+    runner = Runner(output, model)
+    with reproducible(job), Claims(output.claims) as claims:
         return _work(runner, claims, rank * output.count // world)
 
 
@@ -128,19 +128,13 @@ def _made(
     runner: Runner, batch: Batch, failures: list[Failure]
 ) -> tuple[State | None, dict[str, Any]]:
     """The state of a batch and the notes of its shard; no state if all elements failed."""
-    state, errors = None, list[float]()
-    if batch.entries:
-        try:
-            state, batch, errors, more = runner.run(batch)
-            state, failures = state.to("cpu"), failures + more
-        except AllFailed as error:
-            batch, failures = batch[[]], failures + error.args[0]
+    state, batch, errors, more = runner.run(batch)
     device = runner.model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     notes: dict[str, Any] = {"job": runner.output.digest, "device": name}
     notes |= {"entries": [list(entry) for entry in batch.entries], "sha256": batch.hashes}
-    notes |= {"errors": [error.hex() for error in errors], "failures": sorted(failures)}
-    return state, notes
+    notes |= {"errors": [error.hex() for error in errors], "failures": sorted(failures + more)}
+    return None if state is None else state.to("cpu"), notes
 
 
 def _write(
