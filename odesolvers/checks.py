@@ -41,7 +41,10 @@ def is_finite(x: Tensor | None) -> bool:
 
 def overlap(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one dtype have an element of one storage in common."""
-    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+    try:
+        if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+            return False
+    except NotImplementedError:  # a tensor under a transform of torch.func
         return False
     spans = [
         (t.storage_offset(), sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)))

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.autograd.forward_ad import unpack_dual
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .checks import describe, refuse_gain, version
 from .formula import Shear
@@ -33,6 +34,13 @@ def check_undoable(run: Run, steps: Steps, x: object) -> None:
             f"states of {run.arithmetic} are integers, through which no gradient leads back to an "
             "earlier run: make one run of it, or detach with solution.state"
         )
+    if run.arithmetic.exact:
+        given = [x.x if isinstance(x, Solution) else getattr(x, "current", x), run.extra_args]
+        if any(isinstance(t, Tensor) and _has_tangent(t) for t in tree_leaves(given)):
+            raise ValueError(
+                f"forward derivatives, such as those of torch.func.jvp, are lost in {run.arithmetic}: "
+                "use arithmetic=FloatingPoint()"
+            )
     lone = run.state.partner is None  # its first shear has nothing to lose
     moves = [(k, shear) for k, shears, _ in steps for shear in shears]
     for k, shear in moves[lone:]:
@@ -70,8 +78,16 @@ def attach(run: Run, steps: Steps, solution: Solution, x: object, stop: int) -> 
     if not any(tensor.requires_grad for tensor in node.inputs):
         node.check_hidden()
         return solution
-    with torch.enable_grad():
-        current, partner = _Undone.apply(node, *node.inputs)
+    try:
+        with torch.enable_grad():
+            current, partner = _Undone.apply(node, *node.inputs)
+    except RuntimeError as error:
+        if "functorch" not in str(error):
+            raise
+        raise RuntimeError(
+            "differentiable='reversible' has no transforms of torch.func, which ask for second "
+            "derivatives: use torch.autograd, or differentiable=True"
+        ) from error
     state = replace(solution.state, current=current, partner=partner, side=None)
     return replace(
         solution, x=_at(state, stop), state=solution.state if run.arithmetic.exact else state
@@ -263,6 +279,10 @@ class _Node:
             if state.partner is None
             else self.run.turned(state.current, state.partner)
         )
+
+
+def _has_tangent(x: Tensor) -> bool:
+    return unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def _norm(x: Tensor) -> float:

@@ -22,6 +22,7 @@ from odesolvers import (
     FixedPoint,
     FixedPointInversion,
     FloatingPoint,
+    HeunEDM,
     InversionWarning,
     PerStep,
     ReversibleHeun,
@@ -181,6 +182,32 @@ def test_what_cannot_be_is_refused() -> None:
         torch.autograd.grad(solution.x.sum(), x, create_graph=True)
     with pytest.raises(TypeError, match="differentiable must be True, False or 'reversible'"):
         BDIA(Euler()).sample(network, x, SIGMAS, differentiable="backwards")  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch.func.jvp
+@pytest.mark.parametrize("solver", [BDIA(HeunEDM()), EDICT()], ids=repr)
+def test_transforms_of_torch_func(solver: Solver) -> None:
+    """Forward mode goes through the run as through any code; reverse mode records every call."""
+    network, x, t = Network().requires_grad_(False), noise(2, 3, sigma=5.0), noise(2, 3, seed=1)
+
+    def end(x: Tensor, differentiable: Any) -> Tensor:
+        return solver.sample(network, x, SIGMAS, differentiable=differentiable).x.sin().sum()
+
+    recorded = partial(end, differentiable=True)
+    (right,) = torch.autograd.grad(recorded(x.requires_grad_()), x)
+    assert relative_error(torch.func.grad(recorded)(x.detach()), right) < 1e-12
+    for differentiable in (False, True, "reversible"):
+        along = torch.func.jvp(partial(end, differentiable=differentiable), (x.detach(),), (t,))[1]
+        assert float(along) == pytest.approx(float((right * t).sum()), rel=1e-12)
+    with pytest.raises(RuntimeError, match=r"no transforms of torch\.func"):
+        torch.func.grad(partial(end, differentiable="reversible"))(x.detach())
+    whole = BDIA(HeunEDM(), 1.0, FixedPoint())
+    with pytest.raises(ValueError, match="forward derivatives"):
+        torch.func.jvp(
+            lambda x: whole.sample(network, x, SIGMAS, differentiable="reversible").x,
+            (x.detach(),),
+            (t,),
+        )
 
 
 @pytest.mark.parametrize("what", ["weights", "condition"])
