@@ -16,7 +16,7 @@ from torch import Tensor
 
 import odesolvers as ode
 
-from .bundled import BUNDLED as BUNDLED, GRIDS as GRIDS, STEPS, Model as Model, classes_of
+from .bundled import BUNDLED as BUNDLED, STEPS, Model as Model, classes_of
 from .extend import Solver
 from .models import load_edm, load_stable_diffusion
 
@@ -95,6 +95,32 @@ def solver_of(name: str, method: str, sigmas: Tensor) -> Solver:
             f"{', '.join(SHORT)}, got {name!r:.80}; see `odesolvers list`"
         )
     return found
+
+
+def solver_and_grid(
+    model: Model, name: str, steps: int | None, grid: str | None, levels: Mapping[str, float]
+) -> tuple[Solver, Tensor]:
+    """The solver of a name, and the grid of some steps: a calibration's own unless another is given.
+
+    Args:
+        model: the model.
+        name: see `solver_of`.
+        steps: their number, or None for the default.
+        grid: the kind of grid, a name in `GRIDS`, or None for the model's own.
+        levels: its options, such as ``sigma_min``.
+    """
+    sigmas = model.sigmas(steps or model.steps, grid, levels)
+    solver = solver_of(name, model.method, sigmas)
+    rule = getattr(solver, "gamma", None)
+    if isinstance(rule, ode.Calibrated):
+        if grid is None and not levels and (steps is None or rule.levels_learned):
+            sigmas = rule.sigmas if steps is None else rule.sigmas_in(steps)
+        try:
+            solver.plan(ode.Grid.of(sigmas))
+        except ValueError as error:
+            own = "leave out --steps, --grid, --sigma-min and --sigma-max for its own levels"
+            raise ValueError(f"--solver: {error}; or {own}") from error
+    return solver, sigmas
 
 
 def _own(name: str) -> Model:

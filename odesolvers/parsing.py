@@ -43,8 +43,19 @@ _SOLVERS = (BDIA, BELM, EDICT, MALI, McCallumFoster, ReversibleHeun, Rex)
 _ITERATIVE = (DDIMInversion, FixedPointInversion, ReverseStepInversion)
 _STEP_RATIOS = (DampedStepRatio, HeunStepRatio, StepRatio, order_gaining)
 _RULES = (*_STEP_RATIOS, Calibrated, ConstantGamma, PerStep, SmoothedOutput)
-_ALL = (*_METHODS, *_SOLVERS, *_ITERATIVE, *_RULES, FixedPoint, FloatingPoint)
-CONSTRUCTORS: Final[Mapping[str, Callable[..., Any]]] = {make.__name__: make for make in _ALL}
+_KINDS = {
+    "solvers": (*_SOLVERS, *_ITERATIVE),
+    "one-step methods": _METHODS,
+    "rules for weights": _RULES,
+    "arithmetics": (FixedPoint, FloatingPoint),
+}
+KINDS: Final[Mapping[str, tuple[str, ...]]] = {
+    kind: tuple(make.__name__ for make in made) for kind, made in _KINDS.items()
+}
+"""The names that `parse` knows, by what they make."""
+CONSTRUCTORS: Final[Mapping[str, Callable[..., Any]]] = {
+    make.__name__: make for made in _KINDS.values() for make in made
+}
 LONGEST: Final = 1_000_000
 """Characters; the weights that are calibrated for 1000 steps have 40,000."""
 

@@ -30,6 +30,7 @@ FLOORS = (
         "pictures",
         "opening",
         "bundled",
+        "results",
         "editing",
         "pipelines",
         "interop",

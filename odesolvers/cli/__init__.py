@@ -8,9 +8,10 @@ from contextlib import redirect_stderr, suppress
 from signal import SIGINT
 from typing import Any, Final, cast
 
+from ..values import shown
+
 EXTRA: Final = {"tqdm": "tqdm", "PIL": "pillow", "safetensors": "safetensors", "shtab": "shtab"}
 """What the commands import of the extra `cli`, and the names that pip knows."""
-LONGEST: Final = 1000
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -67,5 +68,4 @@ def _message(error: Exception) -> str:
     text, kind = " ".join(str(error).split()), type(error).__name__
     if isinstance(error, KeyError | IndexError | AttributeError | AssertionError) or not text:
         text = f"{kind}: {text}" if text else kind  # a fault of a program, which says little
-    plain = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return plain if len(plain) <= LONGEST else plain[: LONGEST - 4] + " ..."
+    return shown(text, 1000)

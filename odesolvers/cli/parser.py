@@ -6,7 +6,7 @@ import argparse
 import math
 import sys
 import warnings
-from argparse import ArgumentTypeError, Namespace
+from argparse import SUPPRESS, ArgumentTypeError, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -15,7 +15,7 @@ import shtab
 import torch
 
 from .. import StabilityWarning, __version__
-from ..bundled import BUNDLED, GRIDS
+from ..bundled import DEFAULT_MODEL, GRIDS, GUIDANCE, STEPS
 from ..jobs.command import batch
 from ..pictures import FITS
 from . import commands
@@ -24,6 +24,7 @@ from .outputs import say
 DTYPES: Final = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 NETWORKS: Final = {**DTYPES, "float16": torch.float16}
 EXECUTORS: Final = ("local", "slurm", "ray")
+ACTIONS: Final = ("invert", "sample", "roundtrip", "verify")
 MOST: Final = 10_000
 """Pictures and steps that are taken for no slip of the keyboard."""
 
@@ -65,6 +66,12 @@ def _file(text: str) -> Path:
     return Path(text)
 
 
+def _secret(text: str) -> str:
+    if not text:
+        raise ArgumentTypeError("must not be empty: anyone could find the mark of no key")
+    return text
+
+
 def _of(known: Mapping[str, Any]) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         if text not in known:
@@ -81,113 +88,140 @@ def _option(kind: Callable[[str], Any], metavar: str, text: str, **more: Any) ->
 _SIZE: Final = _whole(1, 2**14)
 _COUNT: Final = _whole(1, MOST)
 OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "pictures": _option(Path, "FILE", "pictures, or folders of them", nargs="*"),
-    "states": _option(Path, "STATE", "states to start from in place of noise", nargs="*"),
-    "--prompt": _option(str, "TEXT", "of the pictures; repeated, in turn (none)", action="append"),
-    "--to": _option(str, "TEXT", "prompt of the edit", required=True),
+    "action": {"choices": ACTIONS, "help": "what to do"},
+    "files": _option(Path, "FILE", "pictures or saved states, or folders of them", nargs="*"),
+    "--prompt": _option(
+        str, "TEXT", "one for all, or repeated, one for each (none)", action="append"
+    ),
+    "--to": _option(str, "TEXT", "prompt of the edit, likewise", action="append", required=True),
     "--negative": _option(str, "TEXT", "prompt to guide away from (none)"),
-    "--guidance": _option(_number, "X", "guidance scale (of the model; invert: 1)"),
-    "--strength": _option(_number, "X", "share of the steps, above 0 to 1 (%(default)s)"),
-    "--mask": _option(_file, "FILE", "picture, white where the edit may change"),
-    "--frames": _option(_whole(2, MOST), "N", "pictures, the two among them (%(default)s)"),
-    "--key": _option(str, "TEXT", "the secret of the watermark", required=True),
-    "--compare": _option(str, "NAMES", "other solvers for the table (%(default)s)"),
+    "--guidance": _option(_number, "X", "guidance scale ({})"),
+    "--strength": _option(_number, "X", "share of the steps, above 0 to 1 ({})"),
+    "--mask": _option(_file, "FILE", "picture over the photo, white where it may change (all)"),
+    "--frames": _option(_whole(2, MOST), "N", "pictures, the two among them ({})"),
+    "--key": _option(_secret, "TEXT", "the secret of the watermark", required=True),
+    "--compare": _option(str, "NAME", "another solver, repeated ({})", action="append"),
     "--base": _option(str, "METHOD", "one-step method (that of the model)"),
-    "--runs": _option(_COUNT, "N", "sample and encode at most N times (%(default)s)"),
-    "--model": _option(str, "NAME", f"see `odesolvers list` ({next(iter(BUNDLED))})"),
-    "--solver": _option(str, "NAME", "short name or expression (%(default)s)"),
-    "--count": _option(_COUNT, "N", "how many pictures (%(default)s)"),
-    "--seed": _option(_whole(0, 2**62, "2^62"), "N", "of the first picture (%(default)s)"),
-    "--batch": _option(_COUNT, "N", "pictures at once (%(default)s; saved, exact: 1)"),
-    "--fit": _option(_of({f: f for f in FITS}), "HOW", f"{', '.join(FITS)} (%(default)s)"),
-    "--size": _option(_SIZE, "N", "height and width, of pipelines", nargs=2),
+    "--runs": _option(_COUNT, "N", "sample and encode at most N times (by the steps: 80 or more)"),
+    "--levels": {"action": "store_true", "help": "learn the noise levels too"},
+    "--model": _option(str, "NAME", "see `odesolvers list` ({})"),
+    "--solver": _option(str, "NAME", "short name or expression ({})"),
+    "--count": _option(_COUNT, "N", "how many pictures ({})"),
+    "--seed": _option(_whole(0, 2**62, "2^62"), "N", "of the first picture ({})"),
+    "--batch": _option(_COUNT, "N", "pictures at once ({}; saved, exact: 1)"),
+    "--fit": _option(_of({f: f for f in FITS}), "HOW", f"{', '.join(FITS)} ({{}})"),
+    "--size": _option(_SIZE, "N", "height and width, of pipelines (their own)", nargs=2),
     "--grid": _option(_of({g: g for g in GRIDS}), "NAME", f"{', '.join(GRIDS)} (karras)"),
-    "--steps": _option(_COUNT, "N", "of the grid (of the model: 24; pipelines 50)"),
+    "--steps": _option(_COUNT, "N", "of the grid ({})"),
     "--sigma-min": _option(_number, "X", "lowest noise level above 0 (of the model)"),
     "--sigma-max": _option(_number, "X", "highest noise level (of the model)"),
     "--rho": _option(_number, "X", "how much levels crowd at the low end (7)"),
     "--dtype": _option(_of(DTYPES), "NAME", "of states (float32; pipelines: float64)"),
     "--network": _option(_of(NETWORKS), "NAME", "of networks (float32; on a GPU float16)"),
-    "--device": _option(_device, "NAME", "cpu, cuda, cuda:1, mps (%(default)s)"),
-    "--out": _option(Path, "PATH", "folder, or one picture (%(default)s)"),
+    "--device": _option(_device, "NAME", "cpu, cuda, cuda:1, mps ({})"),
+    "--out": _option(Path, "PATH", "folder, or one picture ({})"),
     "--save": {"action": "store_true", "help": "save states too, to go back"},
     "--again": {"action": "store_true", "help": "make finished results again"},
-    "--port": _option(_whole(1, 65535), "N", "of the page (%(default)s)"),
+    "--port": _option(_whole(1, 65535), "N", "of the page ({})"),
     "--input": _option(str, "WHAT", "pictures: a folder, FILE.tar or hf:NAME; or noise: seeds:N"),
     "--output": _option(Path, "FOLDER", "of the job", required=True),
-    "--shard-size": _option(_COUNT, "N", "elements of a file (%(default)s)"),
+    "--shard-size": _option(_COUNT, "N", "elements of a file ({})"),
     "--workers": _option(_COUNT, "N", "processes (one for each GPU, or 1)"),
-    "--threads": _option(_COUNT, "N", "of each worker on the CPU (%(default)s)"),
-    "--executor": _option(_of({e: e for e in EXECUTORS}), "NAME", ", ".join(EXECUTORS)),
+    "--threads": _option(_COUNT, "N", "of each worker on the CPU ({})"),
+    "--executor": _option(_of({e: e for e in EXECUTORS}), "NAME", f"{', '.join(EXECUTORS)} ({{}})"),
     "--option": _option(str, "NAME=VALUE", "of datatrove's executor; repeated", action="append"),
-    "--per-shard": _option(_COUNT, "N", "verify: elements of each shard (%(default)s)"),
-    "--tolerance": _option(_number, "X", "verify: largest relative error (%(default)s)"),
+    "--per-shard": _option(_COUNT, "N", "verify: elements of each shard ({})"),
+    "--tolerance": _option(_number, "X", "verify: largest relative error ({})"),
+    "calibrate --out": _option(Path, "FILE", "file that ends in .json ({})"),
     "batch --solver": _option(str, "NAME", "short name or expression (damped; invert: codes)"),
-    "batch --batch": _option(_COUNT, "N", "elements of a call of the network (%(default)s)"),
+    "batch --batch": _option(_COUNT, "N", "elements of a call of the network ({})"),
     "batch --device": _option(_of({"cpu": "cpu", "cuda": "cuda"}), "NAME", "cpu, cuda (cpu)"),
 }
-"""The options, some of them as one command has them."""
-ACTIONS: Final = {
-    "watermark": ("embed", "detect"),
-    "batch": ("invert", "sample", "roundtrip", "verify"),
-}
-MODEL: Final = "--model --prompt --guidance --negative"
-RUN: Final = (
-    "--solver --steps --grid --sigma-min --sigma-max --rho --size --dtype --network --device"
-)
+"""The options, some of them as one command has them; {} stands for the default."""
+GRID: Final = "--steps --grid --sigma-min --sigma-max --rho"
+MODEL: Final = "--model --size --network --device"
+RUN: Final = f"--solver {GRID} --dtype {MODEL}"
+PROMPTS: Final = "--prompt --guidance --negative"
+NOISE: Final = "--count --seed"
 FILES: Final = "--fit --out --again"
-UNSET: Final = "prompt guidance negative steps grid sigma_min sigma_max rho size dtype network mask"
 DEFAULTS: Final[Mapping[str, Any]] = {
-    **dict.fromkeys(f"{UNSET} model base key".split()),
+    "model": DEFAULT_MODEL,
     "solver": "damped",
+    "device": torch.device("cpu"),
+    "files": (),
     "count": 8,
     "seed": 0,
     "batch": 8,
     "strength": 1.0,
     "frames": 9,
-    "runs": 80,
-    "compare": "ddim,edict",
     "fit": "crop",
-    "device": torch.device("cpu"),
-    "states": (),
-    "pictures": (),
+    "compare": ["ddim", "edict"],
     "port": 7860,
+    "save": False,
+    "again": False,
+    "levels": False,
+    "shard_size": 256,
+    "threads": 1,
+    "executor": "local",
+    "per_shard": 1,
+    "tolerance": 0.01,
 }
-COMMANDS: Final[tuple[tuple[Callable[[Namespace], None], str, Mapping[str, Any]], ...]] = (
-    (commands.sample, f"states {MODEL} --count --seed --batch {RUN} --save --out --again", {}),
-    (commands.invert, f"pictures {MODEL} {RUN} {FILES}", {"solver": "codes"}),
-    (commands.edit, f"pictures --to {MODEL} --strength --mask {RUN} --save {FILES}", {}),
-    (commands.interpolate, f"pictures {MODEL} --frames {RUN} {FILES}", {"solver": "codes"}),
-    (
-        commands.watermark,
-        f"pictures --key {MODEL} --count --seed --batch {RUN} --save {FILES}",
+"""Defaults; None for the other options, which is for the model to say."""
+_OF_MODEL: Final = {
+    "steps": "; ".join(f"{name} {n}" for name, n in STEPS.items()),
+    "guidance": "with a prompt: "
+    + "; ".join(f"{name} {scale:g}" for name, scale in GUIDANCE.items())
+    + "; pipelines their own",
+}
+COMMANDS: Final[Mapping[str, tuple[Callable[[Namespace], None], str, Mapping[str, Any]]]] = {
+    "sample": (commands.sample, f"files {PROMPTS} {NOISE} --batch {RUN} --save --out --again", {}),
+    "invert": (
+        commands.invert,
+        f"files {PROMPTS} {RUN} {FILES}",
+        {"solver": "codes", "guidance": 1.0},
+    ),
+    "edit": (
+        commands.edit,
+        f"files {PROMPTS} --to --strength --mask {RUN} --save {FILES}",
+        {},
+    ),
+    "interpolate": (
+        commands.interpolate,
+        f"files {PROMPTS} --frames {RUN} {FILES}",
         {"solver": "codes"},
     ),
-    (commands.roundtrip, f"pictures {MODEL} --compare --seed {RUN} {FILES}", {}),
-    (
+    "watermark embed": (
+        commands.watermark_embed,
+        f"--key {PROMPTS} {NOISE} --batch {RUN} --save --out --again",
+        {"solver": "codes", "out": Path("out/watermark")},
+    ),
+    "watermark detect": (
+        commands.watermark_detect,
+        f"files --key --prompt {RUN} --fit",
+        {"solver": "codes"},
+    ),
+    "roundtrip": (
+        commands.roundtrip,
+        f"files {PROMPTS} --compare --seed {RUN} {FILES}",
+        {},
+    ),
+    "calibrate": (
         commands.calibrate,
-        f"--base --runs {MODEL} --count --seed {RUN} --out",
+        f"--base --runs --levels {PROMPTS} {NOISE} {GRID} --dtype {MODEL} --out",
         {"out": Path("out/gamma.json"), "count": 16, "seed": 1000},
     ),
-    (
+    "batch": (
         batch,
-        f"--input --output {MODEL} --fit --batch --shard-size {RUN} --threads --workers --executor "
-        "--option --per-shard --tolerance",
-        {
-            **dict.fromkeys(("solver", "device", "input", "workers", "option")),
-            "batch": 32,
-            "shard_size": 256,
-            "threads": 1,
-            "executor": "local",
-            "per_shard": 1,
-            "tolerance": 0.01,
-        },
+        f"action --input --output {PROMPTS} --fit --batch --shard-size {RUN} --threads --workers "
+        "--executor --option --per-shard --tolerance",
+        {"solver": None, "device": None, "batch": 32},
     ),
-    (commands.report, f"{RUN} --model", {}),
-    (commands.list_, "", {}),
-    (commands.app, "--model --network --device --port", {}),
-)
+    "report": (commands.report, f"--solver {GRID} --model --size", {}),
+    "list": (commands.list_, "", {}),
+    "app": (commands.app, "--model --network --device --port", {}),
+}
 """The commands: function, names of the options, and defaults other than `DEFAULTS`."""
+GROUPS: Final = {"watermark": "Put a key into the noise of samples, and find it in pictures."}
 
 
 class Parser(argparse.ArgumentParser):
@@ -217,45 +251,59 @@ def parser() -> Parser:
     )
     top.add_argument("--version", action="version", version=f"odesolvers {__version__}")
     shtab.add_argument_to(top)
-    parsers = top.add_subparsers(
-        title="commands", metavar="COMMAND ...", required=True, prog="odesolvers"
-    )
-    for function, names, defaults in COMMANDS:
-        name, doc = function.__name__.rstrip("_"), function.__doc__ or ""
-        operand = next((w for w in ("pictures", "states") if w in names.split()), "")
-        command = parsers.add_parser(name, description=doc, help=doc.split("\n")[0])
-        words = [
-            "%(prog)s",
-            "|".join(ACTIONS.get(name, ())),
-            operand and "[FILE ...]",
-        ]
-        if names:
-            command.usage = " ".join([*filter(None, words), "[options]"])
+    commands_of: Any = {"title": "commands", "metavar": "COMMAND ...", "required": True}
+    groups = {"": top.add_subparsers(prog="odesolvers", **commands_of)}
+    for name, (function, options, own) in COMMANDS.items():
+        group, _, word = name.rpartition(" ")
+        if group not in groups:
+            what = GROUPS[group]
+            inner = groups[""].add_parser(group, description=what, help=what)
+            groups[group] = inner.add_subparsers(prog=inner.prog, **commands_of)
+        doc = function.__doc__ or ""
+        command = groups[group].add_parser(word, description=doc, help=doc.split("\n")[0])
+        defaults = {**DEFAULTS, "out": Path("out") / name, **own}
+        operands = {"files": " [FILE ...]", "action": f" {'|'.join(ACTIONS)}"}
+        if options:
+            command.usage = f"%(prog)s{operands.get(options.split()[0], '')} [options]"
             command.epilog = "Defaults are in parentheses."
-        if name in ACTIONS:
-            command.add_argument("action", choices=ACTIONS[name], help="what to do")
-        out = {"out": Path("out") / name}
-        for option in names.split():
-            command.add_argument(option, **OPTIONS.get(f"{name} {option}", OPTIONS[option]))
-        command.set_defaults(
-            function=function, prog=command.prog, **{**DEFAULTS, **out, **defaults}
-        )
+        for option in options.split():
+            settings = dict(OPTIONS.get(f"{name} {option}", OPTIONS[option]))
+            default = defaults.get(_dest(option), _OF_MODEL.get(_dest(option)))
+            shown = ", ".join(default) if isinstance(default, list) else default
+            settings["help"] = settings["help"].format(shown)
+            command.add_argument(option, default=SUPPRESS, **settings)
+        command.set_defaults(command=(name, function, options, defaults))
     return top
 
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command that `argv` names."""
-    args, unknown = parser().parse_known_args(argv or ["--help"])
+    found, unknown = parser().parse_known_args(argv or ["--help"])
+    name, function, options, defaults = vars(found).pop("command")
+    given, prog = vars(found), f"odesolvers {name}"
     if unknown:
-        raise ValueError(f"{args.prog} takes no {unknown[0]!r}; see `{args.prog} --help`")
-    for path in (*args.pictures, *args.states):
+        raise ValueError(f"{prog} takes no {unknown[0]!r}; see `{prog} --help`")
+    args = Namespace(**{**dict.fromkeys(map(_dest, OPTIONS)), **defaults, **given}, prog=prog)
+    args.given, args.options = frozenset(given), frozenset(map(_dest, options.split()))
+    args.named, args.size = given.get("model"), args.size and tuple(args.size)
+    for path in args.files:
         if not path.exists():
-            raise FileNotFoundError(f"there is no file or folder {path}; see `{args.prog} --help`")
-    if args.function.__name__ in ("invert", "edit") and not args.pictures:
-        raise ValueError(f"{args.prog} needs pictures: FILE; see `{args.prog} --help`")
-    if args.function is not commands.list_:
-        args.named, args.model = args.model, args.model or next(iter(BUNDLED))
+            raise FileNotFoundError(f"there is no file or folder {path}; see `{prog} --help`")
+    if name in ("invert", "edit", "watermark detect") and not args.files:
+        raise ValueError(f"{prog} needs pictures: FILE; see `{prog} --help`")
+    said = set[str]()
+
+    def show(message: Warning | str, *_: Any) -> None:
+        if str(message) not in said:  # of many pictures once
+            said.add(str(message))
+            print(f"Warning: {message}", file=sys.stderr)
+
     with warnings.catch_warnings():
         warnings.simplefilter("always", StabilityWarning)
-        warnings.showwarning = lambda message, *_: print(f"Warning: {message}", file=sys.stderr)
-        args.function(args)
+        warnings.showwarning = show  # type: ignore[assignment]
+        function(args)
+
+
+def _dest(option: str) -> str:
+    """The attribute of an option."""
+    return option.split()[-1].lstrip("-").replace("-", "_")

@@ -188,7 +188,7 @@ def test_a_watermark_is_found_by_its_key_alone(shell: Shell) -> None:
     assert "mine" not in Path("out/watermark/.odesolvers.json").read_text()
     marked = mark(torch.ones(1, 3, 32, 32), "mine")
     assert matches(marked, "mine").agreeing.item() == 3072
-    assert "a photo has no key" in shell.refused("watermark embed out/watermark --key a")
+    assert "takes no 'out/watermark'" in shell.refused("watermark embed out/watermark --key a")
 
 
 # roundtrip, calibrate, report, list
@@ -196,13 +196,13 @@ def test_a_watermark_is_found_by_its_key_alone(shell: Shell) -> None:
 
 def test_a_round_trip_compares_solvers(shell: Shell) -> None:
     save_letters(1)
-    output = shell.run(f"roundtrip photos --compare ddim,edict --dtype float64 {LETTER}")
+    output = shell.run(f"roundtrip photos --compare ddim --compare edict --dtype float64 {LETTER}")
     rows = {line.split()[1]: line.split() for line in output.splitlines()[1:-1]}
     assert list(rows) == ["damped", "ddim", "edict"]
     assert float(rows["damped"][3]) < 1e-12 < 1e-3 < float(rows["ddim"][3])
     assert rows["ddim"][2] == "6+6"
     assert pixels("out/roundtrip/0.png").shape == (96, 3 * (32 * 3 + 4), 3)  # enlarged
-    output = shell.run("roundtrip --compare '' --out noise" + DIGITS)
+    output = shell.run("roundtrip --compare damped --out noise" + DIGITS)
     assert [line.split()[1] for line in output.splitlines()[1:-1]] == ["damped"]
 
 
@@ -227,7 +227,7 @@ def test_other_weights_in_a_file_of_the_same_name_are_noticed(shell: Shell) -> N
     shell.run(command)
     assert "1 of 1 are finished" in shell.run(command)
     Calibrated("Euler()", sigmas, (0.5, 0.75, 0.5)).save("g.json")
-    assert "results of other settings (solver)" in shell.refused(command)
+    assert "other settings: solver was BDIA(Euler(), gamma=Calibrated(" in shell.refused(command)
 
 
 def test_the_report_is_that_of_the_library(shell: Shell) -> None:
@@ -257,7 +257,9 @@ def test_what_is_finished_is_not_made_again(shell: Shell) -> None:
     after = {name: Path(name).stat().st_mtime_ns for name in files("out")}
     assert [before[name] == after[name] for name in sorted(before)] == [True, False, False]
     message = shell.refused(command.replace("--to H", "--to I"))
-    assert "out/edit holds results of other settings (to): give another --out" in message
+    assert (
+        "out/edit holds results of other settings: to was H and is I; give another --out" in message
+    )
     assert "wrote 3" in shell.run(command.replace("--to H", "--to I") + " --again")
 
 

@@ -23,12 +23,12 @@ from odesolvers import (
     karras_sigmas,
     pictures,
 )
-from odesolvers.cli import commands, outputs, parser
+from odesolvers.cli import commands, outputs, parser, work
 from odesolvers.opening import SHORT, solver_of
 
 from .shell import DIGITS, Shell, files
 
-NAMES = [function.__name__.rstrip("_") for function, *_ in parser.COMMANDS]
+NAMES = list(parser.COMMANDS)
 
 
 @pytest.mark.parametrize("command", ["", "-h", *(f"{name} -h" for name in NAMES)])
@@ -45,7 +45,7 @@ def test_help_says_the_defaults_that_are_used(capsys: pytest.CaptureFixture[str]
     for name, words in (
         ("invert", ["(codes)", "(out/invert)", "(letters)"]),
         ("edit", ["(damped)", "(1.0)", "(out/edit)", "(crop)"]),
-        ("calibrate", ["(16)", "(1000)", "(out/gamma.json)", "(80)"]),
+        ("calibrate", ["(16)", "(1000)", "(out/gamma.json)", "(by the steps: 80 or"]),
         ("interpolate", ["(9)", "(codes)"]),
     ):
         with pytest.raises(SystemExit):
@@ -98,7 +98,8 @@ def test_short_names_are_solvers() -> None:
         ("sample --solver \"__import__('os')\"", "no '__import__' to name a solver by"),
         ("sample --solver \"load('absent.json')\"", "absent.json"),
         ("calibrate --base EDICT()", "--base must name a method such as Euler()"),
-        ("calibrate --out rule.txt", "must be a file that ends in .json, got rule.txt"),
+        ("calibrate --out rule.txt", "--out must be a file such as rule.json"),
+        ("calibrate --out g3", "--out must be a file such as g3.json"),
         ("sample --model digit", "there is no such file or folder, and it is no hub id"),
         ("sample --model absent/model.safetensors", "there is no file absent/model.safetensors"),
         ("sample --grid karas", "must be one of karras, exponential, vp, got 'karas'"),
@@ -118,19 +119,22 @@ def test_short_names_are_solvers() -> None:
         ("sample --count 2 --out x.png", "x.png is one picture, and there are 2: give a folder"),
         ("invert", "odesolvers invert needs pictures: FILE"),
         ("invert absent.png", "there is no file or folder absent.png"),
-        ("invert .", "there is no picture in ."),
+        ("invert .", "there are no pictures or states in ."),
         ("edit a.png --to 3 --strength 0", "strength must be from"),
         ("edit a.png --to 3 --strength x", "--strength: must be a finite number"),
         ("edit a.png", "required: --to"),
         ("edit a.png --to 3 --mask absent.png", "there is no file absent.png"),
         ("edit a.png --to 3 --mask a.png --save", "leave out --save"),
         ("edit a.png --to 3 --solver Euler()", "cannot: use BDIA(Euler())"),
-        ("edit a.png b/a.png --to 3", "two pictures are named a: their results would be one"),
+        (
+            "edit a.png b/a.png --to 3",
+            "a.png and b/a.png have one name, and their results would be one file",
+        ),
         ("interpolate a.png --frames 2", "two pictures are interpolated, got 1"),
         ("interpolate a.png a.png --frames 1", "from 2 to 10000, got '1'"),
         ("watermark a.png --key k", "invalid choice: 'a.png'"),
         ("watermark detect a.png", "required: --key"),
-        ("watermark detect --key k", "there is no picture in"),
+        ("watermark detect --key k", "odesolvers watermark detect needs pictures: FILE"),
     ],
 )
 def test_bad_options_are_explained(shell: Shell, command: str, message: str) -> None:
@@ -184,6 +188,7 @@ def _not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
         (cli, commands),
         (cli, outputs),
         (cli, parser),
+        (cli, work),
         (odesolvers, pictures),
     ):
         monkeypatch.delitem(sys.modules, module.__name__)
