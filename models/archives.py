@@ -45,8 +45,22 @@ class _View:
         return StoredTensor(Storage(data, self.storage.dtype), *self.geometry)
 
 
-def read_archive(path: Path) -> dict[str, Tensor]:
-    """The tensors in a file of `torch.save`: those of a dictionary, or of ``state_dict`` in one.
+@final
+@dataclass(frozen=True)
+class Archive:
+    """The content of a file of `torch.save`.
+
+    Attributes:
+        tensors: those of a dictionary, or of ``state_dict`` in one and beside it.
+        notes: numbers and texts beside ``state_dict``, and of ``hyper_parameters`` there, as texts.
+    """
+
+    tensors: dict[str, Tensor]
+    notes: dict[str, str]
+
+
+def read_archive(path: Path) -> Archive:
+    """Read a file of `torch.save` that holds tensors.
 
     Nothing in the file is executed. Each tensor has storage of its own, and all together have no more
     bytes than the file.
@@ -102,7 +116,7 @@ class _Front:
         return self._file.read(size)
 
 
-def _read_zip(file: IO[bytes], size: int) -> dict[str, Tensor]:
+def _read_zip(file: IO[bytes], size: int) -> Archive:
     """Read an archive: the pickle ``data.pkl``, and the bytes of each storage in ``data/KEY``."""
     front = _Front(file)
     with zipfile.ZipFile(front) as archive:
@@ -129,7 +143,7 @@ def _read_zip(file: IO[bytes], size: int) -> dict[str, Tensor]:
         return _load(content, lambda key: read(f"data/{key}"), size)
 
 
-def _read_legacy(data: memoryview) -> dict[str, Tensor]:
+def _read_legacy(data: memoryview) -> Archive:
     """Read the older format.
 
     It has five pickles, namely a magic number, a version, the sizes of types, the content and the keys
@@ -158,11 +172,16 @@ def _read_legacy(data: memoryview) -> dict[str, Tensor]:
     return _load(content, lambda key: storages.get(key, data[:0]), len(data))
 
 
-def _load(content: Any, read: Callable[[str], memoryview], size: int) -> dict[str, Tensor]:
+def _load(content: Any, read: Callable[[str], memoryview], size: int) -> Archive:
     """Copies of the tensors, by the bytes of each storage, which `read` reads once."""
+    beside: dict[Any, Any] = {}
     for _ in range(2):
         if isinstance(content, dict) and "state_dict" in content:
+            settings = content.get("hyper_parameters")  # of Lightning
+            beside |= content | (settings if isinstance(settings, dict) else {})
             content = content["state_dict"]
+    if isinstance(content, Mapping):
+        content = {k: v for k, v in beside.items() if isinstance(v, _View)} | {**content}
     if not isinstance(content, Mapping) or not all(
         isinstance(name, str) and isinstance(view, _View) for name, view in content.items()
     ):
@@ -178,4 +197,5 @@ def _load(content: Any, read: Callable[[str], memoryview], size: int) -> dict[st
             if total > size:
                 raise ValueError("refused: tensors in the file share their numbers with others")
             tensors[name] = stored.load()
-    return tensors
+    scalars = {k: v for k, v in beside.items() if isinstance(v, (str, int, float))}
+    return Archive(tensors, {str(key): str(value)[:100] for key, value in scalars.items()})

@@ -201,7 +201,7 @@ def _link_weights(
             else f"{stem}.safetensors"
         )
         if path.suffix == ".bin":
-            write_tensors(read_archive(inside(folder, part, path.name)), into / name)
+            write_tensors(read_archive(inside(folder, part, path.name)).tensors, into / name)
         else:
             _link(inside(folder, part, path.name), into / name)
         _, entries = read_header(into / name)
@@ -305,8 +305,8 @@ def _build(part: str, kind: list[str], settings: dict[str, Any], held: list[int]
     return model
 
 
-def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, **metadata: str) -> None:
     """Write tensors to safetensors that diffusers and transformers read."""
     import safetensors.torch
 
-    safetensors.torch.save_file(dict(tensors), path, metadata={"format": "pt"})
+    safetensors.torch.save_file(dict(tensors), path, metadata={**metadata, "format": "pt"})

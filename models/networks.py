@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .configurations import check_sample_size, check_vae, flat
+from .configurations import NEUTRAL, check_sample_size, check_vae, flat
 from .edm.checks import brief
+from .schedules import DISCRETE, EDM, FLOW
 
 OTHER_INPUTS = {
     5: "a depth map beside the latents, as of Stable Diffusion 2 depth",
@@ -19,6 +20,15 @@ OTHER_INPUTS = {
     9: "a mask and a masked image beside the latents, as of inpainting",
 }
 """The networks of other tasks, by their number of input channels."""
+
+LEVELS = (
+    "rescale_betas_zero_snr",
+    "timestep_type",
+    "sigma_data",
+    "snr_shift_scale",
+    "trained_betas",
+)
+"""Settings that decide the noise levels of a network, beside its betas and timesteps."""
 
 WIDTH_2 = 1024
 """The features of a token in the prompts of Stable Diffusion 2."""
@@ -145,17 +155,8 @@ def check_betas(scheduler: Any) -> None:
     """
     config = scheduler.config
     used = {name: getattr(config, name, None) for name in BETAS}
-    between = used["beta_schedule"] in ("linear", "scaled_linear", "sigmoid")  # of two betas
-    unstated = [
-        name
-        for name in BETAS
-        if name in getattr(config, "_use_default_values", ())
-        and (between or name == "beta_schedule")
-    ]
-    given = getattr(config, "trained_betas", None) is not None or getattr(
-        config, "use_flow_sigmas", False
-    )
-    if unstated and used != BETAS and not given:
+    unstated = _unstated_betas(config)
+    if unstated and used != BETAS:
         kind = type(scheduler).__name__
         raise ValueError(
             f"the scheduler, a {kind}, was made without {', '.join(unstated)}, and the defaults of its "
@@ -163,6 +164,64 @@ def check_betas(scheduler: Any) -> None:
             f"the pipeline, {kind}.from_config(pipeline.scheduler.config), or state all three if this "
             "network was trained so"
         )
+
+
+def _unstated_betas(config: Any) -> list[str]:
+    """The settings of betas that a scheduler uses and that are the defaults of its class."""
+    if getattr(config, "trained_betas", None) is not None or getattr(
+        config, "use_flow_sigmas", False
+    ):
+        return []
+    schedule = getattr(config, "beta_schedule", None)
+    between = schedule in ("linear", "scaled_linear", "sigmoid")  # of two betas
+    return [
+        name
+        for name in BETAS
+        if name in getattr(config, "_use_default_values", ())
+        and (between or name == "beta_schedule")
+    ]
+
+
+def check_replacement(scheduler: Any, own: Any, prediction_type: str | None) -> None:
+    """Check that a scheduler leaves nothing unsaid in which that of the checkpoint differs.
+
+    Args:
+        scheduler: the one given, which replaces it.
+        own: that of the checkpoint, None if it contradicts itself.
+        prediction_type: what the network predicts, if the caller says it.
+
+    Raises:
+        ValueError: naming the settings that the class of `scheduler` has by default, or has not.
+    """
+    config, name = scheduler.config, type(scheduler).__name__
+    unsaid = getattr(config, "_use_default_values", ())
+    wanted = {} if own is None else own.config
+    compared: list[str] = []
+    if own is not None and _kind_of(scheduler) == _kind_of(own):
+        compared = [*_unstated_betas(config), "num_train_timesteps", *LEVELS]
+    found = {}
+    for key in [*(["prediction_type"] if prediction_type is None else []), *compared]:
+        given = config.get(key, NEUTRAL.get(key))
+        other = wanted.get(key, NEUTRAL.get(key))
+        # A class of another kind that lacks the setting has no choice.
+        states = key not in unsaid and (key in config or key not in compared)
+        if not states and (own is None or (key in wanted and given != other)):
+            found[key] = other
+    if found:
+        said = ", ".join(f"{key} = {brief(value)}" for key, value in found.items())
+        raise ValueError(
+            f"the scheduler given, a {name}, does not say its {' and '.join(found)}, and the checkpoint "
+            + ("contradicts itself" if own is None else f"says {said}")
+            + f": make it by {name}.from_config(pipeline.scheduler.config), or state it"
+        )
+
+
+def _kind_of(scheduler: Any) -> str:
+    """The group of schedulers that describe a network by the same settings."""
+    name = type(scheduler).__name__
+    if name in FLOW or getattr(scheduler.config, "use_flow_sigmas", False):
+        return "flow"
+    return "edm" if name in EDM else "discrete" if name in DISCRETE else name
 
 
 def check_stated(pipeline: Any) -> None:

@@ -24,8 +24,10 @@ from .folders import (
     weight_patterns,
     write_tensors,
 )
+from .markers import SPEAKS, check_buffers, scheduler_of, set_statistics
+from .networks import check_replacement
 from .reading import read_header, read_json
-from .single_files import check_used, read_single_file, set_parts, set_scheduler
+from .single_files import check_guidance, check_used, read_single_file
 from .stable_diffusion import StableDiffusion, import_diffusers
 from .weights import check_finite, check_report
 
@@ -100,8 +102,7 @@ def load_stable_diffusion(
                     part.to(wanted)
                 check_finite(name, part)
         if scheduler is not None:
-            if prediction_type is None:
-                _check_prediction(scheduler, pipeline.scheduler)
+            check_replacement(scheduler, pipeline.scheduler, prediction_type)
             pipeline.scheduler = scheduler
         model = StableDiffusion(
             pipeline,
@@ -115,22 +116,6 @@ def load_stable_diffusion(
             f"{shown(str(error), MESSAGE)}"
         ) from error
     return model.to(device)
-
-
-def _check_prediction(scheduler: Any, own: Any) -> None:
-    """Raise an error if a scheduler leaves unsaid that the network predicts something else.
-
-    `own` is the scheduler of the pipeline.
-    """
-    kinds = [getattr(one.config, "prediction_type", None) for one in (scheduler, own)]
-    unsaid = "prediction_type" in getattr(scheduler.config, "_use_default_values", ())
-    if unsaid and kinds[0] != kinds[1]:
-        name = type(scheduler).__name__
-        raise ValueError(
-            f"the scheduler given, a {name}, does not say what the network predicts, and that of the "
-            f"pipeline says {kinds[1]!r}: make it by {name}.from_config(pipeline.scheduler.config), or "
-            "pass prediction_type="
-        )
 
 
 def _download(source: str, variant: str | None, *, weights: bool = True) -> Path:
@@ -216,14 +201,18 @@ def _from_single_file(
     scheduler: Any,
 ) -> Any:
     """Load a pipeline from a single file in the original layout."""
-    said = prediction_type is not None or scheduler is not None
     if path.suffix != ".safetensors":
-        tensors = read_archive(path)
+        archive = read_archive(path)
         path = clean / "model.safetensors"
-        write_tensors(tensors, path)
-        del tensors
-    file = read_single_file(path, trust=said)
-    if file.is_2 and not said and config is None and file.prediction_type is None:
+        notes = {key: value for key, value in archive.notes.items() if SPEAKS.search(key)}
+        write_tensors(archive.tensors, path, **notes)
+        del archive
+    file = read_single_file(path)
+    training = file.training
+    stated = {"prediction": prediction_type is not None, "scheduler": scheduler is not None}
+    training.check_understood(**stated)
+    said = any(stated.values()) or training.prediction_type is not None
+    if file.is_2 and not said and config is None:
         raise ValueError(
             "it is a Stable Diffusion 2, which was published with epsilon and with v prediction, and "
             "does not say which: pass prediction_type='v_prediction' (of 768 pixels) or 'epsilon' (512)"
@@ -244,10 +233,16 @@ def _from_single_file(
             if _lacks_weights(diffusers, name, path, options):
                 raise ValueError(f"weights of the {name} are missing") from error
         raise
-    set_parts(file, pipeline)
+    check_guidance(file, pipeline.unet)
     check_used(file, pipeline)
-    if scheduler is None:
-        set_scheduler(file, pipeline, diffusers)
+    set_statistics(training, pipeline.vae)
+    try:
+        pipeline.scheduler = scheduler_of(training, pipeline.scheduler, diffusers)
+    except ValueError:
+        if scheduler is None:
+            raise
+        pipeline.scheduler = None  # which the one given must not leave to be guessed
+    check_buffers(training, scheduler or pipeline.scheduler, pipeline.vae)
     return pipeline
 
 

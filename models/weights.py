@@ -108,7 +108,7 @@ def check_report(
         # The libraries rename what older versions wrote, and which of two names wins is theirs to say.
         raise ValueError(
             f"its {part} has {len(used) - len(own)} of its {len(own)} weights under two names, of which "
-            f"one is among {_few(sorted(used - own))}: remove one of each, as their values may differ"
+            f"one is among {few(sorted(used - own))}: remove one of each, as their values may differ"
         )
 
 
@@ -116,7 +116,7 @@ def check_complete(part: str, names: Iterable[str]) -> None:
     """Raise an error if `names`, the missing weights of a part, is not empty."""
     missing = sorted(names)
     if missing:
-        raise ValueError(f"weights of the {part} are missing: {_few(missing)}")
+        raise ValueError(f"weights of the {part} are missing: {few(missing)}")
 
 
 def check_places(part: str, names: Iterable[str]) -> None:
@@ -124,12 +124,13 @@ def check_places(part: str, names: Iterable[str]) -> None:
     odd = sorted(names)
     if odd:
         raise ValueError(
-            f"its {part} has weights for which its configuration has no place, such as {_few(odd)}: it "
+            f"its {part} has weights for which its configuration has no place, such as {few(odd)}: it "
             "is another network than its configuration says"
         )
 
 
-def _few(names: list[str]) -> str:
+def few(names: list[str]) -> str:
+    """The first names of a list, and the number of the others."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

@@ -4,8 +4,11 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from odesolvers.models import load_stable_diffusion, save_tiny_stable_diffusion
+
+from .original_layout import original_layout
 
 FAMILIES = ["1.x", "2.x", "2.x-v", "xl"]
 
@@ -59,6 +62,29 @@ def edited(folders, tmp_path):
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def weights(folders):
+    return {family: original_layout(load_pipeline(folders[family])) for family in ("1.x", "xl")}
+
+
+@pytest.fixture
+def load(folders, weights, tmp_path):
+    """Write a single file with more tensors and metadata, and load it."""
+
+    def loaded(family="xl", markers=None, *, metadata=None, suffix=".safetensors", **options):
+        path = tmp_path / f"model{suffix}"
+        content = {**weights[family], **(markers or {})}
+        if suffix == ".ckpt":
+            torch.save({"state_dict": content}, path)
+        else:
+            from safetensors.torch import save_file
+
+            save_file(content, path, metadata=metadata)
+        return load_stable_diffusion(path, **{"config": folders[family], **options})
+
+    return loaded
 
 
 def load_pipeline(folder):

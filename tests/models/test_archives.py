@@ -34,7 +34,7 @@ def test_equal_to_torch(tmp_path: Path, zipped: bool, form: str) -> None:
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     theirs = torch.load(path, weights_only=True)
     theirs = theirs["state_dict"] if form == "inner" else theirs
-    ours = read_archive(path)
+    ours = read_archive(path).tensors
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name])

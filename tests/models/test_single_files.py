@@ -5,12 +5,10 @@ import types
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from odesolvers.models import StableDiffusion, load_stable_diffusion
 
 from .conftest import load_pipeline
-from .original_layout import original_layout
 from .pipelines import BETAS, noise, relative
 
 EMPTY = torch.tensor([])
@@ -23,27 +21,6 @@ PLAYGROUND = {
 
 def number(value):
     return torch.tensor(float(value))
-
-
-@pytest.fixture(scope="module")
-def weights(folders):
-    return {family: original_layout(load_pipeline(folders[family])) for family in ("1.x", "xl")}
-
-
-@pytest.fixture
-def load(folders, weights, tmp_path):
-    """Write a single file with more tensors and metadata, and load it."""
-
-    def loaded(family="xl", markers=None, *, metadata=None, suffix=".safetensors", **options):
-        path = tmp_path / f"model{suffix}"
-        content = {**weights[family], **(markers or {})}
-        if suffix == ".ckpt":
-            torch.save({"state_dict": content}, path)
-        else:
-            save_file(content, path, metadata=metadata)
-        return load_stable_diffusion(path, **{"config": folders[family], **options})
-
-    return loaded
 
 
 def scheduler_of(diffusers, name, **options):
@@ -176,7 +153,6 @@ def test_what_is_not_understood_is_refused(load, markers, metadata, message):
 def test_who_knows_better(load, diffusers):
     """An explicit prediction type or scheduler comes before the file."""
     assert load(markers=V, prediction_type="epsilon").prediction_type == "epsilon"
-    assert load(markers={"junk": EMPTY}, prediction_type="epsilon").prediction_type == "epsilon"
     flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     model = load(markers={**V, "flow": EMPTY}, scheduler=flow)
     assert model.prediction_type == "flow_prediction"

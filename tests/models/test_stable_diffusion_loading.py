@@ -215,7 +215,7 @@ def test_a_scheduler_that_does_not_say_what_the_network_predicts(folders, tmp_pa
     settings = json.loads(path.read_text()) | {"prediction_type": "v_prediction"}
     path.write_text(json.dumps(settings))
     silent = diffusers.EulerDiscreteScheduler(**BETAS)
-    with pytest.raises(ValueError, match=r"does not say .* says 'v_prediction': .*from_config"):
+    with pytest.raises(ValueError, match=r"does not say .* = 'v_prediction': .*from_config"):
         load_stable_diffusion(folder, scheduler=silent)
     made = diffusers.EulerDiscreteScheduler.from_config(settings)
     stated = diffusers.EulerDiscreteScheduler(**BETAS, prediction_type="epsilon")
