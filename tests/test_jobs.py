@@ -235,8 +235,18 @@ def test_verify_finds_another_picture_and_another_weight(pictures: Path, tmp_pat
     for settings in ({"pictures": 0}, {"pictures": -1}, {"tolerance": float("nan")}):
         with pytest.raises(ValueError, match="must be"):
             verify(folder, **settings)
-    shutil.copy(pictures / "1" / "01.png", pictures / "0" / "02.png")
-    assert "0/02.png is another picture now" in verify(folder, pictures=4)["faults"][0]
+    content = (pictures / "0" / "02.png").read_bytes()
+    with Image.open(pictures / "0" / "02.png") as old:
+        old.point(lambda value: value ^ 1).save(pictures / "0" / "02.png")
+    other = (pictures / "0" / "02.png").read_bytes()
+    (pictures / "0" / "02.png").write_bytes(other[: len(content)].ljust(len(content), b" "))
+    (pictures / "0" / "10.png").write_bytes(content + b" ")
+    (pictures / "1" / "07.png").unlink()
+    first, second, third = verify(folder, pictures=4)["faults"]
+    assert "shard 0: 0/02.png is another picture now than when the job ran" in first
+    assert "shard 1: 0/10.png was replaced since the job was begun: it had" in second
+    assert "shard 2: 1/07.png" in third
+    assert "No such file" in third
 
 
 def test_reading_back_as_a_data_set_and_as_arrays(pictures: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ def test_archives_hold_the_pictures_of_folders(pictures: Path, tmp_path: Path) -
             for path in sorted((pictures / part).iterdir()):
                 archive.add(path, path.name)
     (archives / "notes.md").write_text("no picture")
+    (pictures / "0" / "12.txt").write_text(" \n")  # is no prompt
     there, here = open_input(str(archives)), open_input(str(pictures))
     names = [entry.id for entry in there.entries()]
     assert names == [f"{k % 2}.tar/{k:02d}.png" for k in (*range(0, 13, 2), *range(1, 13, 2))]

@@ -88,13 +88,14 @@ def _back(runner: Runner, k: int, pictures: int, chance: random.Random) -> dict[
     size, names = runner.job.batch, [entry.id for entry in entries]
     batches = range(-(-len(entries) // size))
     chosen = chance.sample(batches, min(len(batches), -(-pictures // size)))
-    source, _ = runner.read(k)
+    source, failures = runner.read(k)
     places = {entry.id: place for place, entry in enumerate(source.entries)}
     errors: dict[str, float] = {}
     for batch in chosen:
         rows = list(range(batch * size, min((batch + 1) * size, len(entries))))
         if gone := [names[row] for row in rows if names[row] not in places]:
-            raise ValueError(f"{gone[0]} cannot be read from the input any more")
+            reason = dict(failures).get(gone[0], "is no element of this shard")
+            raise ValueError(f"{gone[0]} {reason}")
         reference = source[[places[names[row]] for row in rows]]
         for row, found in zip(rows, reference.hashes, strict=False):
             if notes["sha256"][row] != found:

@@ -118,7 +118,8 @@ class Pictures(Input):
                 if id.lower().endswith(ENDINGS):
                     pictures.append((id, (file, offset, size)))
                 elif id.lower().endswith(PROMPTS):
-                    prompt = self._bytes(file, offset, size).decode(errors="replace").strip()
+                    text = self._bytes(file, offset, size).decode(errors="replace")
+                    prompt = text.strip() or None
             yield from (Entry(id, place, prompt) for id, place in pictures)
 
 
@@ -149,8 +150,8 @@ class HuggingFace(Input):
     def entries(self) -> Iterator[Entry]:
         columns = self.data.select_columns([self.prompt] if self.prompt else [])
         for row in range(len(self.data)):
-            prompt = str(columns[row][self.prompt]) if self.prompt else None
-            yield Entry(f"row-{row:09d}", row, prompt)
+            prompt = columns[row][self.prompt] if self.prompt else None
+            yield Entry(f"row-{row:09d}", row, None if prompt is None else str(prompt))
 
     def read(self, entry: Entry) -> bytes:
         found = self.data[entry.place][self.image]
