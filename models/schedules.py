@@ -198,8 +198,7 @@ class SampledSchedule(Schedule):
                 "pass flow_sigmas(scheduler.sigmas) after scheduler.set_timesteps(n, mu=...)"
             )
         self.scheduler.set_timesteps(n)
-        # Two-stage schedulers list levels twice; a final sigma_min repeats the last.
-        visited = self.levels(torch.unique_consecutive(self.scheduler.sigmas.double()))
+        visited = self.levels(levels_visited(self.scheduler.sigmas)[0])
         if final == "first" and visited[-1] == 0:
             visited = visited[:-1]
         elif final == "zero" and visited[-1] > 0:
@@ -331,6 +330,16 @@ def schedule_of(scheduler: Any, prediction_type: str | None = None) -> Schedule:
         final="first" if ends_first else "zero",
         distilled=partial(_visited, scheduler) if name in DISTILLED else None,
     )
+
+
+def levels_visited(sigmas: Tensor) -> tuple[Tensor, bool]:
+    """The different levels in the `sigmas` of a scheduler, and whether the last one is repeated.
+
+    Schedulers of two stages list levels twice, and a final sigma_min repeats the last, to rounding.
+    """
+    levels = sigmas.double()
+    repeated = bool(levels[-1] >= (1 - 1e-6) * levels[-2])
+    return torch.unique_consecutive(levels[:-1] if repeated else levels), repeated
 
 
 def warn_of_first(n: int, timestep: int, count: int) -> None:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from odesolvers import BDIA, DDIM, StabilityWarning
+from odesolvers.models.schedules import DISCRETE
 from odesolvers.schedulers import InvertibleScheduler
 
-from .test_schedulers_settings import SD, Z, drive, relative
+from .test_schedulers_settings import SD, SOLVERS, Z, drive, relative
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:the code of a lone image")
 
@@ -32,6 +33,16 @@ def test_the_inverse_of_an_inverse_runs_all_steps(text, inverted):
     back = drive(once, first, 6)  # and after a run there is a pair to go on from
     assert relative(back, Z) < 1e-6
     assert relative(drive(once.inverse(), back, 6), first) < 1e-6
+
+
+@pytest.mark.parametrize("text", SOLVERS)
+def test_a_run_of_one_step_comes_back(text):
+    scheduler = InvertibleScheduler(text, **SD, timestep_spacing="trailing")
+    picture = drive(scheduler, Z.double(), 1)
+    up = scheduler.inverse()
+    again = drive(up, picture, 1)
+    assert relative(again, Z.double()) < 1e-9
+    assert relative(drive(up.inverse(), again, 1), picture) < 1e-9
 
 
 @pytest.mark.parametrize(
@@ -132,3 +143,31 @@ def test_solvers_with_uneven_steps_do_not_begin_in_the_middle():
     scheduler.set_begin_index(2 * scheduler.order)
     with pytest.raises(ValueError, match="equally many evaluations in every step"):
         scheduler.step(Z, scheduler.timesteps[2 * scheduler.order], Z)
+
+
+@pytest.mark.parametrize("name", sorted({*DISCRETE} - {"DDIMInverseScheduler"}))
+def test_settings_that_a_config_left_to_its_class_are_those_of_that_class(diffusers, name):
+    scheduler = getattr(diffusers, name)()  # whose config does not name it
+    read = InvertibleScheduler.from_config(scheduler.config)
+    assert torch.equal(read.alphas_cumprod, scheduler.alphas_cumprod)
+
+
+def test_a_last_level_that_is_repeated_to_rounding_is_one_level(diffusers):
+    base = diffusers.EDMDPMSolverMultistepScheduler(final_sigmas_type="sigma_min")
+    base.set_timesteps(6)
+    assert base.sigmas[-1] != base.sigmas[-2]
+    scheduler = InvertibleScheduler.from_config(base.config)
+    drive(scheduler, Z, 6)
+    assert torch.equal(scheduler.sigmas, base.sigmas[:-1].double())
+
+
+def test_an_inverse_scheduler_is_read_as_the_scheduler_that_it_inverts(diffusers):
+    settings = {**SD, "steps_offset": 1, "prediction_type": "v_prediction"}
+    pictures = [
+        drive(InvertibleScheduler.from_config(kind(**settings).config), Z, 6)
+        for kind in (
+            diffusers.DPMSolverMultistepScheduler,
+            diffusers.DPMSolverMultistepInverseScheduler,
+        )
+    ]
+    assert torch.equal(*pictures)

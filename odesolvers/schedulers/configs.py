@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 import diffusers
@@ -61,10 +61,18 @@ def class_name(config: Mapping[str, Any]) -> str | None:
     if "_class_name" in config:
         return str(config["_class_name"])
     settings = {"self", *(name for name in config if not name.startswith("_"))}
+    unset = {name: config[name] for name in config.get("_use_default_values", ()) if name in config}
+
+    def differing(name: str) -> int:
+        """The number of settings that were left out, and are another's defaults."""
+        own = _defaults(name)
+        return sum(own[key] != value for key, value in unset.items())
+
     known = sorted((*DISCRETE, *EDM, *FLOW), key=len)  # the inverse and parallel ones last
-    alike = (name for name in known if set(_parameters(name)) == settings)
-    return next(alike, None)
+    return min((n for n in known if _defaults(n).keys() == settings), key=differing, default=None)
 
 
-def _parameters(name: str) -> Iterable[str]:
-    return inspect.signature(getattr(diffusers, name).__init__).parameters
+def _defaults(name: str) -> dict[str, Any]:
+    """The parameters of the constructor of a class, with their defaults."""
+    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
+    return {key: parameter.default for key, parameter in parameters.items()}

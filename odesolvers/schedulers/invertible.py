@@ -95,6 +95,7 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         check_is(self.solver, Solver, "solver must be one such as BDIA(DDIM()), or its repr")
         if inverted:
             check_invertible(self.solver)
+        base = base.replace("Inverse", "")  # whose levels rise, for the same network
         self._base = getattr(diffusers, base)(**settings)
         self._schedule = schedule_of(self._base)
         own = {"solver": text, "base": base, "inverted": inverted, "state_dtype": state_dtype}
@@ -146,7 +147,7 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             self.config, inverted=not self.config["inverted"]
         )
         made.start = self.state
-        if made.start is not None:
+        if made.start is not None and made.start is self.start:
             index, steps = made.start.index, len(made.start.sigmas) - 1
             last = (0 if self.solver.coupled else 1) if made.config["inverted"] else steps
             if index == last:

@@ -13,6 +13,7 @@ from odesolvers.models.schedules import (
     FlowSchedule,
     SampledSchedule,
     Schedule,
+    levels_visited,
     warn_of_first,
 )
 
@@ -110,9 +111,8 @@ def grid_of(
     _check_list("timesteps", timesteps, schedule)
     _check_list("sigmas", sigmas, schedule)
     base.set_timesteps(n, device="cpu", **{k: v for k, v in given.items() if v is not None})
-    # Two-stage schedulers list levels twice; a final sigma_min may repeat the last one.
-    levels = torch.unique_consecutive(base.sigmas.double())
-    if n is not None and len(levels) - 1 < n - int(base.sigmas[-2] == base.sigmas[-1]):
+    levels, repeated = levels_visited(base.sigmas)
+    if n is not None and len(levels) - 1 < n - repeated:
         raise ValueError(
             f"{type(base).__name__} has {len(levels)} different levels for num_inference_steps = {n}: "
             "take fewer steps"
