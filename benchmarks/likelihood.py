@@ -6,11 +6,16 @@ to the truth, with its standard error. Evaluations, of each state, are calls of 
 vector-Jacobian products, though a product costs as much as one or two calls. At the evaluations of the
 bound, Hutchinson's estimator is run over `HeunEDM` on the same grid with the probes left for it,
 and with the steps and probes among `SPLITS` that come out best.
+
+Two more tables are of the solvers that likelihoods, bounds and weights may be computed over, on Gaussian
+data and on the mixture in 8 dimensions; ``python -m benchmarks.likelihood solvers`` writes them alone.
 """
 
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from typing import Final
 
 import torch
@@ -18,14 +23,26 @@ from torch import Tensor
 
 from odesolvers import (
     BDIA,
+    BELM,
+    DDIM,
+    EDICT,
+    RK4,
+    DampedStepRatio,
     Euler,
     HeunEDM,
+    HeunStepRatio,
+    McCallumFoster,
+    ReversibleHeun,
+    Rex,
+    StabilityWarning,
     StepRatio,
+    importance_samples,
     karras_sigmas,
     log_likelihood,
     log_likelihood_bound,
 )
-from odesolvers.models import GaussianMixture
+from odesolvers.extend import Solver
+from odesolvers.models import Gaussian, GaussianMixture
 
 from .common import TABLES, machine, table, write
 
@@ -107,6 +124,80 @@ class Measured:
         return (self.log_p - log_p) / (self.dimensions * math.log(2))
 
 
+ONE_STEP: Final[list[Solver]] = [Euler(), HeunEDM(), RK4()]
+INVERTIBLE: Final[list[Solver]] = [
+    BDIA(Euler(), StepRatio(1)),
+    BDIA(Euler()),
+    BDIA(RK4(), StepRatio(1)),
+    ReversibleHeun(),
+    McCallumFoster(HeunEDM()),
+    BDIA(DDIM()),
+    BDIA(DDIM(), 0.9),
+    BDIA(Euler(), DampedStepRatio()),
+    BELM(),
+    BDIA(HeunEDM(), HeunStepRatio()),
+    EDICT(),
+    Rex(Euler()),
+    Rex(RK4()),
+]
+NAMES: Final = {repr(BELM()): "BELM()"} | {repr(Rex(a)): f"Rex({a})" for a in (Euler(), RK4())}
+
+
+def of_one_gaussian() -> tuple[Gaussian, Tensor, Tensor]:
+    """As `problem`, of a Gaussian of deviation 0.5 in 8 dimensions."""
+    generator = torch.Generator().manual_seed(1)
+    true = torch.distributions.Normal(torch.tensor(0.0).double(), math.hypot(0.5, LOW))
+    x = true.scale * torch.randn(STATES, 8, generator=generator, dtype=torch.float64)
+    return Gaussian(0.0, 0.5), x, true.log_prob(x).sum(1)
+
+
+def shown(value: Tensor) -> str:
+    """A figure with as many digits as fit a column."""
+    one = round(float(value), 3) + 0.0  # no -0.000
+    return f"{one:.3f}" if one < 10 else f"{one:.0f}" if one < 1000 else f"{one:.0e}"
+
+
+@torch.no_grad()
+def solvers() -> None:
+    """Print and write what likelihoods, bounds and weights are worth over each solver."""
+    problems = [(*of_one_gaussian(), 0.5), (*problem(8), DATA_STD)]
+    divergence, bounds = [], []
+    for solver in [*ONE_STEP, *INVERTIBLE]:
+        cells, bound_cells = [f"`{NAMES.get(repr(solver), repr(solver))}`"], []
+        for denoiser, x, true, _ in problems:
+            for steps in (10, 20, 40, 160):
+                found = log_likelihood(denoiser, x, grid(steps), solver=solver, probes=None)
+                cells.append(shown((true - found.log_p).abs().mean() / (8 * math.log(2))))
+        divergence.append(cells)
+        print(cells, flush=True)
+        if solver in ONE_STEP:
+            continue
+        for denoiser, x, true, std in problems:
+            for steps in (20, 160):
+                options = {"samples": 16, "data_std": std}
+                generator = torch.Generator().manual_seed(2)
+                bound = log_likelihood_bound(
+                    solver, denoiser, x, grid(steps), generator=generator, **options
+                )
+                bound_cells.append(shown((true - bound.log_p).mean() / (8 * math.log(2))))
+        gaussian, x, _, std = problems[0]
+        true = torch.distributions.Normal(0.0, math.hypot(std, LOW))
+        for dimensions in (2, 8):
+            noise = torch.randn(4096, dimensions, generator=torch.Generator().manual_seed(3))
+            data, q = importance_samples(
+                solver, gaussian, 80.0 * noise.double(), grid(20), samples=1, data_std=std
+            )
+            log_w = true.log_prob(data).sum(1) - q.log_p
+            effective = torch.exp(2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0))
+            bound_cells.append(f"{effective / len(data):.2f}")
+        bounds.append([cells[0], *bound_cells])
+        print(bounds[-1], flush=True)
+    header = ["solver", "Gaussian, 10", "20", "40", "160", "mixture, 10", "20", "40", "160"]
+    write(TABLES / "likelihood_solvers.md", f"{table(header, divergence, words=(0,))}\n")
+    header = ["solver", "Gaussian, 20", "160", "mixture, 20", "160", "share, dim 2", "dim 8"]
+    write(TABLES / "likelihood_bounds.md", f"{table(header, bounds, words=(0,))}\n")
+
+
 def main() -> None:
     """Print the table, and write it to ``docs/tables/likelihood.md``."""
     rows = []
@@ -147,4 +238,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    warnings.simplefilter("ignore", StabilityWarning)  # of what is to be shown
+    solvers()
+    if sys.argv[1:] != ["solvers"]:
+        main()

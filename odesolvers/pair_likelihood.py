@@ -211,7 +211,7 @@ class _PairModel(_Pairs):
         if solver.states == 1 or solver.iterative or solver.arithmetic.exact:
             raise ValueError(
                 f"the bound needs a bijection of pairs of states in floating point, got {solver}: take "
-                "BDIA(Euler(), StepRatio(1)) or ReversibleHeun()"
+                "BDIA(Euler(), StepRatio(1))"
             )
         jitter = positive("jitter", number("jitter", jitter))
         std = positive("data_std", number("data_std", data_std))
@@ -244,7 +244,7 @@ class _PairModel(_Pairs):
                 f"sample, even where the data are Gaussian of deviation {std:g}: over the "
                 f"{self.grid.steps} steps of this grid {solver!s:.80} leads pairs to others than those "
                 "of the prior. Importance weights are of hardly any use. Take "
-                "BDIA(Euler(), StepRatio(1)) or ReversibleHeun(), and the default jitter",
+                "BDIA(Euler(), StepRatio(1)), and the default jitter",
                 StabilityWarning,
                 stacklevel=3,
             )

@@ -31,7 +31,7 @@ from odesolvers import (
 )
 from odesolvers.extend import Solver
 
-from . import test_approximators, test_belm, test_coupled
+from . import test_approximators, test_belm, test_coupled, test_mali
 from .contract import InvertibleContract
 from .problems import noise, relative_error
 
@@ -40,7 +40,7 @@ SIGMAS = karras_sigmas(7, 0.1, 5.0, append_zero=False)
 
 def exact_solvers() -> list[Solver]:
     """Those of every class of the contract, and some with weights that change along the grid."""
-    modules = test_approximators, test_belm, test_coupled  # where they are
+    modules = test_approximators, test_belm, test_coupled, test_mali  # where they are
     classes = [c for m in modules for c in vars(m).values() if isinstance(c, type)]
     held = [c.solver for c in classes if issubclass(c, InvertibleContract) and hasattr(c, "solver")]
     more = [
