@@ -14,6 +14,7 @@ from .grids import Grid, Sigmas
 from .propagation import LinearRun
 from .solver import Solver
 from .trust import ENCODING_LIMIT, ROUND_TRIP_LIMIT, roundoff
+from .values import number
 
 STD_LIMIT: Final = 0.1
 """The largest deviation from 1 of a code's standard deviation, relative to that of the true code."""
@@ -155,6 +156,7 @@ def stability_report(solver: Solver, sigmas: Sigmas, *, data_std: float = 0.5) -
         ValueError: if `data_std` or the grid is not usable, or a step of the solver cannot be undone.
     """
     grid = Grid.of(sigmas)
+    data_std = number("data_std", data_std)
     if not (math.isfinite(data_std) and data_std > 0):
         raise ValueError(f"data_std must be a positive number, got {data_std}")
     check_is(solver, Solver, "stability_report is for solvers that can be inverted")
@@ -171,13 +173,13 @@ def stability_report(solver: Solver, sigmas: Sigmas, *, data_std: float = 0.5) -
                 "the weight g = 0; stability_report is for gamma in (0, 1] or a rule such as "
                 "StepRatio(1)"
             )
-    run = LinearRun.of(solver, plan, grid, grid.steps, float(data_std))
+    run = LinearRun.of(solver, plan, grid, grid.steps, data_std)
     exact, known = solver.arithmetic.exact, solver.encoding_error(grid)
     return StabilityReport(
         solver=repr(solver),
         steps=grid.steps,
         sigmas=(grid.levels[0], grid.levels[-1]),
-        data_std=float(data_std),
+        data_std=data_std,
         amplification_sampling=run.amplification_down(0.0),
         amplification_inverting=run.amplification_up(0.0),
         amplification_sampling_vp=run.amplification_down(1.0),

@@ -34,6 +34,7 @@ from odesolvers import (
     karras_sigmas,
     polyexponential_sigmas,
     sigmas_from_alphas_cumprod,
+    stability_report,
     vp_sigmas,
 )
 from odesolvers.models import ClassifierFreeGuidance, flow_sigmas, flow_times
@@ -77,6 +78,7 @@ OF_LEVELS: list[Callable[[Any], object]] = [
     lambda number: karras_sigmas(4, sigma_max=number),
     lambda number: sigmas_from_alphas_cumprod([0.9, number], [1, 0]),
     lambda number: flow_sigmas([number, 0.0]),
+    lambda number: stability_report(BDIA(Euler()), karras_sigmas(4), data_std=number),
 ]
 TRACKED = torch.tensor(0.75, dtype=torch.float64, requires_grad=True)
 
