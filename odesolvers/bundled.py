@@ -187,7 +187,8 @@ def _emoji_label(prompt: str) -> Tensor:
     style, tones = [w for w in more if w in STYLES], [w for w in more if w in TONES]
     subgroups = [name for names in emoji_groups().values() for name in names]
     if subgroup not in subgroups or len(style) > 1 or len(style) + len(tones) < len(more):
-        near = difflib.get_close_matches(subgroup, subgroups, n=1, cutoff=0.4)
+        near = [name for name in subgroups if subgroup and name.startswith(subgroup)]
+        near = near or difflib.get_close_matches(subgroup, subgroups, n=1, cutoff=0.4)
         guess = f"; did you mean {near[0]!r}?" if near and near[0] != subgroup else ";"
         raise ValueError(
             f"prompts of this model are subgroups of emoji such as cat-face, and after commas a style "

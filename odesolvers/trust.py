@@ -59,6 +59,8 @@ def warn_of_samples(solver: Any, error: float, steps: int) -> None:
         + (
             "BDIA"
             if solver.coupled
+            else "another rule: DampedStepRatio(), over two-stage methods HeunStepRatio()"
+            if _is_plain(solver)
             else "another rule: StepRatio(1), over two-stage methods HeunStepRatio()"
         ),
         StabilityWarning,
@@ -91,6 +93,8 @@ def warn_before_inverting(
         remedy = (
             "more and shorter steps, a grid that ends above 0, or BDIA with StepRatio(1)"
             if solver.coupled
+            else "more and shorter steps, or a grid that ends above 0"
+            if _is_plain(solver)
             else "StepRatio(1), a gamma nearer to 1 or more even steps"
         )
         _warn(
@@ -102,11 +106,17 @@ def warn_before_inverting(
     if not lone and not rounded <= ROUND_TRIP_LIMIT:
         double = error * roundoff(torch.float64)
         remedy = "a float64 state or " if double <= ROUND_TRIP_LIMIT else ""
+        rule = "" if _is_plain(solver) else ", or StepRatio(1) or a gamma nearer to 1"
         _warn(
             f"this inversion is expected to be off by {rounded:.2g} times the size of the state it came "
             f"from: {solver!s:.80} amplifies the rounding of {dtype} {over}. Use {remedy}"
-            "arithmetic=FixedPoint(), or StepRatio(1) or a gamma nearer to 1"
+            f"arithmetic=FixedPoint(){rule}"
         )
+
+
+def _is_plain(solver: Any) -> bool:
+    """Whether the weights are those of StepRatio(1), which cannot be recommended to it."""
+    return repr(getattr(solver, "gamma", None)) == "StepRatio()"
 
 
 def _warn(text: str, kind: type[Warning] = InversionWarning) -> None:

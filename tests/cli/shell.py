@@ -15,11 +15,11 @@ DIGITS = " --model digits --steps 6"
 
 
 class Shell:
-    """Runs commands in this process; `error` is the stderr of the last one."""
+    """Runs commands in this process; `error` is the stderr of the last one, `said` its stdout."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self.capsys = capsys
-        self.error = ""
+        self.error = self.said = ""
 
     def run(self, command: str) -> str:
         """The output of a command that has to succeed."""

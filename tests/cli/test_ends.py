@@ -299,6 +299,44 @@ def test_a_signal_during_the_imports_is_one_line(number: int) -> None:
     assert (ended.stdout, ended.returncode) == ("", 128 + number)
 
 
+AS_A_MODULE = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["AT"]:
+            os.kill(os.getpid(), int(os.environ["NUMBER"]))
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.usefixtures("_handlers")
+@pytest.mark.parametrize("options", [["-m", "odesolvers"], ["-modesolvers", "list"]])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "at", ["torch", "odesolvers.solver", "odesolvers.cli", "odesolvers.cli.parser"]
+)
+def test_a_signal_during_the_imports_of_the_module(
+    tmp_path: Path, options: list[str], number: int, at: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(AS_A_MODULE)
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONPATH": paths, "AT": at, "NUMBER": str(int(number))}
+    ended = subprocess.run([sys.executable, *options], capture_output=True, text=True, env=env)
+    assert ended.stderr == "Interrupted before the start; nothing is written.\n"
+    assert (ended.stdout, ended.returncode) == ("", 128 + number)
+
+
+def test_modules_that_import_the_package_keep_their_handlers(tmp_path: Path) -> None:
+    """Also while they are run by `python -m` themselves, with any arguments."""
+    (tmp_path / "another").mkdir()
+    code = "import signal, odesolvers; print(signal.getsignal(signal.SIGTERM))"
+    (tmp_path / "another" / "__init__.py").write_text(code)
+    (tmp_path / "another" / "__main__.py").touch()
+    command = [sys.executable, "-m", "another", "-m", "odesolvers"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.stdout.strip() == "0", ended.stderr  # SIG_DFL
+
+
 def test_a_signal_that_the_caller_ignores_is_ignored() -> None:
     code = "import signal, odesolvers_command as o; print(o._is_heard(signal.SIGINT))"
     for handler, heard in ((signal.SIG_IGN, "False"), (signal.SIG_DFL, "True")):
