@@ -1,8 +1,7 @@
 """A network of emoji in the package, its labels, and drawings that it has not seen.
 
-Its training is not finished: samples have the colours and outlines of emoji, and no details yet. It is
-not among the models of the command line before it is; ``python -m benchmarks.emoji.train --start`` goes
-on from the weights here.
+Its training is not finished: samples have the colours and outlines of emoji, and no details yet;
+``python -m benchmarks.emoji.train --start`` goes on from the weights here.
 """
 
 from .labels import STYLES, TONES, emoji_groups, emoji_labels

@@ -173,7 +173,8 @@ def watermark_detect(args: Namespace) -> None:
         code = setup.solver.invert(setup.model.denoiser, one.x, setup.sigmas, extra_args=extra).x
         found = matches(code, args.key)
         agree = f"{found.agreeing.item()} of {found.elements} signs agree"
-        say(f"{one.item.name}: {agree}, p = 10^{found.log10_p_value.item():.1f}")
+        name = one.item.path.name if one.item.path else one.item.name
+        say(f"{name}: {agree}, p = 10^{found.log10_p_value.item():.1f}")
     task.end()
 
 
