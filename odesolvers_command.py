@@ -14,11 +14,17 @@ from types import FrameType
 from typing import NoReturn
 
 
+def hear_early() -> None:
+    """Lets SIGINT and SIGTERM end the process with one line while modules are imported."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if _is_heard(number):
+            signal.signal(number, _leave)
+
+
 def main() -> None:
     """Runs `odesolvers.cli.main` so that SIGINT and SIGTERM end it with one line at any time."""
-    signals = [number for number in (signal.SIGINT, signal.SIGTERM) if _is_heard(number)]
-    for number in signals:
-        signal.signal(number, _leave)
+    hear_early()
+    signals = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is _leave]
     from odesolvers import cli
 
     with suppress(Exception):  # the command meets it again, and says what it is

@@ -4,7 +4,14 @@
 and `side_information_bound` can be imported too; few users type them.
 """
 
+import sys
 from pathlib import Path
+
+# `python -m odesolvers` imports this file first, and what follows takes seconds.
+if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] in ("odesolvers", "-modesolvers"):
+    import odesolvers_command
+
+    odesolvers_command.hear_early()
 
 from .adaptive import adaptive_sigmas
 from .approximators import (

@@ -310,10 +310,13 @@ sys.meta_path.insert(0, Finder())
 
 
 @pytest.mark.usefixtures("_handlers")
-@pytest.mark.parametrize("options", [["-m", "odesolvers"], ["-modesolvers", "list"]])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    "at", ["torch", "odesolvers.solver", "odesolvers.cli", "odesolvers.cli.parser"]
+    ("options", "number", "at"),
+    [
+        (["-m", "odesolvers"], signal.SIGINT, "torch"),
+        (["-modesolvers", "list"], signal.SIGTERM, "odesolvers.solver"),
+        (["-m", "odesolvers", "list"], signal.SIGINT, "odesolvers.cli.parser"),
+    ],
 )
 def test_a_signal_during_the_imports_of_the_module(
     tmp_path: Path, options: list[str], number: int, at: str
