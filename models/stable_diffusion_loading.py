@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import tempfile
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,7 +89,7 @@ def load_stable_diffusion(
     if not path.exists():
         path = _download(source, variant)
     try:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, _quiet():
             clean = Path(folder)
             if path.is_file():
                 pipeline = _from_single_file(
@@ -114,7 +116,7 @@ def load_stable_diffusion(
         raise ValueError(
             f"{source} could not be read as a Stable Diffusion checkpoint: "
             f"{shown(str(error), MESSAGE)}"
-        ) from error
+        ) from _printable(error)
     return model.to(device)
 
 
@@ -145,11 +147,13 @@ def _download(source: str, variant: str | None, *, weights: bool = True) -> Path
     except Exception as error:  # many types, of the hub and of the connection
         if type(error) is ValueError:  # ours: those of the hub are of other classes
             raise ValueError(
-                f"{source} could not be read as a Stable Diffusion checkpoint: {error}"
-            ) from error
+                f"{source} could not be read as a Stable Diffusion checkpoint: "
+                f"{shown(str(error), MESSAGE)}"
+            ) from _printable(error)
         raise FileNotFoundError(
-            f"{source} is no local path, and the Hugging Face hub did not provide it: {error}"
-        ) from error
+            f"{source} is no local path, and the Hugging Face hub did not provide it: "
+            f"{shown(str(error), MESSAGE)}"
+        ) from _printable(error)
     return folder
 
 
@@ -254,6 +258,29 @@ def _lacks_weights(diffusers: Any, name: str, path: Path, options: dict[str, str
     except NotImplementedError:
         return True
     return False
+
+
+def _printable(error: Exception) -> Exception | None:
+    """An exception as the cause of another, unless a traceback of it would print control characters."""
+    text = "".join(traceback.format_exception(error))
+    return error if all(c.isprintable() or c in "\n\t" for c in text) else None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what the libraries log, which has names from the file, control characters included.
+
+    Whatever is wrong with the weights is an error here.
+    """
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextlib.contextmanager

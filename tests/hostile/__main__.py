@@ -8,7 +8,6 @@ python -m tests.hostile check ...          either in a child process, with a sum
 from __future__ import annotations
 
 import itertools
-import logging
 import random
 import sys
 import tempfile
@@ -59,7 +58,6 @@ def warm_up(kinds: set[str]) -> None:
 
 def main(kind: str, number: str, *rest: str) -> None:
     """Read the files, but for those to skip."""
-    logging.disable()
     warnings.simplefilter("ignore")
     skip = next((int(word[7:]) for word in rest if word.startswith("--skip=")), 0)
     if kind == "fuzz":

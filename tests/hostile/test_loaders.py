@@ -83,6 +83,20 @@ def shouts(path: Path) -> object:
     raise ValueError("\x1b[2J")
 
 
+def prints(path: Path) -> object:
+    os.write(1, b"Ignored\n")
+    raise ValueError("it is damaged")
+
+
+def logs(path: Path) -> object:
+    print("LOAD REPORT: \x1b[2J", file=sys.stderr)
+    raise ValueError("it is damaged")
+
+
+def mutters(path: Path) -> object:
+    raise ValueError("it is damaged") from OSError("\x1b[2J")
+
+
 BROKEN: dict[Callable[[Path], object], str] = {
     loads: "loaded",
     runs: "ran something",
@@ -90,7 +104,10 @@ BROKEN: dict[Callable[[Path], object], str] = {
     asks: "ran something",
     grows: "MB beyond its size",
     raises: "KeyError",
-    shouts: "message of 4 characters",
+    shouts: "a traceback that prints",
+    prints: "printed 'Ignored",
+    logs: "printed 'LOAD REPORT",
+    mutters: "a traceback that prints",
 }
 
 WATCH = """

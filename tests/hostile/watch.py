@@ -1,7 +1,7 @@
 """Reads hostile files in a process of its own, and reports what broke a promise.
 
-The promises: nothing runs, is imported, asked, sent or written; a load takes at most `SECONDS`, and
-`MEGABYTES` beyond the size of its file; it returns, or raises what its docstring says, in a short
+The promises: nothing runs, is imported, asked, sent, written or printed; a load takes at most `SECONDS`,
+and `MEGABYTES` beyond the size of its file; it returns, or raises what its docstring says, in a short
 printable message.
 """
 
@@ -16,7 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,6 +127,34 @@ def watched(cases: Iterable[Case], loaders: dict[str, Loader]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def _printed() -> Iterator[list[str]]:
+    """Collects what reaches the terminal: any output, and control characters in the output of errors.
+
+    Progress bars of the libraries, on the error output, are let through.
+    """
+    found: list[str] = []
+    kept = [os.dup(number) for number in (1, 2)]
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        sys.stdout.flush()
+        for number, file in ((1, output), (2, errors)):
+            os.dup2(file.fileno(), number)
+        try:
+            yield found
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, file in zip((1, 2), kept, strict=True):
+                os.dup2(file, number)
+                os.close(file)
+            for file in (output, errors):
+                file.seek(0)
+                text = file.read().decode(errors="replace")
+                odd = any(not c.isprintable() and c not in "\r\n\t" for c in text)
+                if odd or (text and file is output):
+                    found.append(text)
+
+
 def _read(path: Path, loader: Loader, watch: Watch) -> tuple[str, float, float]:
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
     size, before = size_of(path) if path.exists() else 0.0, memory("VmRSS")
@@ -132,15 +162,21 @@ def _read(path: Path, loader: Loader, watch: Watch) -> tuple[str, float, float]:
     signal.setitimer(signal.ITIMER_REAL, ALARM)  # kills the process, even in C
     watch.on = True
     try:
-        loader.load(path)
+        with _printed() as printed:
+            loader.load(path)
     except loader.promised as error:
         outcome, message = "refused", str(error).replace(str(path), "")
         if len(message) > LETTERS or not message.isprintable():
             outcome = f"message of {len(message)} characters: {message!r:.200}"
+        odd = {c for c in "".join(traceback.format_exception(error)) if not c.isprintable()}
+        if odd - set("\n\t"):
+            outcome = f"a traceback that prints {sorted(odd)!r:.100}"
     except BaseException as error:
         outcome = f"{type(error).__name__}: {error!s:.300}"
     watch.on = False
     signal.setitimer(signal.ITIMER_REAL, 0)
+    if printed:
+        outcome = f"printed {printed[0]!r:.200}"
     seconds, growth = time.process_time() - start, memory("VmHWM") - before - size
     if seconds > SECONDS:
         outcome = f"took {seconds:.1f} s"
