@@ -74,8 +74,8 @@ class Model:
         scale = self.scale(scale, *prompts)
         if scale != 1 and target.keys() != away.keys():
             raise ValueError(
-                "guidance leads away from no prompt, which this model does not have: leave --guidance "
-                "at 1, or name a prompt to lead away from by --negative"
+                "guidance leads away from no prompt, which this model does not have: leave guidance "
+                "at 1, or give a negative prompt to lead away from"
             )
         return guide(self.denoiser, scale, target, away)
 

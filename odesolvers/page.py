@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .editing import Arguments, edit
-from .opening import BUNDLED, Model, open_model, solver_of
+from .bundled import BUNDLED, Model
+from .editing import edit
+from .opening import open_model, solver_of
 from .pictures import noise_in_view, read_images, to_picture
 from .state import Solution
 
@@ -37,7 +38,7 @@ def compare(
         prompt: what the picture shows, or None.
         target: the prompt of the edit, or None.
         steps: of the grid.
-        guidance: the scale of the edit and of the reconstruction; the inversion is unguided.
+        guidance: the scale of the edit; the inversion and the way back are unguided.
         strength: see `edit`.
 
     Returns:
@@ -46,23 +47,13 @@ def compare(
     sigmas = model.sigmas(steps, None, {})
     last = float(sigmas[-1])
     x = model.enter(picture, last, model.dtype)
-    source: Arguments = model.arguments([prompt])
-    options: Any = {"source": source, "strength": strength}
+    conditions = model.edited(prompt, target, guidance if target else None, None)
     found = {}
     for name, short in SOLVERS.items():
         solver = solver_of(short, model.method, sigmas)
-        edited = edit(
-            solver,
-            model.denoiser,
-            x,
-            sigmas,
-            target=model.arguments([target]),
-            guidance=model.scale(guidance, target),
-            negative=model.arguments([None]),
-            **options,
-        )
+        edited = edit(solver, model.denoiser, x, sigmas, **conditions, strength=strength)
         state = edited.code.state.fork()
-        back = solver.sample(model.denoiser, state, sigmas, extra_args=source).x
+        back = solver.sample(model.denoiser, state, sigmas, extra_args=conditions["source"]).x
         code, level = edited.code.x, _level(edited.code)
         error = float((back - x).double().norm() / x.double().norm())
         std = float(code.double().std()) / model.deviation(level)

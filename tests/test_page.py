@@ -107,4 +107,8 @@ def test_the_page_in_a_browser(address: str, tmp_path: Path) -> None:
         drawn = "src => document.querySelector('img').src != src"
         tab.wait_for_function(drawn, arg=before, timeout=60_000)
         tab.wait_for_function("() => document.querySelector('img').naturalWidth == 200")
+        tab.get_by_label("number input for Guidance").fill("3")
+        tab.wait_for_timeout(500)
+        tab.get_by_role("button", name="Draw a picture of the prompt").click()
+        tab.get_by_text("guidance leads away from no prompt").first.wait_for(timeout=30_000)
         browser.close()
