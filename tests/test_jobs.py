@@ -365,7 +365,7 @@ def test_all_elements_have_one_guidance_whoever_runs_beside_them(
 ) -> None:
     """Some batches have no prompt: both ways back must be under the guidance of the way there."""
     model = replace(opened(), guidance=3.0)
-    described = job(pictures, "roundtrip")
+    described = job(pictures, "roundtrip", negative="2")
     described.prepare(tmp_path / "out", model)
     work(tmp_path / "out", model=model)
     assert report(tmp_path / "out")["errors"]["exact"] == 13

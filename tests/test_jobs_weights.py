@@ -126,6 +126,8 @@ def test_calls_and_devices_change_nothing_and_dtypes_do() -> None:
     before = fingerprint(model.denoiser)
     model.denoiser(torch.zeros(2, 3, 5, 5), torch.ones(2), class_labels=torch.zeros(2))
     assert fingerprint(model.denoiser) == before
+    weight = torch.ones(2, 3)
+    assert fingerprint(Held(weight)) != fingerprint(Held(weight.T.contiguous()))
     network = nn.Linear(3, 2)
     assert fingerprint(network.to(torch.float16)) != fingerprint(network.to(torch.bfloat16))
 
