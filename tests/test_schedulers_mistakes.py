@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from odesolvers import BDIA, DDIM, StabilityWarning
+from odesolvers import BDIA, DDIM, InversionWarning, StabilityWarning
 from odesolvers.models.schedules import DISCRETE
 from odesolvers.schedulers import InvertibleScheduler
 
@@ -171,3 +171,20 @@ def test_an_inverse_scheduler_is_read_as_the_scheduler_that_it_inverts(diffusers
         )
     ]
     assert torch.equal(*pictures)
+
+
+def test_a_learned_variance_is_left_out(diffusers):
+    base = diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False)
+    scheduler = InvertibleScheduler.from_config(base.config)
+    output = torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(2))
+    scheduler.set_timesteps(5)
+    t = scheduler.timesteps[0]
+    mine = scheduler.step(output, t, Z).pred_original_sample
+    assert relative(mine, base.step(output, t, Z).pred_original_sample) < 1e-5
+
+
+def test_noise_in_a_picture_that_is_inverted_is_warned_of():
+    scheduler = InvertibleScheduler(**SD, inverted=True)
+    scheduler.set_timesteps(5)
+    with pytest.warns(InversionWarning, match="noise is added to a picture under an inverted"):
+        scheduler.add_noise(Z, Z, scheduler.timesteps[:1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,15 +23,10 @@ from ..run import Run
 from ..solver import Solver
 from ..state import State
 from ..stepwise import Outputs, Route, check_invertible
-from ..trust import (
-    SAMPLING_LIMIT,
-    InversionWarning,
-    warn_before_inverting,
-    warn_of_samples,
-)
+from ..trust import SAMPLING_LIMIT, warn_before_inverting, warn_of_samples
 from .configs import OWN, read_config
 from .levels import calls_at, grid_of, latent_scale
-from .places import Place, warn_of_size
+from .places import Place, warn_of_added_noise, warn_of_another_pair, warn_of_size
 
 
 class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
@@ -242,7 +236,8 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """Takes the output of one evaluation, and returns the latents of the next.
 
         Args:
-            model_output: the output of the network, shape ``(B, ...)``.
+            model_output: the output of the network, shape ``(B, ...)``; if the config has a learned
+                `variance_type`, with twice the channels.
             timestep: its noise input, which says where a run begins.
             sample: the latents, shape ``(B, ...)``.
             return_dict: return a `DDIMSchedulerOutput` in place of a tuple.
@@ -259,6 +254,8 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         at = self._place or self._first(timestep, sample)
         if at.call == len(self._calls):
             raise ValueError("the run is over: set_timesteps begins another")
+        if str(self.config.get("variance_type")).startswith("learned"):
+            model_output = model_output[:, : sample.shape[1]]
         if model_output.shape != sample.shape:
             raise ValueError(
                 f"the network returned the shape {tuple(model_output.shape)} for latents of "
@@ -266,7 +263,8 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             )
         call, route, arithmetic = self._calls[at.call], self._route, self.solver.arithmetic
         leg, pair, (state, point) = at.leg, at.pair, self._taken(at, sample)
-        denoised = (point * call.skip).add_(model_output.to(point.dtype), alpha=call.out)
+        denoised = model_output.to(point.dtype, copy=True).mul_(call.out)
+        denoised.add_(point, alpha=call.skip)
         if arithmetic.exact and not is_finite(denoised):
             raise FloatingPointError(
                 f"the output of the network is not finite {place(call.sigma, at.call)}; {OVERFLOW}"
@@ -292,6 +290,8 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Latents with noise of the levels of some of `timesteps`, one for each element of the batch."""
+        if self.config["inverted"]:
+            warn_of_added_noise()
         found = [self._find(t)[0] for t in timesteps.tolist()]
         calls = [self._calls[k] for k in found]
         factors = [(call.scale, call.scale * call.sigma) for call in calls]
@@ -361,12 +361,7 @@ class InvertibleScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         x = self.solver.arithmetic.load(stored, dtype)
         if torch.equal((x * scale).to(sample.dtype), sample):
             return pair
-        warnings.warn(
-            "these latents are not of the pair that the scheduler holds: the run begins with them alone "
-            "and does not retrace the one that made the pair; scheduler.start = None if that is meant",
-            InversionWarning,
-            stacklevel=5,
-        )
+        warn_of_another_pair()
         return None
 
     def _taken(self, at: Place, sample: Tensor) -> tuple[State, Tensor]:

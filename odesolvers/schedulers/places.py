@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..state import State
 from ..stepwise import Outputs
-from ..trust import StabilityWarning
+from ..trust import InversionWarning, StabilityWarning
 
 NOISE: Final = (0.3, 3.0)
 """Bounds of the root mean square of latents that may be standard normal noise."""
@@ -52,3 +52,24 @@ def warn_of_size(latents: Tensor) -> None:
             StabilityWarning,
             stacklevel=5,
         )
+
+
+def warn_of_another_pair() -> None:
+    """Warns that a run begins with other latents than those of the pair that the scheduler holds."""
+    warnings.warn(
+        "these latents are not of the pair that the scheduler holds: the run begins with them alone "
+        "and does not retrace the one that made the pair; scheduler.start = None if that is meant",
+        InversionWarning,
+        stacklevel=6,
+    )
+
+
+def warn_of_added_noise() -> None:
+    """Warns that the picture with which an inverted run begins gets noise."""
+    warnings.warn(
+        "noise is added to a picture under an inverted scheduler, whose runs begin with the picture "
+        "itself: give its latents to a text-to-image pipeline, latents=..., and no picture to one of "
+        "image to image or inpainting",
+        InversionWarning,
+        stacklevel=3,
+    )
