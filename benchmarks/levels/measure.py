@@ -48,12 +48,9 @@ def training(problem: Problem, states: int = STATES) -> tuple[Tensor, dict[str, 
     return x, {name: value[: len(x)] for name, value in problem.arguments().items()}
 
 
-def limits(problem: Problem, levels: bool) -> dict[str, int]:
-    """The limits of a calibration: its own, and for networks, whose calls are dear, lower ones."""
-    if problem.dtype == torch.float64:
-        return {"reference_steps": FINE}
-    runs = problem.calibration_runs
-    return {"reference_steps": FINE // 2, "max_runs": 3 * runs if levels else runs}
+def limits(problem: Problem) -> dict[str, int]:
+    """The limits of a calibration: its own; networks, whose calls are dear, get a coarser reference."""
+    return {"reference_steps": FINE if problem.dtype == torch.float64 else FINE // 2}
 
 
 def geometric(errors: Tensor) -> float:
@@ -101,7 +98,7 @@ def learned(
             problem.sigmas(steps),
             levels=levels,
             extra_args=args,
-            **limits(problem, levels),
+            **limits(problem),
         )
         report = rule.report
         assert report is not None
