@@ -205,7 +205,7 @@ class Task:
         picture = fitted(found, shape, fit, path)
         if fit == "crop" and not self._cropped and not proportional(size, shape[1:]):
             self._cropped = True  # said once
-            where = f"{path} is {width} x {height} pixels: its centre is taken, as of others"
+            where = f"{path} is {width} x {height} pixels: the centre of such pictures is taken"
             tqdm.write(f"{where}; --fit pad takes all", file=sys.stderr)
         return picture, size
 
