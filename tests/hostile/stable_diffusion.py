@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load as load_bytes
 
 from odesolvers.models import load_stable_diffusion, save_tiny_stable_diffusion
 
@@ -225,7 +226,48 @@ def stable_diffusion() -> Iterator[Case]:
             {"state_dict": {"model.diffusion_model.a": Bomb()}},
         ):
             yield Case("sd: pickled command", "sd", pickled("a.ckpt", what, zipped))
+    yield from loud()
 
+
+CONTROL = "\x1b[2J\x1b]0;evil\x07"
+
+
+def loud() -> Iterator[Case]:
+    """Names that are control characters, and tokens of which the libraries have something to say."""
+    for whole in STEMS:
+        weights = load_bytes((home() / "folder" / whole).read_bytes())
+        first, *_ = sorted(weights)
+        for label, bad in (
+            ("added", weights | {CONTROL: torch.ones(2)}),
+            ("renamed", {CONTROL if n == first else n: w for n, w in weights.items()}),
+            ("twice", weights | {f"text_model.{first}": weights[first].clone()}),
+            ("many", weights | {f"{CONTROL}{k}": torch.ones(1) for k in range(100)}),
+        ):
+            yield folder(f"{whole} loud, {label}", written(whole, saved(bad)))
+    weights = load_bytes((home() / "a.safetensors").read_bytes())
+    for name in (
+        "",
+        "model.diffusion_model.",
+        "first_stage_model.",
+        "cond_stage_model.",
+        "v_pred.",
+    ):
+        data = saved(weights | {name + CONTROL: torch.ones(2)})
+        yield file("sd", f"single file loud, {name}", "a.safetensors", data)
+    token = {"__type": CONTROL, "content": "<|endoftext|>", "special": True, CONTROL: CONTROL}
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        for key in ("bos_token", "eos_token", "unk_token", "pad_token", CONTROL):
+            for value in (token, token | {"content": CONTROL}, CONTROL, "", 7):
+                path = f"tokenizer/{name}"
+                old = content(path) if (home() / "folder" / path).exists() else {}
+                yield folder(f"{name} {key!a} = {value!a:.30}", written(path, old | {key: value}))
+
+
+STEMS = (
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+)
 
 ADAPTER = {
     "base_model_name_or_path": "../../evil",
