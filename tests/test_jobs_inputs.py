@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+import tracemalloc
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,6 +37,22 @@ def test_archives_hold_the_pictures_of_folders(pictures: Path, tmp_path: Path) -
         assert a.prompt == b.prompt
         assert there.read(a) == here.read(b)
     assert [e.prompt for e in here.entries()][:4] == ["0", "2", "4", None]
+
+
+def test_the_names_in_an_archive_are_not_held_in_memory(tmp_path: Path) -> None:
+    def peak(count: int) -> int:
+        with tarfile.open(tmp_path / f"{count}.tar", "w") as archive:
+            for k in range(count):
+                archive.addfile(tarfile.TarInfo(f"{k:06d}.png"))
+        tracemalloc.start()
+        found = sum(1 for _ in open_input(str(tmp_path / f"{count}.tar")).entries())
+        memory = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert found == count
+        return memory
+
+    peak(10)  # what is imported and cached once
+    assert peak(4000) < 1.5 * peak(400)
 
 
 def test_damaged_archives_are_named(tmp_path: Path) -> None:

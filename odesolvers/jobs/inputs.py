@@ -103,7 +103,7 @@ class Pictures(Input):
             with tarfile.open(self.root / file, "r:") as archive:  # without compression
                 yield from self._prompted(
                     (f"{file}/{member.name}", file, member.offset_data, member.size)
-                    for member in archive
+                    for member in _members(archive)
                     if member.isfile()
                 )
         except tarfile.TarError as error:
@@ -209,6 +209,13 @@ def open_input(text: str) -> Input:
             "prompts:FILE@N"
         )
     return Pictures(path)
+
+
+def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of an archive, which would all stay in memory otherwise."""
+    while (member := archive.next()) is not None:
+        yield member
+        archive.members.clear()  # type: ignore[attr-defined]
 
 
 def _place(value: Any) -> tuple[str, int, int] | int:
