@@ -290,6 +290,13 @@ def test_a_pipeline_with_a_controlnet_goes_back(diffusers, saved):
     pipeline.set_progress_bar_config(disable=True)
     give(pipeline)
     give(plain)
-    picture, again = there_and_back(pipeline, "1.x", noise("1.x"), image=torch.rand(1, 3, 16, 16))
+    image = torch.rand(1, 3, 16, 16)
+    picture, again = there_and_back(pipeline, "1.x", noise("1.x"), image=image)
     assert relative(again, noise("1.x")) < 1e-7
     assert relative(run(plain, "1.x", noise("1.x")), picture) > 1e-3
+    give(pipeline, inverted=False)  # and for the first half of the steps, the last half going up
+    half = run(pipeline, "1.x", noise("1.x"), n=6, image=image, control_guidance_end=0.5)
+    assert relative(half, picture) > 1e-3
+    pipeline.scheduler = pipeline.scheduler.inverse()
+    again = run(pipeline, "1.x", half, n=6, image=image, control_guidance_start=0.5 + 1 / 6)
+    assert relative(again, noise("1.x")) < 1e-7
