@@ -7,7 +7,7 @@ import math
 import sys
 import warnings
 from argparse import SUPPRESS, ArgumentTypeError, Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -29,13 +29,13 @@ MOST: Final = 10_000
 """Pictures and steps that are taken for no slip of the keyboard."""
 
 
-def _whole(least: int, most: int, named: str = "") -> Callable[[str], int]:
+def _whole(least: int, most: int) -> Callable[[str], int]:
     """The type of a whole number in a range."""
 
     def read(text: str) -> int:
         if not text.isdecimal() or len(text) > 40 or not least <= int(text) <= most:
             raise ArgumentTypeError(
-                f"must be a whole number from {least} to {named or most}, got {text[:40]!r}"
+                f"must be a whole number from {least} to {most}, got {text[:40]!r}"
             )
         return int(text)
 
@@ -60,82 +60,84 @@ def _device(text: str) -> torch.device:
         raise ArgumentTypeError(f"the device {text!r} cannot be used here: {reason}") from error
 
 
-def _file(text: str) -> Path:
-    if not Path(text).is_file():
-        raise ArgumentTypeError(f"there is no file {text}")
-    return Path(text)
-
-
 def _secret(text: str) -> str:
     if not text:
         raise ArgumentTypeError("must not be empty: anyone could find the mark of no key")
     return text
 
 
-def _of(known: Mapping[str, Any]) -> Callable[[str], Any]:
+def _of(known: Collection[str]) -> Callable[[str], Any]:
+    """The type of one of some names, or of what a mapping has under it."""
+
     def read(text: str) -> Any:
         if text not in known:
             raise ArgumentTypeError(f"must be one of {', '.join(known)}, got {text[:40]!r}")
-        return known[text]
+        return known[text] if isinstance(known, Mapping) else text
 
     return read
 
 
-def _option(kind: Callable[[str], Any], metavar: str, text: str, **more: Any) -> Mapping[str, Any]:
-    return {"type": kind, "metavar": metavar, "help": text, **more}
+def _option(
+    kind: Callable[[str], Any], metavar: str, text: str, default: Any = None, **more: Any
+) -> dict[str, Any]:
+    return {"type": kind, "metavar": metavar, "help": text, "default": default, **more}
+
+
+def _flag(text: str) -> dict[str, Any]:
+    return {"action": "store_true", "help": text, "default": False}
 
 
 _SIZE: Final = _whole(1, 2**14)
 _COUNT: Final = _whole(1, MOST)
-OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
+OPTIONS: Final[Mapping[str, dict[str, Any]]] = {
     "action": {"choices": ACTIONS, "help": "what to do"},
-    "files": _option(Path, "FILE", "pictures or saved states, or folders of them", nargs="*"),
-    "--prompt": _option(
-        str, "TEXT", "one for all, or repeated, one for each (none)", action="append"
-    ),
+    "files": _option(Path, "FILE", "pictures or saved states, or folders of them", (), nargs="*"),
+    "--prompt": _option(str, "TEXT", "for all, or repeated, one for each (none)", action="append"),
     "--to": _option(str, "TEXT", "prompt of the edit, likewise", action="append", required=True),
     "--negative": _option(str, "TEXT", "prompt to guide away from (none)"),
     "--guidance": _option(_number, "X", "guidance scale ({})"),
-    "--strength": _option(_number, "X", "share of the steps, above 0 to 1 ({})"),
-    "--mask": _option(_file, "FILE", "picture over the photo, white where it may change (all)"),
-    "--frames": _option(_whole(2, MOST), "N", "pictures, the two among them ({})"),
+    "--strength": _option(_number, "X", "share of the steps, above 0 to 1 ({})", 1.0),
+    "--mask": _option(Path, "FILE", "picture over the photo, white where it may change (all)"),
+    "--frames": _option(_whole(2, MOST), "N", "pictures, the two among them ({})", 9),
     "--key": _option(_secret, "TEXT", "the secret of the watermark", required=True),
-    "--compare": _option(str, "NAME", "another solver, repeated ({})", action="append"),
+    "--compare": _option(
+        str, "NAME", "another solver, repeated ({})", ["ddim", "edict"], action="append"
+    ),
     "--base": _option(str, "METHOD", "one-step method (that of the model)"),
     "--runs": _option(_COUNT, "N", "sample and encode at most N times (by the steps: 80 or more)"),
-    "--levels": {"action": "store_true", "help": "learn the noise levels too"},
-    "--model": _option(str, "NAME", "see `odesolvers list` ({})"),
-    "--solver": _option(str, "NAME", "short name or expression ({})"),
-    "--count": _option(_COUNT, "N", "how many pictures ({})"),
-    "--seed": _option(_whole(0, 2**62, "2^62"), "N", "of the first picture ({})"),
-    "--batch": _option(_COUNT, "N", "pictures at once ({}; saved, exact: 1)"),
-    "--fit": _option(_of({f: f for f in FITS}), "HOW", f"{', '.join(FITS)} ({{}})"),
+    "--levels": _flag("learn the noise levels too"),
+    "--model": _option(str, "NAME", "see `odesolvers list` ({})", DEFAULT_MODEL),
+    "--solver": _option(str, "NAME", "short name or expression ({})", "damped"),
+    "--count": _option(_COUNT, "N", "how many pictures ({})", 8),
+    "--seed": _option(_whole(0, 10**18), "N", "of the first picture ({})", 0),
+    "--batch": _option(_COUNT, "N", "pictures at once ({}; saved, exact: 1)", 8),
+    "--fit": _option(_of(FITS), "HOW", f"{', '.join(FITS)} ({{}})", "crop"),
     "--size": _option(_SIZE, "N", "height and width, of pipelines (their own)", nargs=2),
-    "--grid": _option(_of({g: g for g in GRIDS}), "NAME", f"{', '.join(GRIDS)} (karras)"),
+    "--grid": _option(_of(tuple(GRIDS)), "NAME", f"{', '.join(GRIDS)} (karras)"),
     "--steps": _option(_COUNT, "N", "of the grid ({})"),
     "--sigma-min": _option(_number, "X", "lowest noise level above 0 (of the model)"),
     "--sigma-max": _option(_number, "X", "highest noise level (of the model)"),
     "--rho": _option(_number, "X", "how much levels crowd at the low end (7)"),
     "--dtype": _option(_of(DTYPES), "NAME", "of states (float32; pipelines: float64)"),
     "--network": _option(_of(NETWORKS), "NAME", "of networks (float32; on a GPU float16)"),
-    "--device": _option(_device, "NAME", "cpu, cuda, cuda:1, mps ({})"),
+    "--device": _option(_device, "NAME", "cpu, cuda, cuda:1, mps ({})", torch.device("cpu")),
     "--out": _option(Path, "PATH", "folder, or one picture ({})"),
-    "--save": {"action": "store_true", "help": "save states too, to go back"},
-    "--again": {"action": "store_true", "help": "make finished results again"},
-    "--port": _option(_whole(1, 65535), "N", "of the page ({})"),
+    "--save": _flag("save states too, to go back"),
+    "--again": _flag("make finished results again"),
+    "--port": _option(_whole(1, 65535), "N", "of the page ({})", 7860),
     "--input": _option(str, "WHAT", "pictures: a folder, FILE.tar or hf:NAME; or noise: seeds:N"),
     "--output": _option(Path, "FOLDER", "of the job", required=True),
-    "--shard-size": _option(_COUNT, "N", "elements of a file ({})"),
+    "--shard-size": _option(_COUNT, "N", "elements of a file ({})", 256),
     "--workers": _option(_COUNT, "N", "processes (one for each GPU, or 1)"),
-    "--threads": _option(_COUNT, "N", "of each worker on the CPU ({})"),
-    "--executor": _option(_of({e: e for e in EXECUTORS}), "NAME", f"{', '.join(EXECUTORS)} ({{}})"),
+    "--threads": _option(_COUNT, "N", "of each worker on the CPU ({})", 1),
+    "--executor": _option(_of(EXECUTORS), "NAME", f"{', '.join(EXECUTORS)} ({{}})", "local"),
     "--option": _option(str, "NAME=VALUE", "of datatrove's executor; repeated", action="append"),
-    "--per-shard": _option(_COUNT, "N", "verify: elements of each shard ({})"),
-    "--tolerance": _option(_number, "X", "verify: largest relative error ({})"),
+    "--per-shard": _option(_COUNT, "N", "verify: elements of each shard ({})", 1),
+    "--tolerance": _option(_number, "X", "verify: largest relative error ({})", 0.01),
     "calibrate --out": _option(Path, "FILE", "file that ends in .json ({})"),
     "batch --solver": _option(str, "NAME", "short name or expression (damped; invert: codes)"),
-    "batch --batch": _option(_COUNT, "N", "elements of a call of the network ({})"),
-    "batch --device": _option(_of({"cpu": "cpu", "cuda": "cuda"}), "NAME", "cpu, cuda (cpu)"),
+    "batch --batch": _option(_COUNT, "N", "elements of a call of the network ({})", 32),
+    "batch --device": _option(_of(("cpu", "cuda")), "NAME", "cpu, cuda (cpu)"),
 }
 """The options, some of them as one command has them; {} stands for the default."""
 GRID: Final = "--steps --grid --sigma-min --sigma-max --rho"
@@ -144,29 +146,7 @@ RUN: Final = f"--solver {GRID} --dtype {MODEL}"
 PROMPTS: Final = "--prompt --guidance --negative"
 NOISE: Final = "--count --seed"
 FILES: Final = "--fit --out --again"
-DEFAULTS: Final[Mapping[str, Any]] = {
-    "model": DEFAULT_MODEL,
-    "solver": "damped",
-    "device": torch.device("cpu"),
-    "files": (),
-    "count": 8,
-    "seed": 0,
-    "batch": 8,
-    "strength": 1.0,
-    "frames": 9,
-    "fit": "crop",
-    "compare": ["ddim", "edict"],
-    "port": 7860,
-    "save": False,
-    "again": False,
-    "levels": False,
-    "shard_size": 256,
-    "threads": 1,
-    "executor": "local",
-    "per_shard": 1,
-    "tolerance": 0.01,
-}
-"""Defaults; None for the other options, which is for the model to say."""
+CODES: Final = {"solver": "codes"}
 _OF_MODEL: Final = {
     "steps": "; ".join(f"{name} {n}" for name, n in STEPS.items()),
     "guidance": "with a prompt: "
@@ -175,52 +155,32 @@ _OF_MODEL: Final = {
 }
 COMMANDS: Final[Mapping[str, tuple[Callable[[Namespace], None], str, Mapping[str, Any]]]] = {
     "sample": (commands.sample, f"files {PROMPTS} {NOISE} --batch {RUN} --save --out --again", {}),
-    "invert": (
-        commands.invert,
-        f"files {PROMPTS} {RUN} {FILES}",
-        {"solver": "codes", "guidance": 1.0},
-    ),
-    "edit": (
-        commands.edit,
-        f"files {PROMPTS} --to --strength --mask {RUN} --save {FILES}",
-        {},
-    ),
-    "interpolate": (
-        commands.interpolate,
-        f"files {PROMPTS} --frames {RUN} {FILES}",
-        {"solver": "codes"},
-    ),
+    "invert": (commands.invert, f"files {PROMPTS} {RUN} {FILES}", {**CODES, "guidance": 1.0}),
+    "edit": (commands.edit, f"files {PROMPTS} --to --strength --mask {RUN} --save {FILES}", {}),
+    "interpolate": (commands.interpolate, f"files {PROMPTS} --frames {RUN} {FILES}", CODES),
     "watermark embed": (
         commands.watermark_embed,
         f"--key {PROMPTS} {NOISE} --batch {RUN} --save --out --again",
-        {"solver": "codes", "out": Path("out/watermark")},
+        {**CODES, "out": Path("out/watermark")},
     ),
-    "watermark detect": (
-        commands.watermark_detect,
-        f"files --key --prompt {RUN} --fit",
-        {"solver": "codes"},
-    ),
-    "roundtrip": (
-        commands.roundtrip,
-        f"files {PROMPTS} --compare --seed {RUN} {FILES}",
-        {},
-    ),
+    "watermark detect": (commands.watermark_detect, f"files --key --prompt {RUN} --fit", CODES),
+    "roundtrip": (commands.roundtrip, f"files {PROMPTS} --compare --seed {RUN} {FILES}", {}),
     "calibrate": (
         commands.calibrate,
         f"--base --runs --levels {PROMPTS} {NOISE} {GRID} --dtype {MODEL} --out",
-        {"out": Path("out/gamma.json"), "count": 16, "seed": 1000},
+        {"count": 16, "seed": 1000, "solver": "damped", "out": Path("out/gamma.json")},
     ),
     "batch": (
         batch,
         f"action --input --output {PROMPTS} --fit --batch --shard-size {RUN} --threads --workers "
         "--executor --option --per-shard --tolerance",
-        {"solver": None, "device": None, "batch": 32},
+        {},
     ),
     "report": (commands.report, f"--solver {GRID} --model --size", {}),
     "list": (commands.list_, "", {}),
     "app": (commands.app, "--model --network --device --port", {}),
 }
-"""The commands: function, names of the options, and defaults other than `DEFAULTS`."""
+"""The commands: function, names of the options, and defaults of their own."""
 GROUPS: Final = {"watermark": "Put a key into the noise of samples, and find it in pictures."}
 
 
@@ -261,17 +221,17 @@ def parser() -> Parser:
             groups[group] = inner.add_subparsers(prog=inner.prog, **commands_of)
         doc = function.__doc__ or ""
         command = groups[group].add_parser(word, description=doc, help=doc.split("\n")[0])
-        defaults = {**DEFAULTS, "out": Path("out") / name, **own}
+        defaults: dict[str, Any] = {"out": Path("out") / name, **own}
         operands = {"files": " [FILE ...]", "action": f" {'|'.join(ACTIONS)}"}
         if options:
             command.usage = f"%(prog)s{operands.get(options.split()[0], '')} [options]"
             command.epilog = "Defaults are in parentheses."
         for option in options.split():
-            settings = dict(OPTIONS.get(f"{name} {option}", OPTIONS[option]))
-            default = defaults.get(_dest(option), _OF_MODEL.get(_dest(option)))
+            settings, dest = OPTIONS.get(f"{name} {option}", OPTIONS[option]), _dest(option)
+            default = defaults.setdefault(dest, settings.get("default"))
             shown = ", ".join(default) if isinstance(default, list) else default
-            settings["help"] = settings["help"].format(shown)
-            command.add_argument(option, default=SUPPRESS, **settings)
+            text = settings["help"].format(_OF_MODEL.get(dest) if default is None else shown)
+            command.add_argument(option, **{**settings, "default": SUPPRESS, "help": text})
         command.set_defaults(command=(name, function, options, defaults))
     return top
 
@@ -286,8 +246,8 @@ def run(argv: Sequence[str]) -> None:
     args = Namespace(**{**dict.fromkeys(map(_dest, OPTIONS)), **defaults, **given}, prog=prog)
     args.given, args.options = frozenset(given), frozenset(map(_dest, options.split()))
     args.named, args.size = given.get("model"), args.size and tuple(args.size)
-    for path in args.files:
-        if not path.exists():
+    for path in (*(args.files or ()), args.mask):
+        if path is not None and not path.exists():
             raise FileNotFoundError(f"there is no file or folder {path}; see `{prog} --help`")
     if name in ("invert", "edit", "watermark detect") and not args.files:
         raise ValueError(f"{prog} needs pictures: FILE; see `{prog} --help`")

@@ -82,23 +82,14 @@ class Setup:
 
 @dataclass(frozen=True)
 class Input:
-    """An input that is read.
-
-    Attributes:
-        item: its name and prompts.
-        setup: how it is run; of a state, how it was made.
-        x: noise, a picture at the last level, ``(1, ...)``; or a state.
-        picture: the picture in the size of the model, ``(1, C, H, W)``.
-        size: the height and width that it has in its file.
-        changed: of a state, the conditions that the options change.
-    """
+    """An input that is read: noise, a picture at the last level, ``(1, ...)``, or a state."""
 
     item: Item
-    setup: Setup
+    setup: Setup  # of a state, that which it was made with
     x: Any
-    picture: Tensor | None = None
-    size: tuple[int, ...] = ()
-    changed: Mapping[str, Any] = field(default_factory=dict)
+    picture: Tensor | None = None  # in the size of the model, (1, C, H, W)
+    size: tuple[int, ...] = ()  # height and width in its file
+    changed: Mapping[str, Any] = field(default_factory=dict)  # conditions that options change
 
 
 class Task:
@@ -116,7 +107,8 @@ class Task:
     def setup(self) -> Setup:
         """The setup that the options ask for."""
         args, own = self.args, {name: getattr(self.args, name) for name in _NOTES}
-        model = self._open(args.model, args.device, args.network, args.size)
+        device = args.device or torch.device("cpu")
+        model = self._open(args.model, device, args.network, args.size)
         solver, sigmas = solver_and_grid(model, args.solver, *self._asked())
         return Setup(model, sigmas, solver, args.dtype or model.dtype, {**own, "prompt": None})
 
@@ -140,6 +132,9 @@ class Task:
             self.refuse("fit mask", "is for pictures, not for states")
         prompts, to = (in_turn(name, getattr(args, name), len(files)) for name in ("prompt", "to"))
         for path, *own in zip(files, prompts, to, strict=True):
+            if ("states" if path.suffix == ".safetensors" else "pictures") not in kind:
+                self.skipped.append(f"{path} is none of the {kind} that the command takes")
+                continue
             several = [p for p, given in zip(own, (prompts, to), strict=True) if len({*given}) > 1]
             try:
                 items.append(Item(path.stem, path, " ".join([digest_of(path), *several]), *own))

@@ -137,6 +137,9 @@ def test_folders_of_states_are_taken_again(shell: Shell) -> None:
     shell.run("invert edited_a --out code")
     for one, other in zip(codes("code"), codes("b"), strict=True):
         assert (one - other).norm() < 1e-6 * other.norm()
+    assert "a/000000.safetensors is none of the pictures that the command takes" in (
+        shell.refused(f"roundtrip a/000000.safetensors --out x{DIGITS}")
+    )
     save_digits(1)
     assert "there are no states in photos" in shell.refused("sample photos --out x")
 
