@@ -137,7 +137,7 @@ def test_other_settings_are_refused_by_name(pictures: Path, tmp_path: Path) -> N
     for changes, words in (
         ({"solver": FLOATING}, "solver was BDIA"),
         ({"guidance": 2.0}, "guidance was None and is 2.0"),
-        ({"negative": "1", "fit": "pad"}, "negative was None and is 1; fit was crop and is pad"),
+        ({"dtype": "float64", "fit": "pad"}, "fit was crop and is pad; dtype was float32 and is"),
         ({"batch": 1}, "batch was 2 and is 1"),
         ({"sigmas": SIGMAS[1:]}, "sigmas was 7 values and is 6 values"),
         ({"sigmas": (90.0, *SIGMAS[1:])}, r"sigmas\[0\] was 80.0 and is 90.0"),
@@ -340,6 +340,7 @@ def test_settings_of_no_use_are_refused(changes: dict[str, Any], words: str) -> 
         ({"prompts": ("x",)}, "invalid literal for int"),
         ({"sigmas": (1e6, 1.0, 0.0)}, "FixedPoint"),
         ({"input": "nowhere"}, "there is no input nowhere"),
+        ({"negative": "1"}, "changes nothing without guidance"),
     ],
 )
 def test_nothing_is_written_of_a_job_that_cannot_be_done(

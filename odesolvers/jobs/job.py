@@ -139,6 +139,8 @@ class Job:
         """
         scale = 1.0 if self.guidance is None and self.kind == "invert" else self.guidance
         scale = model.scale(scale, "a prompt" if prompted else None)
+        if scale == 1 and self.negative is not None:
+            raise ValueError("a negative prompt changes nothing without guidance: give its scale")
         return model.guided(prompts, scale, self.negative)
 
     def prepare(self, folder: Path, model: Model) -> Output:
