@@ -300,3 +300,23 @@ def test_a_pipeline_with_a_controlnet_goes_back(diffusers, saved):
     pipeline.scheduler = pipeline.scheduler.inverse()
     again = run(pipeline, "1.x", half, n=6, image=image, control_guidance_start=0.5 + 1 / 6)
     assert relative(again, noise("1.x")) < 1e-7
+
+
+def test_a_base_and_a_refiner_hand_over_in_the_middle(diffusers, saved):
+    base = load_pipeline(saved / "xl")
+    refiner = diffusers.StableDiffusionXLImg2ImgPipeline(**base.components)
+    refiner.set_progress_bar_config(disable=True)
+    config = base.scheduler.config
+
+    def chain(make):
+        base.scheduler, refiner.scheduler = make(), make()
+        middle = run(base, "xl", noise("xl"), n=10, denoising_end=0.6)
+        arguments = conditions("xl") | {"num_inference_steps": 10, "output_type": "latent"}
+        return middle, refiner(**arguments, image=middle, denoising_start=0.6)[0]
+
+    _, theirs = chain(lambda: diffusers.EulerDiscreteScheduler.from_config(config))
+    _, mine = chain(lambda: InvertibleScheduler.from_config(config, solver="Euler()"))
+    assert relative(mine, theirs) < 1e-5
+    middle, _ = chain(lambda: InvertibleScheduler.from_config(config))
+    base.scheduler = base.scheduler.inverse()  # from where it stands
+    assert relative(run(base, "xl", middle, n=10), noise("xl")) < 1e-7
