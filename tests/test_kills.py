@@ -65,9 +65,14 @@ def killed_saves(folder: Path, kills: int) -> None:
         for value in range(10**6):
             save(path, value, 2**20)
 
-    for _ in range(kills):
+    for kill in range(kills):
+        before = set(folder.iterdir())
         writer = forked(saves)
-        time.sleep(generator.uniform(0.0, 0.2))
+        if kill % 2:  # within a write, however busy the machine is
+            while set(folder.iterdir()) <= before:
+                time.sleep(1e-4)
+        else:
+            time.sleep(generator.uniform(0.0, 0.2))
         os.kill(writer, signal.SIGKILL)
         assert os.waitpid(writer, 0)[1] == signal.SIGKILL
         check(path)
