@@ -125,7 +125,9 @@ OPTIONS: Final[Mapping[str, dict[str, Any]]] = {
     "--save": _flag("save states too, to go back"),
     "--again": _flag("make finished results again"),
     "--port": _option(_whole(1, 65535), "N", "of the page ({})", 7860),
-    "--input": _option(str, "WHAT", "pictures: a folder, FILE.tar or hf:NAME; or noise: seeds:N"),
+    "--input": _option(
+        str, "WHAT", "pictures: a folder, FILE.tar, hf:NAME; noise: seeds:N, prompts:FILE@N"
+    ),
     "--output": _option(Path, "FOLDER", "of the job", required=True),
     "--shard-size": _option(_COUNT, "N", "elements of a file ({})", 256),
     "--workers": _option(_COUNT, "N", "processes (one for each GPU, or 1)"),
@@ -135,6 +137,10 @@ OPTIONS: Final[Mapping[str, dict[str, Any]]] = {
     "--per-shard": _option(_COUNT, "N", "verify: elements of each shard ({})", 1),
     "--tolerance": _option(_number, "X", "verify: largest relative error ({})", 0.01),
     "calibrate --out": _option(Path, "FILE", "file that ends in .json ({})"),
+    "batch --prompt": _option(
+        str, "TEXT", "of elements without their own; repeated, in turn (none)", action="append"
+    ),
+    "batch --guidance": _option(_number, "X", "guidance scale (of the model; invert: 1)"),
     "batch --solver": _option(str, "NAME", "short name or expression (damped; invert: codes)"),
     "batch --batch": _option(_COUNT, "N", "elements of a call of the network ({})", 32),
     "batch --device": _option(_of(("cpu", "cuda")), "NAME", "cpu, cuda (cpu)"),
