@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -37,7 +36,7 @@ from odesolvers.models.letters import LETTERS, load_letters, random_letters
 
 from .common import IMAGES, TABLES, machine, table, write
 from .figures.letters import Reader
-from .gradients import KINDS
+from .gradients import KINDS, measured, warm_up
 
 SOLVER: Final = BDIA(Euler(), StepRatio(1))
 SIGMAS: Final = karras_sigmas(13, 0.02, 80.0, append_zero=False)
@@ -261,6 +260,7 @@ def measure(name: str, kind: str) -> dict[str, float]:
     torch.set_num_threads(1)
     use = USES[name]()
     optimizer = torch.optim.Adam(use.variables, lr=use.rate)
+    warm_up()
     with torch.no_grad():
         network(noise(6, seed=0), torch.ones(6))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -275,11 +275,7 @@ def memory() -> None:
     """Print the table of memory and time, and write it."""
     rows = []
     for name in USES:
-        found = {}
-        for kind in KINDS:
-            call = [sys.executable, "-m", "benchmarks.gradients_in_use", name, kind]
-            output = subprocess.run(call, check=True, capture_output=True, text=True).stdout
-            found[kind] = json.loads(output)
+        found = {kind: measured("benchmarks.gradients_in_use", name, kind) for kind in KINDS}
         for kind, title in KINDS.items():
             ratio = found[kind]["seconds"] / found["checkpoint"]["seconds"]
             rows.append([name, title, f"{found[kind]['megabytes']:.0f}", f"{ratio:.2f}"])
