@@ -136,6 +136,13 @@ def check_heard(kind: str, known: Collection[str], config: Mapping[str, Any]) ->
 def _of_text(part: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The settings of the text encoder in a configuration, which may be that of all of CLIP."""
     inner = config.get("text_config")
+    for one in (config, inner):
+        kind = one.get("model_type", "clip") if isinstance(one, dict) else "clip"
+        if kind not in ("clip", "clip_text_model"):
+            raise ValueError(
+                f"its {part} is of model_type {brief(kind)} by its config.json, and those of Stable "
+                "Diffusion are of CLIP"
+            )
     if inner is None:
         return config
     if not isinstance(inner, dict):

@@ -95,6 +95,15 @@ def test_settings_at_two_places(edited, folders, inner):
     refused(edited("1.x", "text_encoder", text_config=[1]), "a text_config of another form")
 
 
+@pytest.mark.parametrize("kind", ["siglip_text_model", "chinese_clip", 7, None, ["clip"]])
+@pytest.mark.parametrize("inner", [True, False])
+def test_text_encoders_of_another_kind(edited, kind, inner):
+    """SigLIP's has the weights of CLIP's, and reads the words after a word as well."""
+    changed = {"text_config": {"model_type": kind}} if inner else {"model_type": kind}
+    match = "its text_encoder is of model_type .* are of CLIP"
+    refused(edited("1.x", "text_encoder", **changed), match)
+
+
 # Settings whose default is right for one family and wrong for another
 
 
