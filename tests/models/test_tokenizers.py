@@ -1,10 +1,15 @@
 """Tokenizers of folders: the tokens of transformers itself, or an error when the folder is loaded."""
 
+import gzip
 import json
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
 from odesolvers.models import load_stable_diffusion
+from odesolvers.models.reading import MissingFile
+from odesolvers.models.tokenizers import copy_tokenizer, letters
 
 from .conftest import load_pipeline
 from .pipelines import refused
@@ -88,6 +93,43 @@ def test_padding_must_be_said(edited, folders, family, part):
         found, expected = (t(text, padding="max_length")["input_ids"] for t in (ours, theirs))
         assert found == expected
         assert found[-1] == 0
+
+
+def test_the_published_vocabulary_of_clip(tmp_path):
+    """That of OpenAI's package, which the tokenizers of all families share, in both forms of folders."""
+    place = find_spec("clip")
+    path = place and Path(place.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
+    if not path or not path.exists():
+        pytest.skip("the package clip has it")
+    merges = gzip.decompress(path.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
+    single = letters()
+    made = ["".join(line.split()) for line in merges]
+    words = [*single, *(c + "</w>" for c in single), *made, "<|startoftext|>", END]
+    vocabulary = {word: k for k, word in enumerate(words)}
+    assert len(vocabulary) == 49408
+    config = {"pad_token": END, "model_max_length": 77, "bos_token": token("<|startoftext|>")}
+    model = {"vocab": vocabulary, "merges": [line.split() for line in merges]}
+    two = {
+        "vocab.json": json.dumps(vocabulary),
+        "merges.txt": "\n".join(["#version: 0.2", *merges]),
+    }
+    for number, files in enumerate((two, {"tokenizer.json": json.dumps({"model": model})})):
+        folder, into = tmp_path / f"{number}", tmp_path / f"{number} copied"
+        folder.mkdir()
+        into.mkdir()
+        files = {**files, "tokenizer_config.json": json.dumps(config)}
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+        def find(name, folder=folder):
+            if not (folder / name).exists():
+                raise MissingFile(name)
+            return folder / name
+
+        copy_tokenizer(find, into)
+        assert json.loads((into / "vocab.json").read_text(encoding="utf-8")) == vocabulary
+        copied = (into / "merges.txt").read_text(encoding="utf-8")
+        assert copied.splitlines()[1:] == merges
 
 
 def token(text):
