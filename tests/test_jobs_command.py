@@ -74,13 +74,14 @@ def test_a_worker_that_stops_is_named_with_the_reason(
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("invert", "batch invert needs --input"),
+        ("invert", "required: --input; see `odesolvers batch invert --help`"),
         ("draw", "invalid choice"),
         ("verify", "there is no file out/manifest.json"),
         ("verify --per-shard 0", "--per-shard: must be a whole number from 1"),
         ("verify --per-shard -1", "--per-shard: "),
         ("verify --tolerance -1", "tolerance must be finite and at least 0"),
-        ("verify --model letters", "takes the job in --output as it is"),
+        ("verify --model letters", "odesolvers batch verify takes no '--model'"),
+        ("sample --input seeds:9 --fit pad", "odesolvers batch sample takes no '--fit'"),
         ("sample --input seeds:9 --solver Euler", "--solver: 'Euler' is neither"),
         ("sample --input seeds:9 --threads 0", "--threads: must be a whole number from 1"),
         ("sample --input seeds:9 --guidance nan", "--guidance: must be a finite number"),

@@ -24,7 +24,6 @@ from .outputs import say
 DTYPES: Final = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 NETWORKS: Final = {**DTYPES, "float16": torch.float16}
 EXECUTORS: Final = ("local", "slurm", "ray")
-ACTIONS: Final = ("invert", "sample", "roundtrip", "verify")
 MOST: Final = 10_000
 """Pictures and steps that are taken for no slip of the keyboard."""
 
@@ -90,7 +89,6 @@ def _flag(text: str) -> dict[str, Any]:
 _SIZE: Final = _whole(1, 2**14)
 _COUNT: Final = _whole(1, MOST)
 OPTIONS: Final[Mapping[str, dict[str, Any]]] = {
-    "action": {"choices": ACTIONS, "help": "what to do"},
     "files": _option(Path, "FILE", "pictures or saved states, or folders of them", (), nargs="*"),
     "--prompt": _option(str, "TEXT", "for all, or repeated, one for each (none)", action="append"),
     "--to": _option(str, "TEXT", "prompt of the edit, likewise", action="append", required=True),
@@ -126,7 +124,10 @@ OPTIONS: Final[Mapping[str, dict[str, Any]]] = {
     "--again": _flag("make finished results again"),
     "--port": _option(_whole(1, 65535), "N", "of the page ({})", 7860),
     "--input": _option(
-        str, "WHAT", "pictures: a folder, FILE.tar, hf:NAME; noise: seeds:N, prompts:FILE@N"
+        str,
+        "WHAT",
+        "pictures: a folder, FILE.tar, hf:NAME; noise: seeds:N, prompts:FILE@N",
+        required=True,
     ),
     "--output": _option(Path, "FOLDER", "of the job", required=True),
     "--shard-size": _option(_COUNT, "N", "elements of a file ({})", 256),
@@ -134,14 +135,12 @@ OPTIONS: Final[Mapping[str, dict[str, Any]]] = {
     "--threads": _option(_COUNT, "N", "of each worker on the CPU ({})", 1),
     "--executor": _option(_of(EXECUTORS), "NAME", f"{', '.join(EXECUTORS)} ({{}})", "local"),
     "--option": _option(str, "NAME=VALUE", "of datatrove's executor; repeated", action="append"),
-    "--per-shard": _option(_COUNT, "N", "verify: elements of each shard ({})", 1),
-    "--tolerance": _option(_number, "X", "verify: largest relative error ({})", 0.01),
+    "--per-shard": _option(_COUNT, "N", "elements of each shard ({})", 1),
+    "--tolerance": _option(_number, "X", "largest relative error ({})", 0.01),
     "calibrate --out": _option(Path, "FILE", "file that ends in .json ({})"),
     "batch --prompt": _option(
         str, "TEXT", "of elements without their own; repeated, in turn (none)", action="append"
     ),
-    "batch --guidance": _option(_number, "X", "guidance scale (of the model; invert: 1)"),
-    "batch --solver": _option(str, "NAME", "short name or expression (damped; invert: codes)"),
     "batch --batch": _option(_COUNT, "N", "elements of a call of the network ({})", 32),
     "batch --device": _option(_of(("cpu", "cuda")), "NAME", "cpu, cuda (cpu)"),
 }
@@ -152,6 +151,9 @@ RUN: Final = f"--solver {GRID} --dtype {MODEL}"
 PROMPTS: Final = "--prompt --guidance --negative"
 NOISE: Final = "--count --seed"
 FILES: Final = "--fit --out --again"
+JOB: Final = (
+    f"--input --output {PROMPTS} --batch --shard-size {RUN} --threads --workers --executor --option"
+)
 CODES: Final = {"solver": "codes"}
 _OF_MODEL: Final = {
     "steps": "; ".join(f"{name} {n}" for name, n in STEPS.items()),
@@ -176,18 +178,24 @@ COMMANDS: Final[Mapping[str, tuple[Callable[[Namespace], None], str, Mapping[str
         f"--base --runs --levels {PROMPTS} {NOISE} {GRID} --dtype {MODEL} --out",
         {"count": 16, "seed": 1000, "solver": "damped", "out": Path("out/gamma.json")},
     ),
-    "batch": (
-        batch,
-        f"action --input --output {PROMPTS} --fit --batch --shard-size {RUN} --threads --workers "
-        "--executor --option --per-shard --tolerance",
-        {},
-    ),
+    "batch invert": (batch, f"{JOB} --fit", {**CODES, "guidance": 1.0, "action": "invert"}),
+    "batch sample": (batch, JOB, {"action": "sample", "fit": "crop"}),
+    "batch roundtrip": (batch, f"{JOB} --fit", {"action": "roundtrip"}),
+    "batch verify": (batch, "--output --per-shard --tolerance", {"action": "verify"}),
     "report": (commands.report, f"--solver {GRID} --model --size", {}),
     "list": (commands.list_, "", {}),
     "app": (commands.app, "--model --network --device --port", {}),
 }
 """The commands: function, names of the options, and defaults of their own."""
-GROUPS: Final = {"watermark": "Put a key into the noise of samples, and find it in pictures."}
+TEXTS: Final = {
+    "watermark": "Put a key into the noise of samples, and find it in pictures.",
+    "batch": "Jobs over data sets, on many workers.",
+    "batch invert": "Invert the pictures of a data set to noise.",
+    "batch sample": "Sample from noise of many seeds or prompts.",
+    "batch roundtrip": "Invert pictures and sample them again, and measure the errors.",
+    "batch verify": "Take some elements of a job back to their start.",
+}
+"""What groups do, and commands that share a function."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -222,18 +230,20 @@ def parser() -> Parser:
     for name, (function, options, own) in COMMANDS.items():
         group, _, word = name.rpartition(" ")
         if group not in groups:
-            what = GROUPS[group]
-            inner = groups[""].add_parser(group, description=what, help=what)
+            inner = groups[""].add_parser(group, description=TEXTS[group], help=TEXTS[group])
             groups[group] = inner.add_subparsers(prog=inner.prog, **commands_of)
-        doc = function.__doc__ or ""
+        doc = TEXTS.get(name, function.__doc__ or "")
         command = groups[group].add_parser(word, description=doc, help=doc.split("\n")[0])
         defaults: dict[str, Any] = {"out": Path("out") / name, **own}
-        operands = {"files": " [FILE ...]", "action": f" {'|'.join(ACTIONS)}"}
         if options:
-            command.usage = f"%(prog)s{operands.get(options.split()[0], '')} [options]"
+            operand = " [FILE ...]" if options.startswith("files") else ""
+            command.usage = f"%(prog)s{operand} [options]"
             command.epilog = "Defaults are in parentheses."
         for option in options.split():
-            settings, dest = OPTIONS.get(f"{name} {option}", OPTIONS[option]), _dest(option)
+            settings, dest = (
+                OPTIONS.get(f"{group or name} {option}", OPTIONS[option]),
+                _dest(option),
+            )
             default = defaults.setdefault(dest, settings.get("default"))
             shown = ", ".join(default) if isinstance(default, list) else default
             text = settings["help"].format(_OF_MODEL.get(dest) if default is None else shown)

@@ -33,8 +33,6 @@ def batch(args: Namespace) -> None:
     """
     if args.action == "verify":
         return _verify(args)
-    if args.input is None:
-        raise ValueError(f"{args.prog} {args.action} needs --input; see `{args.prog} --help`")
     options, ranks = dict(map(_option, args.option or ())), launched()
     if args.executor != "local":
         from .engines import run_on
@@ -46,12 +44,11 @@ def batch(args: Namespace) -> None:
     levels = {k: getattr(args, k) for k in ("sigma_min", "sigma_max", "rho")}
     levels = {name: level for name, level in levels.items() if level is not None}
     sigmas = model.sigmas(args.steps or model.steps, args.grid, levels)
-    name = args.solver or ("codes" if args.action == "invert" else "damped")
     job = Job(
         args.action,
         args.model,
         _absolute(args.input),
-        repr(solver_of(name, model.method, sigmas)),
+        repr(solver_of(args.solver, model.method, sigmas)),
         tuple(sigmas.tolist()),
         args.prompt or (),
         args.negative,
@@ -111,8 +108,6 @@ def _say_report(output: Output, faults: list[str]) -> None:
 
 
 def _verify(args: Namespace) -> None:
-    if args.input or args.named:
-        raise ValueError(f"{args.prog} verify takes the job in --output as it is: it has its model")
     output, (k, tolerance) = Output(args.output), (args.per_shard, args.tolerance)
     found = verify(output.path, pictures=k, tolerance=tolerance, progress=True)
     if faults := found["faults"]:
