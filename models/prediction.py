@@ -36,8 +36,9 @@ def check_prediction(
     none of it. These two are told apart at `sigma_min`, around what it returned before: there "sample"
     returns its input at most, and "v_prediction" the noise, which is 1 / σ times greater, or, of data
     without structure, a share that grows with σ. A flow network returns the noise at its first level;
-    whether it counts time the other way shows at t = 1/2. Where the answer is not clear, as of data that
-    are white noise themselves, nothing is said. A network that is not trained may get any answer.
+    whether it counts time the other way shows at t = 1/2, if the data are not larger than the noise.
+    Where the answer is not clear, as of data that are white noise themselves, nothing is said. A network
+    that is not trained may get any answer.
 
     Costs two to six evaluations, and on a GPU synchronisations.
 
@@ -122,9 +123,11 @@ def _check_flow(
         f"the velocity has {first:.2g} times the noise at the first level, {half:.2g} at t = 1/2"
     )
     other = f"noise_at={1 - denoiser.noise_at} is likely"
-    if half < -0.25:
-        likely = other if first > 0.5 else f"either minus its output is the velocity, or {other}"
-        _warn(f"noise_at={denoiser.noise_at}", likely, answer)
+    if first < -0.5 or half < -0.25:
+        # The flow to data of a standard deviation s is, in its other time, that to data of 1 / s.
+        small = f"{other}, if the data have a standard deviation of 1 or less"
+        either = f"either minus its output is the velocity, or {other}, or both"
+        _warn(f"noise_at={denoiser.noise_at}", small if first > 0.5 else either, answer)
     elif abs(first) < 0.5:
         _warn(
             f"noise_at={denoiser.noise_at}",

@@ -114,9 +114,19 @@ def test_flow_conventions(noise_at, sign, declared, name):
     if sign == 1 and right:
         assert text is None
     elif sign == 1:
-        assert f": noise_at={noise_at} is likely" in text
-    elif right:
+        assert f": noise_at={noise_at} is likely, if the data have a standard" in text
+    else:
         assert ": either minus its output is the velocity, or noise_at=" in text
+
+
+def test_the_sign_of_a_velocity_shows_whatever_the_size_of_the_data():
+    for std in (0.2, 1.0, 3.0):
+
+        def velocity(z, t, std=std):  # of data N(0, std²)
+            t = t.to(z.dtype)[:, None]
+            return (t - (1 - t) * std**2) * z / ((1 - t) ** 2 * std**2 + t**2)
+
+        assert "minus its output" in warning_of(FlowDenoiser(lambda z, t: -velocity(z, t)), (9, 20))
 
 
 def test_untrained_networks_and_bad_input():
