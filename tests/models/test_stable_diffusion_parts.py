@@ -230,7 +230,7 @@ def test_the_last_layer_of_stable_diffusion_2(folders, tmp_path):
     pipeline.text_encoder.config.num_hidden_layers = 3
     for more, fits in (({}, True), (last | scale, True), (last | after, False)):
         save_file(others | encoder | more, tmp_path / "a.safetensors")
-        file = read_single_file(tmp_path / "a.safetensors", trust=True)
+        file = read_single_file(tmp_path / "a.safetensors")
         if fits:
             check_used(file, pipeline)
         else:
