@@ -55,6 +55,16 @@ def test_a_lost_round_trip_is_announced() -> None:
         go_back(solver, karras_sigmas(60), torch.float64)
 
 
+def test_a_rule_that_is_in_use_is_not_recommended() -> None:
+    plain = BDIA(Euler(), StepRatio(1))
+    with pytest.warns(InversionWarning, match="Use more and shorter steps, or a grid that ends"):
+        encode(plain, karras_sigmas(5))
+    with pytest.warns(InversionWarning, match=r"state or arithmetic=FixedPoint\(\); see"):
+        go_back(plain, karras_sigmas(60), torch.bfloat16)
+    with pytest.warns(InversionWarning, match=r"FixedPoint\(\), or StepRatio\(1\)"):
+        go_back(BDIA(Euler(), 0.5), karras_sigmas(60), torch.float32)
+
+
 def test_a_warning_names_a_long_solver_in_short() -> None:
     sigmas = karras_sigmas(50)
     long = PerStep((0.5,) * 48 + (0.5 + 2**-40,))
