@@ -52,17 +52,12 @@ def expected_sampling_error(
 
 def warn_of_samples(solver: Any, error: float, steps: int) -> None:
     """Warns that samples are expected to be off by `error`, above `SAMPLING_LIMIT`."""
+    rule = "another rule: StepRatio(1), over two-stage methods HeunStepRatio()"
+    other = "" if _is_plain(solver) else f", or {'BDIA' if solver.coupled else rule}"
     _warn(
         f"samples are expected to be off by {error:.2g} times the size of the data, by errors that "
         f"{solver!s:.80} amplifies over the {steps} steps down this grid. Leave out levels that nearly "
-        "coincide, if there are; use more and shorter steps, or "
-        + (
-            "BDIA"
-            if solver.coupled
-            else "another rule: DampedStepRatio(), over two-stage methods HeunStepRatio()"
-            if _is_plain(solver)
-            else "another rule: StepRatio(1), over two-stage methods HeunStepRatio()"
-        ),
+        f"coincide, if there are; use more and shorter steps{other}",
         StabilityWarning,
     )
 

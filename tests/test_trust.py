@@ -61,6 +61,8 @@ def test_a_rule_that_is_in_use_is_not_recommended() -> None:
         encode(plain, karras_sigmas(5))
     with pytest.warns(InversionWarning, match=r"state or arithmetic=FixedPoint\(\); see"):
         go_back(plain, karras_sigmas(60), torch.bfloat16)
+    with pytest.warns(StabilityWarning, match="use more and shorter steps; see"):
+        plain.sample(Gaussian(), noise(2, 3, sigma=80.0), [80, 10, 10 - 1e-11, 1, 0])
     with pytest.warns(InversionWarning, match=r"FixedPoint\(\), or StepRatio\(1\)"):
         go_back(BDIA(Euler(), 0.5), karras_sigmas(60), torch.float32)
 
