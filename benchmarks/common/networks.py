@@ -1,4 +1,4 @@
-"""Networks to time: that of the emoji, and UNets of diffusers of published sizes, with random weights."""
+"""Networks to time: that of the emoji, and UNets of diffusers in published sizes, random weights."""
 
 from __future__ import annotations
 
