@@ -271,9 +271,9 @@ def in_turn(option: str, given: Sequence[str] | None, count: int, most: int = 0)
     """
     values: Sequence[Any] = given or [None]
     if len(values) not in (1, count) and len(values) > most:
+        times = f"{len(values)} times, for {count} picture{'s' * (count > 1)}"
         raise ValueError(
-            f"{_options([option])} is given {len(values)} times, for {count} pictures: give one for all "
-            "of them, or one for each in their order"
+            f"{_options([option])} is given {times}: give one for all of them, or one for each in order"
         )
     return [values[k % len(values)] for k in range(count)]
 
