@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Mapping, Set
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from .grids import Grid
-from .settings import Settings
+from .settings import slots_of
 from .values import number, refuse_gradient, shown
 
 
@@ -88,7 +91,7 @@ def check_differentiable(differentiable: object, solver: Any, sigmas: object) ->
     """True or "reversible", where gradients of a run of `solver` can be recorded; or an error."""
     with torch.enable_grad():
         refuse_gradient("sigmas", sigmas)
-        _refuse_settings(solver)
+        _refuse_settings(solver, "the solver", set())
     if differentiable is not True and differentiable != "reversible":
         raise TypeError(
             f"differentiable must be True, False or 'reversible', got {differentiable!r}"
@@ -110,13 +113,33 @@ def check_differentiable(differentiable: object, solver: Any, sigmas: object) ->
         )
 
 
-def _refuse_settings(thing: Any) -> None:
-    """Raises a ValueError if a setting requires a gradient, for coefficients are numbers."""
-    for name, value in getattr(thing, "__dict__", {}).items():
-        held = list(value.parameters()) if isinstance(value, nn.Module) else value
-        refuse_gradient(f"{name} of {type(thing).__name__}", held)
-        if isinstance(value, Settings):
-            _refuse_settings(value)
+def _refuse_settings(thing: Any, name: str, seen: set[int]) -> None:
+    """Raises a ValueError if a setting requires a gradient, for coefficients are numbers.
+
+    Looks into what settings are made of, as `identity` does, and into what functions among them use.
+    """
+    if isinstance(thing, nn.Module):
+        return refuse_gradient(name, list(thing.parameters()))
+    refuse_gradient(name, thing)
+    if isinstance(thing, Tensor | type | str | int | float | None) or id(thing) in seen:
+        return None
+    seen.add(id(thing))
+    if isinstance(thing, Mapping):
+        parts = [(name, value) for value in thing.values()]
+    elif isinstance(thing, list | tuple | Set):
+        parts = [(name, value) for value in thing]
+    elif isinstance(thing, partial):
+        parts = [(name, value) for value in (thing.func, thing.args, thing.keywords)]
+    elif inspect.isfunction(thing):
+        used = inspect.getclosurevars(thing).nonlocals
+        parts = [(name, value) for value in (used, thing.__defaults__, thing.__kwdefaults__)]
+    else:
+        kind, own = type(thing), getattr(thing, "__dict__", {})
+        slots = {slot: getattr(thing, slot) for slot in slots_of(kind) if hasattr(thing, slot)}
+        parts = [(f"{key} of {kind.__name__}", value) for key, value in {**own, **slots}.items()]
+    for part, value in parts:
+        _refuse_settings(value, part, seen)
+    return None
 
 
 def refuse_pair(a: object, b: object) -> NoReturn:

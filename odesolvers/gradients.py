@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .checks import describe, refuse_gain, version
 from .formula import Shear
-from .run import Run, Steps
+from .run import Denoiser, Run, Steps
 from .state import Solution, State
 from .trust import ROUND_TRIP_LIMIT, InversionWarning
 
@@ -46,6 +46,24 @@ def check_undoable(run: Run, steps: Steps, x: object) -> None:
     for k, shear in moves[lone:]:
         if shear.gain == 0.0:
             refuse_gain(run.solver, run.grid, k)
+    leaves = tree_leaves(run.extra_args)
+    tensors = *_start(x), *leaves, *_parameters(run.denoiser, leaves)
+    if not any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+        run.denoiser = _constant(run.denoiser)
+
+
+def _constant(denoiser: Denoiser) -> Denoiser:
+    """`denoiser`, of whose tensors none is known to require a gradient, and none may."""
+
+    def watched(x: Tensor, sigma: Tensor, /, **conditions: Any) -> Tensor:
+        with torch.enable_grad():  # without such a tensor no graph is made
+            output = denoiser(x, sigma, **conditions)
+        if not getattr(output, "requires_grad", False):
+            return output
+        _check_leaves(output, set())
+        return output.detach()
+
+    return watched
 
 
 def attach(run: Run, steps: Steps, solution: Solution, x: object, stop: int) -> Solution:
@@ -76,8 +94,12 @@ def attach(run: Run, steps: Steps, solution: Solution, x: object, stop: int) -> 
         return replace(solution, x=solution.x if state.side else _at(state, stop), state=state)
     node = _Node(run, moves, solution.state, x)
     if not any(tensor.requires_grad for tensor in node.inputs):
-        node.check_hidden()
         return solution
+    if any(map(_has_tangent, node.pair)):
+        raise ValueError(
+            "differentiable='reversible' has no forward derivatives of what requires a gradient, which "
+            "are of second order: detach it, or use differentiable=True"
+        )
     try:
         with torch.enable_grad():
             current, partner = _Undone.apply(node, *node.inputs)
@@ -138,18 +160,14 @@ class _Node:
         assert state.partner is not None
         self.run, self.moves, self.state = run, moves, state
         self.pair = state.current, state.partner
-        start = x.state if isinstance(x, Solution) else x
-        tensors = (start.current, start.partner) if isinstance(start, State) else (start,)
-        integers = isinstance(start, State) and start.side is not None
-        self.start = [] if integers else [t for t in tensors if isinstance(t, Tensor)]
+        self.start = _start(x)
         self.leaves, self.tree = tree_flatten(run.extra_args)
         self.places = [
             k
             for k, leaf in enumerate(self.leaves)
             if isinstance(leaf, Tensor) and leaf.requires_grad
         ]
-        modules = _modules((run.denoiser, self.leaves))
-        found = dict.fromkeys(p for module in modules for p in module.parameters())
+        found = _parameters(run.denoiser, self.leaves)
         self.parameters = [p for p in found if p.requires_grad]
         self.inputs = [*self.start, *(self.leaves[k] for k in self.places), *self.parameters]
         self.found = list(found)
@@ -171,18 +189,6 @@ class _Node:
 
         conditions = tree_unflatten(leaves, self.tree)
         return Run(self.run.solver, denoiser, self.state, None, extra_args=conditions)
-
-    def check_hidden(self) -> None:
-        """Checks, by the calls of one shear, that no tensor was missed that requires a gradient."""
-        called = next(((k, shear) for k, shear, _ in self.moves[::-1] if shear.calls), None)
-        if called is None:
-            return
-        k, shear = called
-        run, (b, _) = self.again(self.leaves), self.run.turned(*self.pair)
-        with torch.enable_grad(), self._as_before():
-            rest = run.rest(shear, b, k, run.arithmetic.load(b, run.dtype))
-        if rest.requires_grad:
-            _check_leaves(rest, set())
 
     def pull(self, current: Tensor, partner: Tensor) -> list[Tensor | None]:
         """The gradients of the inputs, from those of the final pair."""
@@ -287,6 +293,19 @@ def _has_tangent(x: Tensor) -> bool:
 
 def _norm(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)))
+
+
+def _start(x: object) -> list[Tensor]:
+    """The tensors with a gradient that a run starts from; integers have none."""
+    start = x.state if isinstance(x, Solution) else x
+    pair = (start.current, start.partner) if isinstance(start, State) else (start,)
+    integers = isinstance(start, State) and start.side is not None
+    return [] if integers else [t for t in pair if isinstance(t, Tensor)]
+
+
+def _parameters(*things: Any) -> list[nn.Parameter]:
+    """Those of all networks in `things`, once each."""
+    return list(dict.fromkeys(p for module in _modules(things) for p in module.parameters()))
 
 
 def _modules(thing: Any, depth: int = 5) -> Iterator[nn.Module]:

@@ -129,6 +129,7 @@ def importance_samples(
 
     Warns:
         StabilityWarning: as for `log_likelihood_bound`.
+        UserWarning: if `x` is of another width than such draws can be.
 
     Raises:
         TypeError, ValueError, FloatingPointError: as for `log_likelihood_bound`.
@@ -138,6 +139,15 @@ def importance_samples(
     model = _PairModel(
         solver, denoiser, sigmas, jitter, data_std, extra_args=extra_args, progress=progress
     )
+    # Half the log likelihood ratio of the width of x against that of its prior.
+    square = float((x.detach() / model.grid.levels[0]).double().square().mean())
+    if not x.numel() * (square - 1 - math.log(square or 1e-300)) < 80:
+        warnings.warn(
+            f"x is no draw of noise at the level {model.grid.levels[0]:g}: its root mean square is "
+            f"{math.sqrt(square):.2g} times that, and the weights are not without bias. Draw "
+            "sigmas[0] * torch.randn(...)",
+            stacklevel=2,
+        )
     miss = model.s_N * _normal(x, generator)
     data, second = model.down(x, model.ahead(x) + miss)
     mean = model.second(data)

@@ -97,7 +97,7 @@ def _expression(value: Any, classes: list[Any]) -> str:
             return f"<{_unique(value)} {versions}>"
         if inspect.isroutine(value) or isinstance(value, type | partial):
             return _unique(value)
-        if not hasattr(value, "__dict__") and not _slots(cls):  # written in C
+        if not hasattr(value, "__dict__") and not slots_of(cls):  # written in C
             shown = any("__repr__" in vars(base) for base in cls.__mro__[:-1])
             return repr(value) if shown else _unique(value)
     classes.append(cls)
@@ -117,7 +117,7 @@ def _expression(value: Any, classes: list[Any]) -> str:
                 arguments.append(text if name == next(iter(fields)) else f"{name}={text}")
                 classes += inner
     if "__dataclass_fields__" not in vars(cls):  # a plain class, maybe of a dataclass: by name
-        names = {*getattr(value, "__dict__", {}), *_slots(cls)} - (fields or {}).keys()
+        names = {*getattr(value, "__dict__", {}), *slots_of(cls)} - (fields or {}).keys()
         for name in sorted(names):
             if hasattr(value, name):
                 arguments.append(f"{name}={_expression(getattr(value, name), classes)}")  # noqa: PERF401
@@ -127,7 +127,7 @@ def _expression(value: Any, classes: list[Any]) -> str:
 _LITERALS = (int, bool, str, bytes, complex, NoneType, torch.dtype, torch.device)
 
 
-def _slots(cls: type) -> set[str]:
+def slots_of(cls: type) -> set[str]:
     """The attributes that a class and its bases declare as slots."""
     found: set[str] = set()
     for base in cls.__mro__:

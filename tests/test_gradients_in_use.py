@@ -116,6 +116,20 @@ def test_a_hidden_tensor_is_named_where_it_is_the_only_one(solver: Solver, way: 
             getattr(solver, way)(denoiser, x, SIGMAS, differentiable="reversible")
 
 
+@pytest.mark.parametrize("way", ["sample", "invert"])
+@pytest.mark.parametrize("high", [True, False])
+def test_a_hidden_tensor_is_named_at_whatever_level_it_is_used(way: str, high: bool) -> None:
+    used, seen = deque([Network()]), []
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        seen.append(bool(sigma[0] > 1))
+        return used[0](x, sigma) if seen[-1] is high else 0.5 * x  # type: ignore[no-any-return]
+
+    with pytest.raises(ValueError, match="requires a gradient and was not found"):
+        getattr(BDIA(Euler()), way)(denoiser, noise(2, 3), SIGMAS, differentiable="reversible")
+    assert seen.count(high) == 1  # before the rest of the run
+
+
 def test_a_denoiser_under_no_grad_is_noticed() -> None:
     x, denoiser = noise(2, 3).requires_grad_(), torch.no_grad()(Network().forward)
     solution = BDIA(Euler()).sample(denoiser, x, SIGMAS, differentiable="reversible")
@@ -201,6 +215,16 @@ def test_transforms_of_torch_func(solver: Solver) -> None:
         assert float(along) == pytest.approx(float((right * t).sum()), rel=1e-12)
     with pytest.raises(RuntimeError, match=r"no transforms of torch\.func"):
         torch.func.grad(partial(end, differentiable="reversible"))(x.detach())
+    weights = {name: p.detach() for name, p in network.named_parameters()}
+
+    def of_weights(weights: dict[str, Tensor]) -> Tensor:
+        def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+            return torch.func.functional_call(network, weights, (x, sigma))  # type: ignore[no-any-return]
+
+        return solver.sample(denoiser, x, SIGMAS, differentiable="reversible").x
+
+    with pytest.raises(ValueError, match="no forward derivatives of what requires a gradient"):
+        torch.func.jvp(of_weights, (weights,), (weights,))
     whole = BDIA(HeunEDM(), 1.0, FixedPoint())
     with pytest.raises(ValueError, match="forward derivatives"):
         torch.func.jvp(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -101,6 +102,34 @@ def test_numbers_that_require_a_gradient_are_refused(differentiable: Any) -> Non
         with torch.no_grad(), pytest.raises(ValueError, match=f"{name} requires a gradient"):
             way(differentiable=differentiable)
         way()  # nothing is asked
+
+
+class Plain:
+    __slots__ = ("rule",)
+
+    def __init__(self, rule: Any) -> None:
+        self.rule = rule
+
+
+@pytest.mark.parametrize("differentiable", [True, "reversible"])
+@pytest.mark.parametrize(
+    "held",
+    [
+        lambda weight: {"a": [weight]},
+        lambda weight: Plain(weight),
+        lambda weight: lambda k: weight * k,
+        lambda weight: partial(max, weight),
+        lambda weight: Learned(({"a": nn.ParameterList([weight])},)),
+    ],
+    ids=["dict", "slots", "function", "partial", "rule in a rule"],
+)
+def test_settings_of_settings_are_refused_too(held: Any, differentiable: Any) -> None:
+    """Whether or not the steps of the solver are known from a run before."""
+    solver = BDIA(Euler(), Learned(held(nn.Parameter(torch.tensor(0.5)))))
+    x = noise(2, 3, sigma=5.0)
+    solver.sample(Network(), x, SIGMAS)
+    with pytest.raises(ValueError, match="requires a gradient, which would be lost"):
+        solver.sample(Network(), x, SIGMAS, differentiable=differentiable)
 
 
 @pytest.mark.parametrize("scale", [2.5, 1.0, [2.5, 0.5]])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,8 +13,6 @@ from torch import Tensor
 
 from odesolvers import (
     BDIA,
-    BELM,
-    DDIM,
     EDICT,
     RK4,
     Euler,
@@ -25,7 +21,6 @@ from odesolvers import (
     HeunEDM,
     PerStep,
     ReversibleHeun,
-    Rex,
     StepRatio,
     karras_sigmas,
 )
@@ -207,60 +202,6 @@ def test_the_bound_is_equal_to_the_density_where_runs_are_linear() -> None:
         BDIA(HeunEDM("behind"), StepRatio(1)), Gaussian(0.0, 0.5), x, sigmas, samples=4
     )
     assert bits(found, right).mean().abs() < 1e-2
-
-
-def said(record: Any) -> dict[str, float]:
-    """The figures of the one warning of these two kinds."""
-    found = [w for w in record if "bits per dimension" in str(w.message)]
-    assert len(found) <= 1
-    assert all(w.filename == __file__ for w in found)
-    return {
-        unit: float(figure)
-        for w in found
-        for figure, unit in re.findall(r"(?:by|miss) (\S+) (bits|nats)", str(w.message))
-    }
-
-
-@pytest.mark.parametrize("solver", [None, RK4(), BELM(), Rex(Euler()), EDICT(), BDIA(DDIM(), 0.9)])
-@pytest.mark.parametrize("n", [10, 40])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_a_likelihood_is_off_by_is_said(solver: Solver | None, n: int, dtype: Any) -> None:
-    """As measured on states whose squares have the mean of those of the data."""
-    sigmas, std = karras_sigmas(n + 1, LOW, 80.0, append_zero=False), math.hypot(0.5, LOW)
-    x = std * torch.tensor([[1.0, -1.0, 1.0], [0.5**0.5, 2**0.5, -(0.5**0.5)]], dtype=dtype)
-    with warnings.catch_warnings(record=True) as record:
-        warnings.simplefilter("always")
-        found = log_likelihood(Gaussian(0.0, 0.5), x, sigmas, solver=solver, probes=None)
-    off, figures = (
-        bits(found, normal(x.double(), torch.full((3,), std).double())).abs(),
-        said(record),
-    )
-    assert bool(figures) == (off[0] > 0.1)
-    if figures:
-        assert off.tolist() == pytest.approx([figures["bits"]] * 2, rel=0.06)
-        assert figures["nats"] == pytest.approx(figures["bits"] * 3 * math.log(2), rel=0.1)
-
-
-@pytest.mark.parametrize("solver", [BDIA(Euler(), StepRatio(1)), BELM(), Rex(Euler()), EDICT()])
-@pytest.mark.parametrize("n", [10, 40])
-def test_what_a_bound_misses_is_said(solver: Solver, n: int) -> None:
-    sigmas, std = karras_sigmas(n + 1, LOW, 80.0, append_zero=False), math.hypot(0.3, LOW)
-    x, generator = std * noise(4000, 2), torch.Generator().manual_seed(1)
-    options: dict[str, Any] = {"samples": 1, "data_std": 0.3}
-    with warnings.catch_warnings(record=True) as record:
-        warnings.simplefilter("always")
-        found = log_likelihood_bound(
-            solver, Gaussian(0.0, 0.3), x, sigmas, generator=generator, **options
-        )
-    off = bits(found, normal(x, torch.full((2,), std).double())).mean().item()
-    figures = said(record)
-    assert bool(figures) == (off > 0.5)
-    if figures:
-        assert figures["bits"] == pytest.approx(off, rel=0.1)
-    with warnings.catch_warnings(record=True) as record:
-        warnings.simplefilter("always")
-        importance_samples(solver, Gaussian(0.0, 0.3), 80 * x, sigmas, jitter=2.0, **options)
-    assert said(record) == figures
 
 
 WEIGHTED = [BDIA(Euler(), StepRatio(1)), BDIA(HeunEDM("behind"), StepRatio(1)), ReversibleHeun()]
