@@ -26,6 +26,12 @@ def mixture() -> GaussianMixture:
     return GaussianMixture(means, stds=torch.tensor([0.6, 0.8, 1.0]))
 
 
+def smooth(x: Tensor, sigma: Tensor) -> Tensor:
+    """A denoiser that is not linear."""
+    s = sigma.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+    return torch.tanh(x / (1 + s * s)) * 0.8
+
+
 def noise(*shape: int, sigma: float = 1.0, seed: int = 0, dtype: Any = torch.float64) -> Tensor:
     """`sigma` times a reproducible normal draw."""
     generator = torch.Generator().manual_seed(seed)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import random
 from fractions import Fraction
 
 import pytest
@@ -21,7 +19,6 @@ from odesolvers import (
     DPMSolverPP2S,
     Euler,
     FixedPoint,
-    FloatingPoint,
     HeunEDM,
     InversionWarning,
     Midpoint,
@@ -34,8 +31,9 @@ from odesolvers import (
     side_information_bound,
     vp_sigmas,
 )
-from odesolvers.arithmetic.stack import Stack, checksum, pack_bits, unpack_bits
 from odesolvers.models import Gaussian, IdealDenoiser, InDtype, load_digits
+
+from .problems import smooth
 
 APPROXIMATORS = (Euler(), DDIM(), Midpoint(), HeunEDM(), RK3(), RK4(), DPMSolverPP2S())
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -53,12 +51,6 @@ QUICK = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much]
 )
 FULL = settings(QUICK, max_examples=2500)
-
-
-def smooth(x: Tensor, sigma: Tensor) -> Tensor:
-    """A denoiser that is not linear."""
-    s = sigma.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
-    return torch.tanh(x / (1 + s * s)) * 0.8
 
 
 # --- the property: any walk on the grid comes back to the bit --------------------------------------
@@ -251,342 +243,6 @@ def test_a_thousand_steps() -> None:
         )
 
 
-def aside(state: State) -> int:
-    """How many words of side information were put aside."""
-    return sum(done.words for done in state.side.done)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(1, 6000), st.integers(1, 6000)), min_size=1, max_size=40),
-    st.integers(0, 2**32),
-)
-def test_any_fractions_are_undone_after_the_stack_was_stored(fractions, seed: int) -> None:
-    """Numerators other than 1 as well: undoing pushes those, with a bound that may be looser."""
-    z = torch.randint(-(2**40), 2**40, (33,), generator=torch.Generator().manual_seed(seed))
-    stack, trail, product = Stack(z.shape, 0, checksum(z), torch.float32), [z], 1.0
-    for a, b in fractions:
-        product *= a / b
-        if product > 2**18 or a == b:
-            product /= a / b
-            continue
-        trail.append(stack.multiply(trail[-1], a, b).clone())
-        stack = Stack.unpack(stack.pack(), z.shape)
-    done = [(done.a, done.b) for done in stack.pack().done]
-    for before, (a, b) in zip(reversed(trail[:-1]), reversed(done), strict=True):
-        assert torch.equal(stack.divide(trail.pop(), a, b), before)
-        stack = Stack.unpack(stack.pack(), z.shape)
-    side = stack.pack()
-    assert (side.bits_per_element, side.done) == (0, ())
-
-
-def test_a_weight_and_its_inverse_in_turn_are_no_turning_round() -> None:
-    """2/3 and then 3/2, of other states, down a grid: the second does not undo the first."""
-    solver = BDIA(Euler(), PerStep([2 / 3, 3 / 2] * 20), FixedPoint())
-    sigmas = karras_sigmas(41)
-    x = solver.arithmetic.snap(torch.randn(3, 17) * 80)
-    state = solver.sample(smooth, x, sigmas).state
-    assert len(state.side.done) == 40
-    assert torch.equal(solver.invert(smooth, state, sigmas).x, x)
-
-
-@pytest.mark.parametrize("power", [2, 3, 4])
-@pytest.mark.parametrize("steps", [10, 25, 40, 63])
-def test_steep_step_ratios_come_back_to_the_bit(power: int, steps: int) -> None:
-    """Fractions with large terms, and stacks near 63 bits."""
-    for seed in range(3):
-        generator = torch.Generator().manual_seed(seed)
-        solver, sigmas = BDIA(HeunEDM(), StepRatio(power), FixedPoint()), karras_sigmas(steps)
-        x = solver.arithmetic.snap(80 * torch.randn(1, 64, generator=generator))
-        state = solver.sample(smooth, x, sigmas).state
-        assert torch.equal(solver.invert(smooth, state, sigmas).x, x)
-
-
-def test_spills_are_crossed_in_one_run_and_in_pieces() -> None:
-    solver, sigmas = BDIA(Euler(), 0.5, FixedPoint()), karras_sigmas(150)
-    x = torch.randn(2, 16, dtype=torch.float64) * 80
-    whole = solver.sample(smooth, x, sigmas).state
-    assert aside(whole) >= 3
-    state: Tensor | State = x
-    for stop in (60, 90, 150):
-        state = solver.sample(smooth, state, sigmas, stop=stop).state
-    assert torch.equal(state.current, whole.current)
-    assert aside(state) >= 2
-    for stop in (120, 61, 20):
-        state = solver.invert(smooth, state, sigmas, stop=stop).state
-    assert 0 < state.side.bits_per_element < 32
-    back = solver.invert(smooth, state, sigmas)
-    assert torch.equal(back.x, solver.arithmetic.snap(x))
-    assert back.state.side.bits_per_element == 0
-
-
-def test_spills_of_a_run_that_starts_from_the_image() -> None:
-    # Weights above 1 contract on the way up, so that it is the encoding that must remember.
-    sigmas = torch.linspace(2, 0.01, 90)
-    solver = BDIA(Euler(), PerStep([2.0] * 88), FixedPoint())
-    image = torch.rand(2, 16)
-    code = solver.invert(smooth, image, sigmas)
-    assert aside(code.state) >= 1
-    again = solver.sample(smooth, code.state, sigmas)
-    assert torch.equal(again.x, solver.arithmetic.snap(image))
-
-
-# --- side information ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("steps", [18, 50, 100])
-@pytest.mark.parametrize("gamma", [1.0, 0.96, 0.5, StepRatio(1), StepRatio(2)], ids=str)
-@pytest.mark.parametrize("approximator", [Euler(), DDIM()], ids=str)
-def test_side_information_is_near_the_bound(approximator, gamma, steps: int) -> None:
-    solver, sigmas = BDIA(approximator, gamma, FixedPoint()), karras_sigmas(steps)
-    x = torch.randn(4, 1024, dtype=torch.float64) * 80
-    side = solver.sample(smooth, x, sigmas).state.side
-    assert side.bits_per_element <= side_information_bound(solver, sigmas) + 4
-    assert side.nbytes * 8 == side.bits_per_element * x.numel()
-
-
-def test_no_side_information_for_weights_of_one_and_little_for_encoding() -> None:
-    sigmas = karras_sigmas(18)
-    x = torch.randn(4, 64, dtype=torch.float64) * 80
-    one = BDIA(Euler(), 1.0, FixedPoint())
-    assert one.sample(smooth, x, sigmas).state.side.bits_per_element == 0
-    half = BDIA(Euler(), StepRatio(1), FixedPoint())
-    bits = half.invert(smooth, x / 80, sigmas).state.side.bits_per_element
-    assert bits <= 1  # the bound of encoding; sampling has 13.5
-
-
-def test_the_bound_is_the_sum_of_the_logarithms() -> None:
-    sigmas = karras_sigmas(50)
-    assert side_information_bound(BDIA(Euler(), 0.5), sigmas) == pytest.approx(49)
-    steps = -sigmas.diff()
-    bound = side_information_bound(BDIA(Euler(), StepRatio(2)), sigmas)
-    ratios = (steps[1:] / steps[:-1]) ** 2
-    assert bound == pytest.approx(float(-ratios.log2().sum()))
-    # Room that is made before anything is stored is of no use.
-    assert side_information_bound(BDIA(Euler(), PerStep([8, 0.5])), [3, 2, 1, 0]) == pytest.approx(
-        1
-    )
-
-
-@given(
-    st.sampled_from([2**58, 2**53, 2**40]).flatmap(
-        lambda most: st.lists(st.integers(-most, most), min_size=1, max_size=40)
-    ),
-    st.lists(st.tuples(st.integers(1, 2**12), st.integers(1, 2**12), st.booleans()), max_size=40),
-)
-@settings(max_examples=50, deadline=None)
-def test_the_stack_is_the_algorithm_on_integers_without_limit(values, scalings) -> None:
-    """Against the five lines of Maclaurin et al. in Python's own integers."""
-    z = torch.tensor(values)
-    stack = Stack(z.shape, 0, checksum(z), torch.float32)
-    expected, piles = list(values), [0] * len(values)
-    done = []
-    for a, b, multiply in scalings:
-        if any(abs(value) * a // b >= 2**61 for value in expected):
-            continue
-        for i, value in enumerate(expected):
-            quotient, remainder = divmod(value, b)
-            piles[i], t = divmod(piles[i] * b + remainder, a)
-            expected[i] = quotient * a + t
-        size = float(z.abs().max())
-        z = (stack.multiply(z, a, b, size) if multiply else stack.divide(z, b, a, size)).clone()
-        done.append((a, b, multiply))
-        assert z.tolist() == expected
-        stack = Stack.unpack(stack.pack(), z.shape)
-    side = stack.pack()
-    assert side.bits_per_element >= max(piles).bit_length()
-    for a, b, multiply in reversed(done):
-        size = float(z.abs().max())
-        z = (stack.divide(z, a, b, size) if multiply else stack.multiply(z, b, a, size)).clone()
-    assert z.tolist() == values
-    if all(multiply for _, _, multiply in done):
-        assert stack.pack().bits_per_element == 0
-
-
-@pytest.mark.parametrize("bits", [30, 52, 53, 54, 60])
-@pytest.mark.parametrize("b", [3, 7, 2401, 4095])
-def test_quotients_beside_an_integer_are_rounded_down(b: int, bits: int) -> None:
-    """Where a quotient in float64 comes nearest to the wrong side of it."""
-    multiples = [n * b for n in range(2**bits // b - 50, 2**bits // b)]
-    values = [sign * m + beside for m in multiples for sign in (1, -1) for beside in (-1, 0, 1)]
-    z = torch.tensor(values)
-    stack = Stack(z.shape, 0, checksum(z), torch.float32)
-    product = stack.multiply(z, 1, b, float(z.abs().max()))
-    assert product.tolist() == [value // b for value in values]
-    assert stack.divide(product.clone(), 1, b).tolist() == values
-
-
-@given(st.integers(0, 31), st.integers(1, 200), st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None)
-def test_packing_is_undone(width: int, n: int, random: random.Random) -> None:
-    z = torch.tensor([random.randrange(2**width) for _ in range(n)])
-    packed = pack_bits(z, width)
-    assert packed.dtype == torch.int32
-    assert packed.shape == (width, -(-n // 32))
-    assert torch.equal(unpack_bits(packed, n), z)
-
-
-def a_run(steps: int = 60) -> tuple[BDIA, Tensor, Tensor, State]:
-    solver, sigmas = BDIA(Euler(), 0.5, FixedPoint()), karras_sigmas(steps)
-    x = torch.randn(2, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 80
-    return solver, sigmas, x, solver.sample(smooth, x, sigmas).state
-
-
-def flipped(tensor: Tensor, bit: int) -> Tensor:
-    """A copy of an integer tensor with one bit the other way round."""
-    data = bytearray(tensor.numpy().tobytes())
-    data[bit // 8] ^= 1 << bit % 8
-    return torch.frombuffer(data, dtype=tensor.dtype).reshape(tensor.shape).clone()
-
-
-def test_every_bit_of_the_state_counts() -> None:
-    solver, sigmas, _, state = a_run()
-    side = state.side
-    assert side.words
-    assert side.packed.numel()
-    generator = random.Random(0)
-    for part in ("current", "partner", "words", "packed", "checksum"):
-        for _ in range(12):
-            if part in ("current", "partner"):
-                tensor = getattr(state, part)
-                bit = generator.randrange(tensor.nbytes * 8)
-                broken = dataclasses.replace(state, **{part: flipped(tensor, bit)})
-            elif part == "words":
-                word = flipped(side.words[0], generator.randrange(side.words[0].nbytes * 8))
-                words = (word, *side.words[1:])
-                broken = dataclasses.replace(state, side=dataclasses.replace(side, words=words))
-            else:
-                tensor = getattr(side, part)
-                changed = {part: flipped(tensor, generator.randrange(tensor.nbytes * 8))}
-                broken = dataclasses.replace(state, side=dataclasses.replace(side, **changed))
-            with pytest.raises((RuntimeError, OverflowError), match=r"not what it was|holds|fit"):
-                solver.invert(smooth, broken, sigmas)
-
-
-def test_a_bit_that_no_state_ever_uses_counts_too() -> None:
-    solver, sigmas, _, state = a_run()
-    width = state.side.packed.shape[0]
-    high = unpack_bits(state.side.packed, state.current.numel())
-    packed = pack_bits(high | 1 << width, width + 1)
-    side = dataclasses.replace(state.side, packed=packed)
-    with pytest.raises(RuntimeError, match=r"not what it was|does not fit the run"):
-        solver.invert(smooth, dataclasses.replace(state, side=side), sigmas)
-
-
-# --- states in files and on devices ----------------------------------------------------------------
-
-
-def test_a_state_survives_a_file(tmp_path) -> None:
-    solver, sigmas, x, state = a_run()
-    state.save(tmp_path / "state.safetensors")
-    loaded = State.load(tmp_path / "state.safetensors")
-    assert torch.equal(loaded.current, state.current)
-    assert loaded.sigmas == state.sigmas
-    assert torch.equal(solver.invert(smooth, loaded, sigmas).x, solver.arithmetic.snap(x))
-
-
-def test_a_floating_point_state_survives_a_file(tmp_path) -> None:
-    solver, sigmas = BDIA(DDIM()), karras_sigmas(5)
-    state = solver.sample(smooth, torch.randn(2, 3, dtype=torch.bfloat16), sigmas).state
-    state.save(tmp_path / "state.safetensors")
-    loaded = State.load(tmp_path / "state.safetensors")
-    assert loaded.side is None
-    assert torch.equal(loaded.current, state.current)
-    assert torch.equal(loaded.partner, state.partner)
-    assert (loaded.index, loaded.solver) == (state.index, state.solver)
-
-
-def test_a_damaged_or_foreign_file_is_refused(tmp_path) -> None:
-    from safetensors.torch import save_file
-
-    path = tmp_path / "state.safetensors"
-    a_run()[-1].save(path)
-    data = path.read_bytes()
-    for place in (-1, -200, len(data) // 2):
-        broken = bytearray(data)
-        broken[place] ^= 4
-        path.write_bytes(broken)
-        with pytest.raises(ValueError, match="damaged"):
-            State.load(path)
-    path.write_bytes(data.replace(b'"version":"3"', b'"version":"7"'))
-    with pytest.raises(ValueError, match="version 7"):
-        State.load(path)
-    path.write_bytes(data[:-9])
-    with pytest.raises(ValueError, match="damaged"):
-        State.load(path)
-    save_file({"cleaner": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match="not a state saved by odesolvers"):
-        State.load(path)
-    with pytest.raises(OSError):
-        State.load(tmp_path / "absent")
-
-
-def test_a_code_is_sampled_under_another_label_from_its_fork() -> None:
-    denoiser = IdealDenoiser(*load_digits())
-    solver, sigmas = BDIA(HeunEDM(), StepRatio(2), FixedPoint()), karras_sigmas(8, 0.1)
-    own, other = ({"class_labels": torch.tensor([label])} for label in (3, 5))
-    image = solver.arithmetic.snap(load_digits()[0][3:4])
-    code = solver.invert(denoiser, image, sigmas, extra_args=own)
-    with pytest.raises(RuntimeError, match=r"state\.fork\(\)"):
-        solver.sample(denoiser, code.state, sigmas, extra_args=other)
-    edit = solver.sample(denoiser, code.state.fork(), sigmas, extra_args=other)
-    assert not torch.equal(edit.x, image)
-    back = solver.invert(denoiser, edit.state, sigmas, extra_args=other)
-    assert torch.equal(back.x, code.x)
-    again = solver.sample(denoiser, code.state, sigmas, extra_args=own)
-    assert torch.equal(again.x, image)
-
-
-def test_noise_is_noticed_in_a_denoiser_that_returns_one_buffer() -> None:
-    buffer = torch.empty(2, 3)
-
-    def noisy(x: Tensor, sigma: Tensor) -> Tensor:
-        return buffer.copy_(smooth(x, sigma) + 1e-3 * torch.randn(2, 3))
-
-    solver = BDIA(Euler(), 0.9, FixedPoint(check_determinism=True))
-    with pytest.raises(RuntimeError, match="not deterministic"):
-        solver.sample(noisy, torch.randn(2, 3), karras_sigmas(5))
-
-
-def test_elements_that_change_places_change_the_checksum() -> None:
-    z = torch.arange(6).reshape(1, 2, 3)
-    for other in (z.flip(1), z.flip(2), z.transpose(1, 2)):
-        assert checksum(z) != checksum(other)
-    pair = torch.cat([z, z + 1])
-    assert torch.equal(checksum(pair.flip(0)), checksum(pair).flip(0))  # each has its own
-
-
-def test_a_state_in_channels_last_survives_a_file(tmp_path) -> None:
-    x = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
-    for arithmetic in (FloatingPoint(), FixedPoint()):
-        state = BDIA(DDIM(), arithmetic=arithmetic).sample(smooth, x, karras_sigmas(4)).state
-        state.save(tmp_path / "state.safetensors")
-        loaded = State.load(tmp_path / "state.safetensors")
-        assert torch.equal(loaded.current, state.current)
-        assert loaded.current.stride() == state.current.stride()
-
-
-def test_side_information_of_another_state_is_refused() -> None:
-    solver, sigmas, _, state = a_run()
-    smaller = dataclasses.replace(state, current=state.current[:1], partner=state.partner[:1])
-    with pytest.raises(ValueError, match="does not belong to a state of shape"):
-        solver.invert(smooth, smaller, sigmas)
-    floats = dataclasses.replace(
-        state, current=state.current.double(), partner=state.partner.double()
-    )
-    with pytest.raises(ValueError, match="pair in int64"):
-        solver.invert(smooth, floats, sigmas)
-    with pytest.raises(ValueError, match="another solver"):
-        BDIA(Euler(), 0.5, FixedPoint(32)).invert(smooth, state, sigmas)
-
-
-def test_a_state_moves_as_a_whole() -> None:
-    state = a_run()[-1].to("meta")
-    side = state.side
-    tensors = [state.current, state.partner, side.packed, side.checksum, *side.words]
-    assert {tensor.device.type for tensor in tensors} == {"meta"}
-
-
 # --- snapping and range ----------------------------------------------------------------------------
 
 
@@ -661,32 +317,6 @@ def test_fractional_bits_must_fit_the_grid() -> None:
         BDIA(Euler(), 1.0, FixedPoint(40)).sample(smooth, x, [1e12, 1e-6, 0])
     BDIA(Euler(), 1.0, FixedPoint(46)).sample(smooth, x, karras_sigmas(5))
     BDIA(Euler(), 1.0, FixedPoint(24)).sample(smooth, x, karras_sigmas(5))
-
-
-@given(st.floats(-47.9, 47.9))
-@settings(max_examples=150, deadline=None)
-def test_weights_are_near_and_are_their_own(log2: float) -> None:
-    g = 2.0**log2
-    weight = FixedPoint().weight(g)
-    assert abs(weight - g) <= g / 2**12
-    assert FixedPoint().weight(weight) == weight
-
-
-def test_weights_that_are_simple_stay_and_hopeless_ones_are_refused() -> None:
-    for g in (0.0, 1.0, 0.5, 2.0, 0.75, 2**-12, 3000.0):
-        assert FixedPoint().weight(g) == g
-    with pytest.raises(ValueError, match="too far from 1"):
-        FixedPoint().weight(1e-15)
-    with pytest.raises(ValueError, match="too far from 1"):
-        FixedPoint().weight(1e15)
-
-
-def test_weights_over_the_whole_range_come_back() -> None:
-    sigmas = [9, 8, 7, 6, 5, 4, 3, 2, 1]
-    solver = BDIA(Euler(), PerStep([1e-9, 3e3, 2e-4, 0.7, 1e4, 1e-6, 1.1]), FixedPoint())
-    x = torch.randn(4, 8, dtype=torch.float64)
-    solution = solver.sample(smooth, x, sigmas)
-    assert torch.equal(solver.invert(smooth, solution.state, sigmas).x, solver.arithmetic.snap(x))
 
 
 # --- determinism -----------------------------------------------------------------------------------
