@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Mapping, Set
 from functools import partial
+from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
@@ -113,7 +114,7 @@ def check_differentiable(differentiable: object, solver: Any, sigmas: object) ->
         )
 
 
-def _refuse_settings(thing: Any, name: str, seen: set[int]) -> None:
+def _refuse_settings(thing: Any, name: str, seen: set[int], depth: int = 9) -> None:
     """Raises a ValueError if a setting requires a gradient, for coefficients are numbers.
 
     Looks into what settings are made of, as `identity` does, and into what functions among them use.
@@ -121,7 +122,8 @@ def _refuse_settings(thing: Any, name: str, seen: set[int]) -> None:
     if isinstance(thing, nn.Module):
         return refuse_gradient(name, list(thing.parameters()))
     refuse_gradient(name, thing)
-    if isinstance(thing, Tensor | type | str | int | float | None) or id(thing) in seen:
+    closed = Tensor | ModuleType | type | str | int | float | None
+    if isinstance(thing, closed) or id(thing) in seen or not depth:
         return None
     seen.add(id(thing))
     if isinstance(thing, Mapping):
@@ -131,14 +133,15 @@ def _refuse_settings(thing: Any, name: str, seen: set[int]) -> None:
     elif isinstance(thing, partial):
         parts = [(name, value) for value in (thing.func, thing.args, thing.keywords)]
     elif inspect.isfunction(thing):
-        used = inspect.getclosurevars(thing).nonlocals
-        parts = [(name, value) for value in (used, thing.__defaults__, thing.__kwdefaults__)]
+        used = inspect.getclosurevars(thing)
+        things = used.nonlocals, used.globals, thing.__defaults__, thing.__kwdefaults__
+        parts = [(name, value) for value in things]
     else:
         kind, own = type(thing), getattr(thing, "__dict__", {})
         slots = {slot: getattr(thing, slot) for slot in slots_of(kind) if hasattr(thing, slot)}
         parts = [(f"{key} of {kind.__name__}", value) for key, value in {**own, **slots}.items()]
     for part, value in parts:
-        _refuse_settings(value, part, seen)
+        _refuse_settings(value, part, seen, depth - 1)
     return None
 
 

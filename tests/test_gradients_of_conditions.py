@@ -104,6 +104,9 @@ def test_numbers_that_require_a_gradient_are_refused(differentiable: Any) -> Non
         way()  # nothing is asked
 
 
+WORLD: dict[str, Any] = {}
+
+
 class Plain:
     __slots__ = ("rule",)
 
@@ -118,10 +121,11 @@ class Plain:
         lambda weight: {"a": [weight]},
         lambda weight: Plain(weight),
         lambda weight: lambda k: weight * k,
+        lambda weight: WORLD.update(weight=weight) or (lambda k: WORLD["weight"] * k),
         lambda weight: partial(max, weight),
         lambda weight: Learned(({"a": nn.ParameterList([weight])},)),
     ],
-    ids=["dict", "slots", "function", "partial", "rule in a rule"],
+    ids=["dict", "slots", "function", "global", "partial", "rule in a rule"],
 )
 def test_settings_of_settings_are_refused_too(held: Any, differentiable: Any) -> None:
     """Whether or not the steps of the solver are known from a run before."""
