@@ -200,6 +200,7 @@ class VPDenoiser(NetworkDenoiser):
             )
         self.beta_min, self.beta_max, self.t_min = beta_min, beta_max, number("t_min", t_min)
         self.sigma_max, self.sigma_min = self.sigmas(2)[:2].tolist()
+        _check_highest(prediction, self.sigma_max)
 
     def denoise(self, network: Network, x: Tensor, sigma: Tensor) -> Tensor:
         return vp_denoise(self.prediction, network, x, sigma, self.time(sigma))
@@ -245,6 +246,7 @@ class CosineDenoiser(NetworkDenoiser):
         super().__init__(network, dtype)
         self.prediction = check_prediction_name(prediction)
         self.sigma_min, self.sigma_max = _check_range(sigma_min, sigma_max)
+        _check_highest(prediction, self.sigma_max)
 
     def denoise(self, network: Network, x: Tensor, sigma: Tensor) -> Tensor:
         return vp_denoise(self.prediction, network, x, sigma, self.time(sigma))
@@ -338,10 +340,22 @@ def _check_alphas(alphas: Tensor, prediction: str) -> Tensor:
             f"{what}, got numbers that end at {last:.6g}, where most is signal: of alphas, give "
             "torch.cumprod(alphas, 0)"
         )
-    if prediction in ("epsilon", "score") and last < 2.0**-32:
-        raise ValueError(
-            f"alphas_cumprod ends at {last:.2g} (zero terminal SNR): there the noise is all that the "
-            f"network sees, and {prediction!r} says nothing about the data. Such networks predict "
-            "'v_prediction' or 'sample'; if this one does not, leave out the last timesteps"
-        )
+    if last < 2.0**-32:
+        _check_first(prediction, f"alphas_cumprod ends at {last:.2g}", "the last timesteps")
     return alphas
+
+
+def _check_first(prediction: str, found: str, excess: str) -> None:
+    """A prediction that says something of pure noise, or an error."""
+    if prediction in ("epsilon", "score"):
+        raise ValueError(
+            f"{found} (zero terminal SNR): there the noise is all that the network sees, and "
+            f"{prediction!r} says nothing about the data. Such networks predict 'v_prediction' or "
+            f"'sample'; if this one does not, leave out {excess}"
+        )
+
+
+def _check_highest(prediction: str, sigma_max: float) -> None:
+    """`_check_first` of the highest level, by the limit of `_check_alphas`."""
+    if sigma_max > 2.0**16:
+        _check_first(prediction, f"the highest level is {sigma_max:.3g}", "such levels")

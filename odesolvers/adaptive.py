@@ -14,7 +14,7 @@ from .checks import check_is, check_output, check_start, refuse_call, version
 from .formula import trace
 from .grids import level_dtype
 from .run import Denoiser, modes
-from .values import count, number
+from .values import count, number, row
 
 SAFETY: Final = 0.9
 SHRINK, GROW = 0.2, 10.0
@@ -111,7 +111,7 @@ def adaptive_sigmas(
                 x, output, t = reached, outputs[-1], there
                 levels.append(level)
                 if ends:
-                    return torch.tensor(sorted(levels, reverse=True), dtype=torch.float64)
+                    return row("sigmas", sorted(levels, reverse=True), torch.float64)
             factor = (
                 SAFETY * max(r, 1e-10) ** -(0.2 - 0.75 * beta) * (before**beta if r <= 1 else 1)
             )

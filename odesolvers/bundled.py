@@ -104,7 +104,8 @@ class Model:
                 found.append(self.noise(1, sigma, generator))
                 continue
             shape = (1, *self.shape)
-            found.append(sigma * torch.randn(shape, generator=generator, dtype=torch.float64))
+            noise = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+            found.append(sigma * noise)
         return torch.cat(found).to(self.device, dtype)
 
     def deviation(self, sigma: float) -> float:
@@ -130,7 +131,8 @@ class Model:
     def _last_noise(self, x: Tensor, sigma: float) -> Tensor | float:
         if self.noise is not None or sigma == 0:  # latents end where they are clean
             return 0.0
-        draw = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        draw = torch.randn(x.shape[1:], generator=generator, device="cpu")
         return sigma * draw.to(x)
 
     def mask(self, pixels: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Mapping, Set
 from functools import partial
-from types import ModuleType
+from types import ModuleType, UnionType
 from typing import Any, NoReturn
 
 import torch
@@ -59,7 +59,7 @@ def overlap(a: Tensor, b: Tensor) -> bool:
         return False
     # Parts may be interleaved, as the halves of the channels of a batch are.
     low = min(i, j)
-    places = torch.arange(max(i + m, j + n) - low + 1)
+    places = torch.arange(max(i + m, j + n) - low + 1, device="cpu")
     first, second = (
         places.as_strided(t.shape, t.stride(), t.storage_offset() - low).flatten() for t in (a, b)
     )
@@ -313,7 +313,7 @@ def checked_share(name: str, value: object) -> float:
     return share
 
 
-def check_is(value: object, kind: type, what: str) -> None:
+def check_is(value: object, kind: type | UnionType, what: str) -> None:
     """An instance of `kind`, or a TypeError; `what` is the place it was given in, with an example."""
     if not isinstance(value, kind):
         raise TypeError(f"{what}, got {value!r}")

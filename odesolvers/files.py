@@ -49,9 +49,7 @@ def write_state(
     header["solver"] = printable(fields["solver"])
     header["sigmas"] = [sigma.hex() for sigma in fields["sigmas"]]
     header["strides"] = {k: x.stride() for k, x in states.items()}
-    stored = {
-        k: torch.empty(x.shape, dtype=x.dtype).copy_(x) for k, x in (states | tensors).items()
-    }
+    stored = {k: x.new_empty(x.shape).copy_(x) for k, x in (states | tensors).items()}
     text = json.dumps(header)
     metadata = {"format": FORMAT, "version": VERSION, "state": text}
     metadata["sha256"] = _digest(text, stored)
@@ -74,7 +72,8 @@ def read_state(path: str | os.PathLike[str], make: Callable[..., T]) -> tuple[T,
             if len(header) > _LONGEST:
                 raise ValueError(f"its header has more than {_LONGEST} bytes")
             text, digest = _metadata(header)
-            tensors = safetensors.torch.load(length + header + file.read())
+            with torch.device("cpu"):  # safetensors makes empty tensors on the default one
+                tensors = safetensors.torch.load(length + header + file.read())
             if digest != _digest(text, tensors):
                 raise ValueError("it is damaged: its contents do not match its checksum")
             fields, notes = _fields(text, tensors)
@@ -129,7 +128,7 @@ def _laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
             fits, below = fits and stride == below, below * n
     if not fits:  # two elements in one place, or a gap
         raise ValueError(f"{describe(x)} has no strides {strides}")
-    return torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
+    return x.new_empty_strided(x.shape, strides).copy_(x)
 
 
 def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:

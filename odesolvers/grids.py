@@ -12,14 +12,14 @@ import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .values import count, number, refuse_gradient, row
+from .values import count, number, row
 
 Sigmas: TypeAlias = "Grid | Tensor | Sequence[float]"
 """The types that `Grid.of` reads; numpy arrays are among them."""
@@ -36,8 +36,8 @@ class Grid:
     levels: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        refuse_gradient("a row of noise levels", self.levels)
-        object.__setattr__(self, "levels", tuple(map(float, self.levels)))
+        if type(self.levels) is not tuple or any(type(s) is not float for s in self.levels):
+            object.__setattr__(self, "levels", _levels(self.levels))
         s = self.levels
         if len(s) >= 2 and s[0] < math.inf and s[-1] >= 0 and all(map(operator.gt, s, s[1:])):
             return
@@ -69,17 +69,13 @@ class Grid:
             return sigmas
         if sigmas is None and own is None:
             raise TypeError("sigmas, the grid of noise levels, is needed: only a State has its own")
-        given = own if sigmas is None else sigmas.levels if isinstance(sigmas, Grid) else sigmas
-        refuse_gradient("sigmas", given)
-        line = given if isinstance(given, Tensor) else row("sigmas", given, torch.float64)
-        if line.ndim != 1:
-            raise ValueError(
-                f"sigmas must be one row of noise levels, got shape {tuple(line.shape)}"
-            )
-        levels = tuple(line.tolist())
+        given: Any = (
+            own if sigmas is None else sigmas.levels if isinstance(sigmas, Grid) else sigmas
+        )
+        levels = _levels(given)
         if own is not None and len(own) == len(levels) and own != levels:
-            a, b = (torch.tensor(numbers, dtype=torch.float32) for numbers in (own, levels))
-            levels = own if torch.equal(a, b) else levels
+            a, b = (np.array(numbers, np.float32) for numbers in (own, levels))
+            levels = own if np.array_equal(a, b) else levels
         return cls(levels)
 
     @property
@@ -196,6 +192,7 @@ def ddim_timesteps(
         ValueError: if `n` does not fit the schedule or `spacing` is unknown.
     """
     n, num_train_timesteps = count("n", n), count("num_train_timesteps", num_train_timesteps)
+    offset = count("offset", offset)
     if not 1 <= n <= num_train_timesteps:
         raise ValueError(
             f"n must be between 1 and num_train_timesteps = {num_train_timesteps}, got {n}"
@@ -246,6 +243,7 @@ def sigmas_from_alphas_cumprod(
             f"timesteps must be one row of integers, got {steps.dtype} of shape "
             f"{tuple(steps.shape)}"
         )
+    steps = steps.long()  # 8 bits would be read as a mask
     low, high = int(steps.min()), int(steps.max())
     if low < 0 or high >= len(alphas):
         raise ValueError(
@@ -279,12 +277,20 @@ def midpoint_sigmas(sigmas: Sigmas) -> Tensor:
     """
     grid = Grid.of(sigmas)
     middles = ((sigma + target) / 2 for sigma, target in grid.intervals())
-    return torch.tensor([grid.levels[0], *middles, grid.levels[-1]], dtype=torch.float64)
+    return row("sigmas", [grid.levels[0], *middles, grid.levels[-1]], torch.float64)
 
 
 def level_dtype(state: torch.dtype) -> torch.dtype:
     """The dtype of noise levels beside a state: half precision would not resolve them."""
     return torch.float64 if state == torch.float64 else torch.float32
+
+
+def _levels(given: Sigmas) -> tuple[float, ...]:
+    """Noise levels of any kind as numbers of Python, or an error."""
+    line = row("sigmas", given, torch.float64)
+    if line.ndim != 1:
+        raise ValueError(f"sigmas must be one row of noise levels, got shape {tuple(line.shape)}")
+    return tuple(line.tolist())
 
 
 def _ramp(n: int) -> Tensor:

@@ -268,7 +268,7 @@ class Run:
         last, self._last = self._last if x is None else None, None  # a graph is used once
         if x is None:
             x = self.arithmetic.load(stored, self.dtype) if self.exact else stored
-        values, versions = [x], list[int]()
+        values, versions, own = [x], list[int](), version(x)
         if last is not None and shear.calls and last[0] is stored and last[1] == shear.calls[0]:
             values.append(last[2])
             versions.append(last[3])
@@ -289,7 +289,7 @@ class Run:
             versions.append(_version(output))
         if len(values) > 2 and list(map(_version, values[1:])) != versions:
             refuse_written("output", self.grid.levels[k], k)
-        if before != _versions(far, stored):
+        if before != _versions(far, stored) or own != version(x):
             refuse_written("input", self.grid.levels[k], k)
         if len(values) > 1:
             self._twice = False

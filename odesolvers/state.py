@@ -12,9 +12,9 @@ from torch import Tensor
 
 from . import files
 from .arithmetic import SideInformation
-from .checks import describe, refuse_pair
+from .checks import check_is, describe, refuse_pair
 from .grids import Grid
-from .values import shown
+from .values import count, shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +47,12 @@ class State:
     def __post_init__(self) -> None:
         grid = self.sigmas if isinstance(self.sigmas, Grid) else Grid(self.sigmas)
         object.__setattr__(self, "sigmas", grid.levels)
+        object.__setattr__(self, "index", count("index", self.index))
+        check_is(self.solver, str, "solver must be the repr of a solver, such as 'BDIA(Euler())'")
+        check_is(self.coupled, bool, "coupled must be True or False")
+        check_is(self.side, SideInformation | None, "side must be SideInformation or None")
         first = 0 if self.partner is None or self.coupled else 1
-        if type(self.index) is not int or not first <= self.index < len(grid.levels):
+        if not first <= self.index < len(grid.levels):
             end = len(grid.levels) - 1
             raise ValueError(f"index must be between {first} and {end}, got {self.index!r}")
         a, b = self.current, self.partner

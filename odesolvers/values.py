@@ -43,7 +43,7 @@ def number(name: str, value: object) -> float:
 def count(name: str, value: object) -> int:
     """An integer of any kind as an int, or a TypeError."""
     try:
-        if not isinstance(value, bool):
+        if not isinstance(value, bool | np.bool_):
             return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         pass
@@ -57,8 +57,18 @@ def shown(text: str, most: int = 200) -> str:
 
 
 def row(name: str, values: object, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor, an array or a sequence as a tensor on the CPU, without gradients."""
+    """A tensor, an array or a sequence of real numbers as a tensor on the CPU, without gradients."""
     refuse_gradient(name, values)
+    if isinstance(values, list | tuple):
+        values = [v.item() if isinstance(v, np.ndarray) and v.ndim == 0 else v for v in values]
     if isinstance(values, np.ndarray):
-        values = np.ascontiguousarray(values)  # torch has no negative strides
-    return torch.as_tensor(values, dtype=dtype, device="cpu").detach()
+        if values.dtype.kind not in "iuf":
+            raise TypeError(f"{name} must be real numbers, got an array of {values.dtype}")
+        # torch has no negative strides or foreign orders of bytes, and warns of what is read-only.
+        values = np.array(values, values.dtype.newbyteorder("="), order="C")
+    if isinstance(values, Tensor) and (values.is_complex() or values.dtype is torch.bool):
+        raise TypeError(f"{name} must be real numbers, got a tensor of {values.dtype}")
+    try:
+        return torch.as_tensor(values, dtype=dtype, device="cpu").detach()
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name} must be one row of numbers: {error}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,3 +161,35 @@ def test_bad_grids_are_refused(sigmas: object, message: str) -> None:
 def test_a_grid_made_by_hand_is_checked_too() -> None:
     with pytest.raises(ValueError, match="must decrease strictly"):
         Grid((1.0, 2.0, 3.0))
+
+
+@pytest.mark.parametrize("make", [Grid, Grid.of], ids=["Grid", "of"])
+@pytest.mark.parametrize(
+    "sigmas",
+    [
+        "321",
+        ["3", "1"],
+        {3.0: 1},
+        np.array([3 + 1j, 1]),
+        torch.tensor([3 + 1j, 1]),
+        np.array([True, False]),
+        torch.tensor([True, False]),
+        np.array([3.0, 1.0], object),
+    ],
+    ids=repr,
+)
+def test_what_is_no_row_of_numbers_is_refused_by_name(
+    make: Callable[[Any], Grid], sigmas: Any
+) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"sigmas must be (one row of|real) numbers"):
+        make(sigmas)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int32", "uint64"])
+def test_timesteps_of_any_integers_are_places_in_the_schedule(dtype: str) -> None:
+    alphas, steps = [0.9, 0.5, 0.1], np.array([2, 1, 0], dtype)  # as many as the schedule has
+    expected = sigmas_from_alphas_cumprod(alphas, [2, 1, 0])
+    assert torch.equal(sigmas_from_alphas_cumprod(alphas, steps), expected)  # type: ignore[arg-type]
+    assert torch.equal(sigmas_from_alphas_cumprod(alphas, torch.from_numpy(steps)), expected)
+    with pytest.raises(TypeError, match="timesteps must be real numbers"):
+        sigmas_from_alphas_cumprod(alphas, torch.tensor([True, False, True]))

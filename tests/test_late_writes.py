@@ -31,6 +31,7 @@ SOLVERS: list[Solver] = [
     BDIA(Euler()),
     BDIA(HeunEDM()),
     BDIA(Euler(), 1.0, FixedPoint()),
+    BDIA(RK4(), 1.0, FixedPoint()),
     BELM(),
     EDICT(),
     McCallumFoster(HeunEDM()),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from odesolvers import (
     BDIA,
     DDIM,
     EDICT,
+    RK4,
     ConstantGamma,
     DampedStepRatio,
     Euler,
@@ -28,10 +31,12 @@ from odesolvers import (
     Rex,
     State,
     StepRatio,
+    adaptive_sigmas,
     calibrate,
     ddim_timesteps,
     exponential_sigmas,
     karras_sigmas,
+    midpoint_sigmas,
     polyexponential_sigmas,
     sigmas_from_alphas_cumprod,
     stability_report,
@@ -120,14 +125,22 @@ def test_integers_of_any_kind(as_given: Callable[[int], Any]) -> None:
     x, sigmas = noise(2, 5, sigma=80.0), karras_sigmas(8)
     stopped = Euler().sample(gaussian(), x, sigmas, stop=as_given(3))
     assert stopped.state.index == 3
+    assert State(x, None, as_given(3), tuple(sigmas.tolist()), "Euler()").index == 3
+    assert torch.equal(ddim_timesteps(8, offset=as_given(1)), ddim_timesteps(8, offset=1))
     assert torch.equal(stopped.x, Euler().sample(gaussian(), x, sigmas, stop=3).x)
 
 
-@pytest.mark.parametrize("wrong", [18.0, "18", True, None, torch.tensor(18.0)], ids=repr)
+@pytest.mark.parametrize(
+    "wrong", [18.0, "18", True, np.bool_(True), None, torch.tensor(18.0)], ids=repr
+)
 def test_what_is_no_integer_is_refused(wrong: Any) -> None:
     for make in (karras_sigmas, exponential_sigmas, vp_sigmas, ddim_timesteps, FixedPoint):
         with pytest.raises(TypeError, match=r"must be an integer, got"):
             make(wrong)
+    with pytest.raises(TypeError, match="offset must be an integer"):
+        ddim_timesteps(8, offset=wrong)
+    with pytest.raises(TypeError, match="index must be an integer"):
+        State(noise(2, 5), None, wrong, (2.0, 1.0), "Euler()")
     if wrong is not None:
         with pytest.raises(TypeError, match="stop must be an integer"):
             Euler().sample(gaussian(), noise(2, 5), karras_sigmas(8), stop=wrong)
@@ -149,6 +162,7 @@ GRIDS: list[Callable[[], torch.Tensor]] = [
     lambda: vp_sigmas(8),
     lambda: ddim_timesteps(8),
     lambda: sigmas_from_alphas_cumprod([0.9, 0.5, 0.1], [2, 1]),
+    lambda: midpoint_sigmas([80.0, 10.0, 0.0]),
     lambda: flow_times(8, shift=3.0),
     lambda: flow_sigmas(flow_times(8)),
     lambda: flow_sigmas(np.linspace(0, 1, 9)[::-1]),
@@ -170,6 +184,32 @@ def test_grids_do_not_follow_the_defaults_of_torch(make: Callable[[], torch.Tens
             torch.set_default_dtype(before)
 
 
+def test_states_in_files_and_grids_of_a_run_do_not_either(tmp_path: Path) -> None:
+    denoiser, x, path = gaussian(), noise(2, 5, sigma=80.0), tmp_path / "state.safetensors"
+    usual = adaptive_sigmas(denoiser, x, 80.0, 0.1)
+    with torch.device("meta"):  # stands for another than the CPU
+        assert torch.equal(adaptive_sigmas(denoiser, x, 80.0, 0.1), usual)
+        for solver in (BDIA(Euler()), BDIA(Euler(), StepRatio(1), FixedPoint()), BDIA(RK4())):
+            made = solver.sample(denoiser, x, karras_sigmas(8)).state
+            made.save(path)
+            found = State.load(path)
+            assert found.partner is not None
+            assert made.partner is not None
+            assert torch.equal(found.current, made.current)
+            assert torch.equal(found.partner, made.partner)
+            solver.invert(denoiser, found, torch.tensor(found.sigmas, device="cpu").float())
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("solver", None), ("solver", Euler()), ("coupled", "no"), ("coupled", 1), ("side", {"a": 1})],
+)
+def test_states_made_by_hand_are_checked(name: str, wrong: Any) -> None:
+    state = State(noise(2, 5), None, 0, (2.0, 1.0), "Euler()")
+    with pytest.raises(TypeError, match=f"{name} must be .*, got "):
+        replace(state, **{name: wrong})
+
+
 LEVELS = [80.0, 10.0, 1.0, 0.0]
 
 
@@ -179,10 +219,13 @@ LEVELS = [80.0, 10.0, 1.0, 0.0]
         tuple(LEVELS),
         np.array(LEVELS, dtype=np.float32),
         np.array(LEVELS[::-1])[::-1],  # of negative strides
+        np.array(LEVELS, ">f8"),
+        np.frombuffer(np.array(LEVELS).tobytes()),  # read-only, as in a file that is mapped
         np.array(LEVELS)[:, None].T[0],
         torch.tensor(LEVELS, dtype=torch.float32),
         [torch.tensor(level) for level in LEVELS],
         [np.float32(level) for level in LEVELS],
+        [np.array(level) for level in LEVELS],
         Grid(LEVELS),  # type: ignore[arg-type]
         Grid(np.array(LEVELS)),  # type: ignore[arg-type]
         Grid(torch.tensor(LEVELS)),  # type: ignore[arg-type]

@@ -58,7 +58,7 @@ class Trial:
     @classmethod
     def diverged(cls, at: Vector) -> Trial:
         """The trial of a run that ended with values that are not finite."""
-        nothing = torch.zeros(0, 0, dtype=torch.float64)
+        nothing = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
         return cls(at, math.inf, {}, nothing, nothing)
 
 

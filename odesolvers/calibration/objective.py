@@ -54,8 +54,8 @@ def eight_bits(x: Tensor) -> Tensor:
     Uniform noise of half the distance of two values stands for them, always the same, so that
     differences of errors are smooth; values beyond the range are clipped.
     """
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.rand(x.shape, generator=generator, dtype=torch.float64) * 2 - 1
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = torch.rand(x.shape, generator=generator, dtype=torch.float64, device="cpu") * 2 - 1
     return (x + noise.to(x) / 255).clamp(-1, 1)
 
 

@@ -263,6 +263,19 @@ def test_names_of_predictions_elsewhere(cls, name, right):
         cls(Network(), "other")
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "score"])
+def test_continuous_levels_of_noise_alone_need_another_prediction(prediction):
+    for cls, high, usual in (
+        (VPDenoiser, {"beta_max": 99}, {}),
+        (CosineDenoiser, {"sigma_max": 1e6}, {"sigma_max": 2.0**16}),
+    ):
+        with pytest.raises(ValueError, match=rf"zero terminal SNR.*'{prediction}' says nothing"):
+            cls(Network(), prediction, **high)
+        cls(Network(), prediction, **usual)
+        for other in ("v_prediction", "sample"):
+            cls(Network(), other, **high)
+
+
 @pytest.mark.parametrize(
     ("alphas", "words"),
     [
