@@ -149,7 +149,7 @@ def test_other_settings_are_refused_by_name(pictures: Path, tmp_path: Path) -> N
     next(other.denoiser.parameters()).data[0] += 1
     with pytest.raises(ValueError, match=r"weights was .* and is"):
         described.prepare(output, other)
-    with pytest.raises(ValueError, match="other weights here"):
+    with pytest.raises(ValueError, match=r"is another one here than that which .*: weights was"):
         work(output, model=other)
     with Image.open(pictures / "0" / "02.png") as old:
         old.resize((8, 8)).save(pictures / "0" / "02.png")

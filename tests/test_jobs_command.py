@@ -40,12 +40,17 @@ def test_a_job_is_done_reported_gone_on_with_and_verified(
     main(["batch", *f"{command} {SMALL}".split()])
     assert Output(out).done() == {0, 1, 2}
     assert Output(out).shard(1).read_bytes() == before
-    main(["batch", "verify", "--output", str(out), "--per-shard", "4"])
+    main(["batch", "verify", "--output", str(out), "--model", MODEL, "--per-shard", "4"])
     assert "9 elements lead back, with a relative error of at most 0" in capsys.readouterr().out
     line = refused(f"{command} {SMALL.replace('5', '6')}", capsys)
     assert "sigmas was 6 values and is 7 values" in line
     Output(out).shard(0).write_bytes(before)
-    assert "shard 0: " in refused(f"verify --output {out} --per-shard 4", capsys)
+    verified = f"verify --output {out} --model {MODEL} --per-shard 4"
+    assert "shard 0: " in refused(verified, capsys)
+    line = refused(verified.replace("small", "slow"), capsys)  # of the same weights
+    assert "shard 0: " in line
+    assert "another one here" in refused(verified.replace(MODEL, "digits"), capsys)
+    assert f"give --model {MODEL}" in refused(f"verify --output {out}", capsys)
 
 
 def test_under_a_launcher_the_command_is_one_worker(
@@ -79,8 +84,7 @@ def test_a_worker_that_stops_is_named_with_the_reason(
         ("verify", "there is no file out/manifest.json"),
         ("verify --per-shard 0", "--per-shard: must be a whole number from 1"),
         ("verify --per-shard -1", "--per-shard: "),
-        ("verify --tolerance -1", "tolerance must be finite and at least 0"),
-        ("verify --model letters", "odesolvers batch verify takes no '--model'"),
+        ("verify --prompt A", "odesolvers batch verify takes no '--prompt'"),
         ("sample --input seeds:9 --fit pad", "odesolvers batch sample takes no '--fit'"),
         ("sample --input seeds:9 --solver Euler", "--solver: 'Euler' is neither"),
         ("sample --input seeds:9 --threads 0", "--threads: must be a whole number from 1"),

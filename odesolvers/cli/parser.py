@@ -181,7 +181,11 @@ COMMANDS: Final[Mapping[str, tuple[Callable[[Namespace], None], str, Mapping[str
     "batch invert": (batch, f"{JOB} --fit", {**CODES, "guidance": 1.0, "action": "invert"}),
     "batch sample": (batch, JOB, {"action": "sample", "fit": "crop"}),
     "batch roundtrip": (batch, f"{JOB} --fit", {"action": "roundtrip"}),
-    "batch verify": (batch, "--output --per-shard --tolerance", {"action": "verify"}),
+    "batch verify": (
+        batch,
+        "--output --model --per-shard --tolerance",
+        {"action": "verify", "model": "that of the job"},
+    ),
     "report": (commands.report, f"--solver {GRID} --model --size", {}),
     "list": (commands.list_, "", {}),
     "app": (commands.app, "--model --network --device --port", {}),

@@ -38,15 +38,16 @@ def verify(
         pictures: elements of every shard, at random, rounded up to whole batches.
         tolerance: the largest ``|x - reference| / |reference|`` of an element; unused in fixed point.
         seed: of the choice.
-        model: the model, if it is loaded already.
+        model: the model, if it is loaded already; else that which the folder names, which may be code of
+            yours, ``package.module:function``: only in folders that you trust.
         progress: whether to show a progress bar, which needs tqdm.
 
     Returns:
         ``elements`` that were compared, the ``largest`` error, and ``faults``, a sentence each.
 
     Raises:
-        ValueError: for settings that check nothing, if the folder holds no job, or if its model has
-            other weights here.
+        ValueError: for settings that check nothing, if the folder holds no job, or if its model is another
+            one here.
     """
     if count("pictures", pictures) < 1:
         raise ValueError(f"pictures must be at least 1, got {pictures}")

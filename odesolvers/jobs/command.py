@@ -7,14 +7,16 @@ import threading
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from ..cli.outputs import say
-from ..opening import open_model, solver_of
+from ..opening import BUNDLED, open_model, solver_and_grid
 from ..progress import progress_bar
+from ..values import shown
 from .check import verify
 from .job import Job, Output
 from .reading import report
@@ -43,12 +45,12 @@ def batch(args: Namespace) -> None:
     model = open_model(args.model, device, args.network, args.size, place)
     levels = {k: getattr(args, k) for k in ("sigma_min", "sigma_max", "rho")}
     levels = {name: level for name, level in levels.items() if level is not None}
-    sigmas = model.sigmas(args.steps or model.steps, args.grid, levels)
+    solver, sigmas = solver_and_grid(model, args.solver, args.steps, args.grid, levels)
     job = Job(
         args.action,
         args.model,
         _absolute(args.input),
-        repr(solver_of(args.solver, model.method, sigmas)),
+        repr(solver),
         tuple(sigmas.tolist()),
         args.prompt or (),
         args.negative,
@@ -109,7 +111,11 @@ def _say_report(output: Output, faults: list[str]) -> None:
 
 def _verify(args: Namespace) -> None:
     output, (k, tolerance) = Output(args.output), (args.per_shard, args.tolerance)
-    found = verify(output.path, pictures=k, tolerance=tolerance, progress=True)
+    job = output.job
+    if args.named is None and job.model not in BUNDLED:  # a file does not choose which code is run
+        raise ValueError(f"the job is of another model: give --model {shown(job.model, 200)}")
+    model = replace(job, model=args.named or job.model).open(local_device(job.device))
+    found = verify(output.path, pictures=k, tolerance=tolerance, model=model, progress=True)
     if faults := found["faults"]:
         more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise RuntimeError(

@@ -7,6 +7,7 @@ import os
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, NamedTuple
@@ -74,7 +75,12 @@ class Pictures(Input):
         if self.only is not None:
             yield from self._archive(self.only)
             return
-        for folder, folders, names in os.walk(self.root, onerror=_raise):
+        seen = set[str]()  # links may lead in a circle
+        for folder, folders, names in os.walk(self.root, onerror=_raise, followlinks=True):
+            if (real := os.path.realpath(folder)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             inner = Path(folder).relative_to(self.root)
             found: list[tuple[str, str, int, int]] = []
@@ -83,7 +89,7 @@ class Pictures(Input):
                 if name.endswith(".tar"):
                     yield from self._archive(file)
                 elif name.lower().endswith((*ENDINGS, *PROMPTS)):
-                    found.append((file, file, 0, os.stat(self.root / file).st_size))
+                    found.append((file, file, 0, _size(self.root / file)))
             yield from self._prompted(found)
 
     def read(self, entry: Entry) -> bytes:
@@ -155,6 +161,8 @@ class HuggingFace(Input):
 
     def read(self, entry: Entry) -> bytes:
         found = self.data[entry.place][self.image]
+        if found is None:
+            raise ValueError("holds no picture")
         return found["bytes"] if found["bytes"] is not None else Path(found["path"]).read_bytes()
 
 
@@ -209,6 +217,13 @@ def open_input(text: str) -> Input:
             "prompts:FILE@N"
         )
     return Pictures(path)
+
+
+def _size(path: Path) -> int:
+    """The size of a file; 0 of a link that leads nowhere, which is a failure when it is read."""
+    with suppress(FileNotFoundError):
+        return path.stat().st_size
+    return 0
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -26,9 +26,11 @@ from ..values import count, number
 from ..writing import read_regular, replacing
 from .claims import Claims
 from .inputs import Entry, Input, open_input
-from .weights import fingerprint
+from .weights import identity, versions
 
-FORMAT: Final = "odesolvers job, version 2"
+FORMAT: Final = "odesolvers job, version 3"
+ENDINGS: Final = ("safetensors", "json")
+"""Of a shard, and of what stands for one without any result."""
 MOST: Final = 20_000
 """Elements of a shard: their names stand in the header of its file."""
 DTYPES: Final = ("float32", "float64", "bfloat16")
@@ -43,6 +45,8 @@ FORM: Final = {
     "format": str,
     "settings": dict,
     "weights": str,
+    "shape": [int],
+    "default_guidance": float,
     "odesolvers": str,
     "torch": str,
     "elements": whole(1),
@@ -155,16 +159,21 @@ class Job:
         """
         source, output = open_input(self.input), Output(Path(folder))
         self._check(source, model)
-        now = {"weights": fingerprint(model.denoiser)}
-        now |= {"odesolvers": ode.__version__, "torch": torch.__version__}
+        now = identity(model) | versions()
         if not output.begun:
             (output.path / "shards").mkdir(parents=True, exist_ok=True)
             with Claims(output.claims) as claims:
                 claims.take(Claims.PREPARING, wait=True)
                 if not output.begun:  # by another process meanwhile
+                    if output.done():
+                        raise ValueError(
+                            f"{output.path}/shards holds results of a job whose manifest is gone: "
+                            "remove them, or give another --output"
+                        )
                     self._begin(output, source, now)
                     return output
         self._compare(output, source, now)
+        (output.path / "shards").mkdir(exist_ok=True)
         return output
 
     def _entries(self, source: Input) -> Iterator[Entry]:
@@ -187,7 +196,7 @@ class Job:
         nothing = torch.zeros(1, 1, dtype=getattr(torch, self.dtype))
         ode.parse(self.solver).sample(lambda x, sigma: torch.zeros_like(x), nothing, self.sigmas)
 
-    def _begin(self, output: Output, source: Input, now: dict[str, str]) -> None:
+    def _begin(self, output: Output, source: Input, now: dict[str, Any]) -> None:
         digest, elements, prompted = hashlib.sha256(), 0, False
         with replacing(output.plan) as file:
             for entry in self._entries(source):
@@ -200,11 +209,11 @@ class Job:
         with replacing(output.path / "manifest.json") as file:
             file.write(json.dumps(manifest, indent=1).encode() + b"\n")
 
-    def _compare(self, output: Output, source: Input, now: dict[str, str]) -> None:
+    def _compare(self, output: Output, source: Input, now: dict[str, Any]) -> None:
         """A ValueError that names the differences to the job that was begun."""
         pairs = [(f.name, getattr(output.job, f.name), getattr(self, f.name)) for f in fields(self)]
-        pairs += [(name, output.manifest[name], value) for name, value in now.items()]
-        if differences := [_difference(*pair) for pair in pairs if pair[1] != pair[2]]:
+        differences = [_difference(*pair) for pair in pairs if pair[1] != pair[2]]
+        if differences := differences + output.differences(now):
             raise ValueError(
                 f"{output.path} holds a job that was begun with other settings: "
                 f"{'; '.join(differences)}. Repeat the settings to go on with it, or give another "
@@ -214,10 +223,18 @@ class Job:
             for line, entry in zip_longest(plan, self._entries(source)):
                 if entry is None or line != entry.line():
                     before = None if line is None else Entry.of_line(line)
-                    raise ValueError(
-                        f"the input {self.input} has changed since the job in {output.path} was begun: "
-                        f"{_change(before, entry)}. Restore it, or give another --output"
-                    )
+                    raise self._changed(output, _change(before, entry))
+        for k in output.done() if source.pictures else ():  # names and sizes may stay the same
+            notes = output.notes(k)
+            for entry, found in zip(notes["entries"][:1], notes["sha256"], strict=False):
+                if hashlib.sha256(source.read(Entry(*entry))).hexdigest() != found:
+                    raise self._changed(output, f"{entry[0]} is another picture")
+
+    def _changed(self, output: Output, what: str) -> ValueError:
+        return ValueError(
+            f"the input {self.input} has changed since the job in {output.path} was begun: {what}. "
+            "Restore it, or give another --output"
+        )
 
 
 @dataclass(frozen=True)
@@ -296,8 +313,27 @@ class Output:
 
     def done(self) -> set[int]:
         """The shards that are written."""
-        names = [name.partition(".")[0] for name in os.listdir(self.path / "shards")]
-        return {int(name) for name in names if name.isdecimal()}
+        with suppress(FileNotFoundError):
+            names = [name.partition(".") for name in os.listdir(self.path / "shards")]
+            return {int(k) for k, _, end in names if k.isdecimal() and end in ENDINGS}
+        return set()
+
+    def notes(self, k: int) -> dict[str, Any]:
+        """What a shard says of its elements; a ValueError if it is of another job."""
+        if self.failed(k).exists():
+            found = parsed(read_regular(self.failed(k)), dict)
+        else:
+            found = header(self.shard(k))["notes"]
+        if found.get("job") != self.digest:
+            raise ValueError(
+                f"{self.shard(k)} is a shard of another job than {self.path}: remove it"
+            )
+        return dict(found)
+
+    def differences(self, now: Mapping[str, Any]) -> list[str]:
+        """How the model or the libraries differ from those that the job was begun with."""
+        pairs = [(name, self.manifest[name], value) for name, value in now.items()]
+        return [_difference(*pair) for pair in pairs if pair[1] != pair[2]]
 
     @cached_property
     def _offsets(self) -> list[int]:
@@ -333,6 +369,15 @@ class Output:
                 for line in file:
                     with suppress(ValueError):
                         yield parsed(line, dict)
+
+
+def header(path: Path) -> dict[str, Any]:
+    """The description of a saved state with its notes, without its tensors."""
+    import safetensors
+
+    with safetensors.safe_open(path, framework="pt") as opened:
+        found: dict[str, Any] = json.loads(opened.metadata()["state"])
+    return found
 
 
 def _change(then: Entry | None, now: Entry | None) -> str:

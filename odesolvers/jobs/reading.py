@@ -20,8 +20,8 @@ from torch.utils.data import Dataset
 import odesolvers as ode
 
 from .. import State
-from ..writing import read_regular, replacing
-from .job import Output
+from ..writing import replacing
+from .job import Output, header
 
 
 class Shards(Dataset[dict[str, Any]]):
@@ -52,7 +52,8 @@ class Shards(Dataset[dict[str, Any]]):
     @cached_property
     def _ends(self) -> list[int]:
         """The number of elements up to the end of each file."""
-        return list(accumulate(len(_header(path)["notes"]["entries"]) for path in self.files))
+        notes = (self.output.notes(int(path.stem)) for path in self.files)
+        return list(accumulate(len(each["entries"]) for each in notes))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -110,10 +111,7 @@ def report(folder: str | os.PathLike[str], *, write: bool = False) -> dict[str, 
     output, failed, errors, written = Output(Path(folder)), [], list[float](), 0
     done = output.done()
     for k in sorted(done):
-        if output.failed(k).exists():
-            notes = json.loads(read_regular(output.failed(k)))
-        else:
-            notes = _header(output.shard(k))["notes"]
+        notes = output.notes(k)
         written += len(notes["entries"])
         failed += [list(failure) for failure in notes["failures"]]
         errors += map(float.fromhex, notes["errors"])
@@ -136,20 +134,9 @@ def report(folder: str | os.PathLike[str], *, write: bool = False) -> dict[str, 
     return found
 
 
-def _header(path: Path) -> dict[str, Any]:
-    """The description of a saved state with its notes, without its tensors."""
-    with _map(path) as opened:
-        found: dict[str, Any] = json.loads(opened.metadata()["state"])
-    return found
-
-
 @lru_cache(maxsize=8)
 def _opened(path: Path, *_: int) -> tuple[Any, dict[str, Any]]:
     """The mapped file of a state, and its description; the numbers tell it from an earlier file."""
-    return _map(path), _header(path)
-
-
-def _map(path: Path) -> Any:
     import safetensors
 
-    return safetensors.safe_open(path, framework="pt")
+    return safetensors.safe_open(path, framework="pt"), header(path)

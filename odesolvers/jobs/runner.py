@@ -21,7 +21,7 @@ from ..pictures import read_images
 from ..values import shown
 from .inputs import Entry, open_input
 from .job import Job, Output
-from .weights import fingerprint
+from .weights import identity
 
 Failure = tuple[str, str]
 """The name of an element, and the reason."""
@@ -95,15 +95,15 @@ class Runner:
     """Reads and runs the shards of a job, with one model.
 
     Raises:
-        ValueError: at construction, if the model's weights are not those that the job was begun with.
+        ValueError: at construction, if the model is not the one that the job was begun with.
     """
 
     def __init__(self, output: Output, model: Model) -> None:
         self.output, self.job, self.model = output, output.job, model
-        if (found := fingerprint(model.denoiser)) != output.manifest["weights"]:
+        if differences := output.differences(identity(model)):
             raise ValueError(
-                f"the model {self.job.model} has other weights here than those that {output.path} was "
-                f"begun with: SHA-256 {found}, not {output.manifest['weights']}"
+                f"the model {self.job.model} is another one here than that which {output.path} was "
+                f"begun with: {'; '.join(differences)}"
             )
         self.source = open_input(self.job.input)
         self.solver = ode.parse(self.job.solver)

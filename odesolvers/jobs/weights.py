@@ -1,4 +1,4 @@
-"""The identity of a model: a hash of all weights that its denoiser computes with."""
+"""The identity of a model: a hash of all weights that it computes with, and what else a job takes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import odesolvers as ode
+
+from ..opening import Model
+
 _BUILTIN: Final = {x for m in (builtins, types) for x in vars(m).values() if isinstance(x, type)}
 _COMMON: Final = sys.stdlib_module_names - {"builtins"} | {"torch", "numpy"}
 """Packages whose objects hold no weights but in tensors, arrays, networks and containers; any type that
@@ -29,21 +33,37 @@ _OWN: Final = frozenset(vars(nn.Module()))
 """What every module has: its weights, which are read by name, its parts, and its hooks."""
 
 
-def fingerprint(denoiser: Any) -> str:
-    """The SHA-256 of the weights of a denoiser: the same on every device, another one for each dtype.
+def identity(model: Model) -> dict[str, Any]:
+    """What a job keeps of a model: a hash of its weights, and the numbers that it takes from it."""
+    weights = fingerprint(model.denoiser, model.encode, model.condition, model.noise)
+    numbers = {"shape": tuple(model.shape), "default_guidance": float(model.guidance)}
+    return {"weights": weights, **numbers}
+
+
+def versions() -> dict[str, str]:
+    """The versions of libraries that a job is made with."""
+    return {"odesolvers": ode.__version__, "torch": torch.__version__}
+
+
+def fingerprint(denoiser: Any, *others: Any) -> str:
+    """The SHA-256 of the weights of a denoiser, and of `others`, such as an encoder.
+
+    It is the same on every device, and another one for each dtype.
 
     Weights are the parameters and buffers of networks, and all other tensors and arrays that the
     denoiser holds: in attributes, in containers, in closures, and in globals that its functions name.
     Of a pipeline they are those of its parts, with their configurations. Numbers and texts are
     settings, and not counted: a denoiser may count its calls.
 
-    A denoiser whose weights are out of reach has an attribute `fingerprint`, a text to hash for them.
+    What holds weights that are out of reach has an attribute `fingerprint`, a text to hash for them.
 
     Raises:
         ValueError: for an object of a library that may hold weights where they cannot be read.
     """
     search = _Search()
     search.add("denoiser", denoiser)
+    for part in others:
+        search.add("model", part)
     return search.digest.hexdigest()
 
 
@@ -167,5 +187,5 @@ def _unreadable(path: str, thing: Any) -> ValueError:
     kind = f"{type(thing).__module__}.{type(thing).__qualname__}"
     return ValueError(
         f"{path} is a {kind}, in which weights cannot be found: another model would pass for this one. "
-        "Give the denoiser an attribute `fingerprint`, a text that changes with its weights"
+        "Give it, or what holds it, an attribute `fingerprint`, a text that changes with its weights"
     )

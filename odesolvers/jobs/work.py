@@ -24,6 +24,7 @@ from ..writing import replacing
 from .claims import Claims
 from .job import Output
 from .runner import Batch, Failure, Runner, local_device, reproducible
+from .weights import versions
 
 WATCHED: Final = "ODESOLVERS_WATCHED"
 """Set for workers whose standard input is a pipe from their parent."""
@@ -38,7 +39,12 @@ def launched() -> tuple[int, int, int] | None:
     """The rank, the number of ranks and the rank on this machine, where a launcher gave them."""
     for *names, sign in LAUNCHERS:
         if sign in os.environ:
-            rank, world, local = (int(os.environ.get(name, "0")) for name in names)
+            found = [os.environ.get(name, "0") for name in names]
+            if not all(map(str.isdecimal, found)):
+                raise ValueError(
+                    f"{', '.join(names)} must be whole numbers, got {', '.join(found)}"
+                )
+            rank, world, local = map(int, found)
             return rank, max(world, 1), local
     return None
 
@@ -69,7 +75,7 @@ def work(
 
     Raises:
         OSError: if the input cannot be read, or the output not be written.
-        ValueError: if the folder holds no job, or its model has other weights here.
+        ValueError: if the folder holds no job, or its model or a library is another one here.
     """
     output = Output(Path(folder))
     job = output.job
@@ -80,8 +86,10 @@ def work(
             f"the job is one of the device {job.device}, the model is on {model.device}"
         )
     runner = Runner(output, model)
+    if differences := output.differences(versions()):
+        raise ValueError(f"the job in {folder} was begun elsewhere: {'; '.join(differences)}")
     with reproducible(job), Claims(output.claims) as claims:
-        return _work(runner, claims, rank * output.count // world)
+        return _work(runner, claims, rank % world * output.count // world)
 
 
 def _work(runner: Runner, claims: Claims, first: int) -> int:
