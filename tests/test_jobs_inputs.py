@@ -98,6 +98,11 @@ def test_data_sets_of_hugging_face_are_read(pictures: Path, tmp_path: Path) -> N
     assert [entry.prompt for entry in entries] == columns["label"]
     for entry, file in zip(entries, files, strict=True):
         assert source.read(entry) == Path(file).read_bytes()
+    nothing = datasets.Dataset.from_dict({"image": [files[0], None]})
+    nothing.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "nothing"))
+    source = open_input(f"hf:{tmp_path / 'nothing'}")
+    with pytest.raises(ValueError, match="holds no picture"):
+        source.read(list(source.entries())[1])
     described = job(f"hf:{tmp_path / 'stored'}")
     described.prepare(tmp_path / "out", opened())
     assert work(tmp_path / "out") == 4

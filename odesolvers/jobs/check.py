@@ -46,8 +46,8 @@ def verify(
         ``elements`` that were compared, the ``largest`` error, and ``faults``, a sentence each.
 
     Raises:
-        ValueError: for settings that check nothing, if the folder holds no job, or if its model is another
-            one here.
+        ValueError: for settings that check nothing, if the folder holds no job, or if its model is
+            another one here.
     """
     if count("pictures", pictures) < 1:
         raise ValueError(f"pictures must be at least 1, got {pictures}")
