@@ -144,3 +144,12 @@ def test_a_calibration_has_its_own_grid_as_in_the_other_commands(
     assert len(found.sigmas) == 5
     assert json.loads(Path("o/manifest.json").read_text())["settings"]["solver"] == found.solver
     assert ode.parse(found.solver) == ode.parse(expected.solver)
+
+
+def test_arrays_of_a_dtype_that_numpy_does_not_have(tmp_path: Path) -> None:
+    described = job("seeds:3", "sample", solver=FLOATING, dtype="bfloat16")
+    shards = Shards(made(tmp_path / "out", described))
+    ((names, array),) = shards.arrays()
+    assert array.dtype == np.float32
+    assert len(names) == 3
+    assert torch.equal(torch.from_numpy(array[1]), shards[1]["x"].float())

@@ -80,12 +80,16 @@ class Shards(Dataset[dict[str, Any]]):
             yield [entry[0] for entry in notes["entries"]], state
 
     def arrays(self) -> Iterator[tuple[list[str], npt.NDArray[Any]]]:
-        """The names of elements and an array ``(n, ...)`` of their states, shard by shard."""
+        """The names of elements and an array ``(n, ...)`` of their states, shard by shard.
+
+        Of bfloat16, which numpy does not have, it is float32, to the same values.
+        """
         for names, state in self.states():
             paired = state.partner is not None and not state.coupled  # at neighbouring levels
             end = state.partner if paired and self._up else state.current
             assert end is not None
-            yield names, self._loaded(end).numpy()
+            x = self._loaded(end)
+            yield names, (x.float() if x.dtype == torch.bfloat16 else x).numpy()
 
     def _loaded(self, stored: Tensor) -> Tensor:
         x: Tensor = self._arithmetic.load(stored, self._dtype)
