@@ -26,7 +26,7 @@ from .run import Denoiser, Run
 from .solver import Solver
 from .state import Solution, State
 from .trust import InversionWarning, warn_before_inverting
-from .values import count, number
+from .values import count, number, widened
 
 Arguments: TypeAlias = "Mapping[str, Any] | None"
 
@@ -193,7 +193,7 @@ def slerp(first: State, second: State, t: float) -> State:
     if t in (0.0, 1.0):
         return (a, b)[int(t)].fork()
     noisier = [s.current if s.partner is None else s.partner for s in (a, b)]
-    one, two = (x.double().flatten(1) for x in noisier)
+    one, two = (widened(x).flatten(1) for x in noisier)
     cosine = torch.nn.functional.cosine_similarity(one, two, dim=1).clamp(-1, 1)
     angle = cosine.acos()
     straight = angle.sin() < 1e-6  # parallel, or opposite: there the sphere has no shortest way
@@ -207,9 +207,9 @@ def slerp(first: State, second: State, t: float) -> State:
         if x is None or y is None:
             return None
         form = (-1, *[1] * (x.ndim - 1))
-        one, two = (w.reshape(form) * z.double() for w, z in zip(weights, (x, y), strict=True))
+        one, two = (w.reshape(form) * widened(z) for w, z in zip(weights, (x, y), strict=True))
         mixture = one + two
-        return mixture.to(x.dtype) if x.is_floating_point() else mixture.round().to(x.dtype)
+        return (mixture if x.is_floating_point() else mixture.round()).to(x)
 
     current = mixed(a.current, b.current)
     assert current is not None

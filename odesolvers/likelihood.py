@@ -19,7 +19,7 @@ from .settings import identity, once
 from .solver import Solver
 from .state import Solution, State
 from .trust import StabilityWarning
-from .values import count, number
+from .values import count, number, widened
 
 LIKELIHOOD_LIMIT: Final = 0.1
 """Expected error in bits per dimension above which a log density is warned of."""
@@ -150,7 +150,7 @@ def _integrated(
             up = run.finish(steps, run.walk, progress, run.grid.steps, 0)
     else:
         up = solver.invert(with_integral, start, grid, extra_args=extra_args, progress=progress)
-    end = up.x.double()
+    end = widened(up.x)
     return log_normal(end[:, :-1], grid.levels[0]) + end[:, -1], up.nfe
 
 
@@ -217,7 +217,7 @@ def _warn(solver: Solver, grid: Grid, x: Tensor) -> None:
 
 def log_normal(x: Tensor, std: float) -> Tensor:
     """The log density of N(0, std²) at each state, float64 ``(B,)``."""
-    flat = x.detach().double().flatten(1) / std
+    flat = widened(x.detach()).flatten(1) / std
     constant = flat.shape[1] * (0.5 * math.log(2 * math.pi) + math.log(std))
     return -0.5 * flat.square().sum(1) - constant
 

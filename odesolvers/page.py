@@ -15,6 +15,7 @@ from .editing import edit
 from .opening import open_model, solver_of
 from .pictures import noise_in_view, read_images, to_picture
 from .state import Solution
+from .values import widened
 
 SOLVERS: Final = {"BDIA": "damped", "DDIM inversion": "ddim"}
 SHOWN: Final = ("noise", "reconstruction", "edit")
@@ -55,8 +56,8 @@ def compare(
         state = edited.code.state.fork()
         back = solver.sample(model.denoiser, state, sigmas, extra_args=conditions["source"]).x
         code, level = edited.code.x, _level(edited.code)
-        error = float((back - x).double().norm() / x.double().norm())
-        std = float(code.double().std()) / model.deviation(level)
+        error = float(widened(back - x).norm() / widened(x).norm())
+        std = float(widened(code).std()) / model.deviation(level)
         ends = [model.leave(y, last)[0] for y in (back, edited.x)]
         shown = [to_picture(image) for image in (noise_in_view(code[0], level), *ends)]
         said = f"off by {error:.1e} after the way back; code of standard deviation {std:.2f}"

@@ -17,7 +17,7 @@ from .run import Denoiser
 from .solver import Solver
 from .state import Solution, State
 from .trust import StabilityWarning
-from .values import count, number
+from .values import count, number, widened
 
 BOUND_LIMIT: Final = 0.5
 """What a sample is expected to miss, in bits per dimension, above which a bound is warned of."""
@@ -140,7 +140,7 @@ def importance_samples(
         solver, denoiser, sigmas, jitter, data_std, extra_args=extra_args, progress=progress
     )
     # Half the log likelihood ratio of the width of x against that of its prior.
-    square = float((x.detach() / model.grid.levels[0]).double().square().mean())
+    square = float(widened(x.detach() / model.grid.levels[0]).square().mean())
     if not x.numel() * (square - 1 - math.log(square or 1e-300)) < 80:
         warnings.warn(
             f"x is no draw of noise at the level {model.grid.levels[0]:g}: its root mean square is "

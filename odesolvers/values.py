@@ -56,6 +56,11 @@ def shown(text: str, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+def widened(x: Tensor) -> Tensor:
+    """`x` in float64; on the CPU if its device, as Apple's GPUs, has none."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def row(name: str, values: object, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor, an array or a sequence of real numbers as a tensor on the CPU, without gradients."""
     refuse_gradient(name, values)

@@ -42,6 +42,8 @@ from odesolvers import (
     stability_report,
     vp_sigmas,
 )
+from odesolvers.calibration.objective import rows
+from odesolvers.likelihood import log_normal
 from odesolvers.models import ClassifierFreeGuidance, flow_sigmas, flow_times
 
 from .problems import gaussian, noise
@@ -198,6 +200,25 @@ def test_states_in_files_and_grids_of_a_run_do_not_either(tmp_path: Path) -> Non
             assert torch.equal(found.current, made.current)
             assert torch.equal(found.partner, made.partner)
             solver.invert(denoiser, found, torch.tensor(found.sigmas, device="cpu").float())
+
+
+class Narrow(torch.Tensor):
+    """A tensor that says it is on a device without float64."""
+
+    device = torch.device("mps")
+
+    def double(self) -> torch.Tensor:
+        raise TypeError("the MPS framework doesn't support float64")
+
+    def cpu(self) -> torch.Tensor:  # type: ignore[override]
+        return self.as_subclass(torch.Tensor)
+
+
+def test_figures_of_states_on_devices_without_float64() -> None:
+    x = noise(2, 5, sigma=80.0)
+    narrow = x.as_subclass(Narrow)
+    assert torch.equal(rows(narrow, narrow), rows(x, x))
+    assert torch.equal(log_normal(narrow, 80.0), log_normal(x, 80.0))
 
 
 @pytest.mark.parametrize(

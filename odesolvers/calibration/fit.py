@@ -20,7 +20,7 @@ from ..grids import Grid, Sigmas
 from ..progress import progress_bar
 from ..propagation import largest_product
 from ..run import Denoiser, Run
-from ..values import row
+from ..values import row, widened
 from .batch import Batch
 from .least_squares import Effort, LeastSquares, Trial, Vector
 from .objective import Objective, lengths, rows
@@ -275,7 +275,7 @@ class _Fit(LeastSquares):
                     run.rest(Shear.of(self._toward(k, side)), current, k) for side in (0, 1)
                 )
                 missed, wanted = older - behind, self.batch.path[k + 1].to(ahead) - ahead
-                best = float((missed * wanted).double().sum() / missed.double().square().sum())
+                best = float(widened(missed * wanted).sum() / widened(missed).square().sum())
                 log_g.append(math.log(min(max(best, LOWEST), HIGHEST)))
                 newer = ahead + math.exp(log_g[-1]) * missed
             older, current = current, newer

@@ -9,7 +9,7 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
-from ..values import number
+from ..values import number, widened
 
 _SKETCH: Final = 4096
 """The most columns of a sketch."""
@@ -61,8 +61,8 @@ def eight_bits(x: Tensor) -> Tensor:
 
 def rows(error: Tensor, like: Tensor) -> Tensor:
     """Errors over the root mean square of what they are errors of: norm 1 is an error of 100 %."""
-    size = like.double().reshape(len(like), -1).norm(dim=1).square().mean().sqrt()
-    rows: Tensor = (error.double().reshape(len(error), -1) / size).cpu()
+    size = widened(like).reshape(len(like), -1).norm(dim=1).square().mean().sqrt()
+    rows: Tensor = (widened(error).reshape(len(error), -1) / size).cpu()
     return rows
 
 

@@ -20,6 +20,7 @@ from ..opening import SHORT, solver_of
 from ..parsing import KINDS
 from ..pictures import noise_in_view, read_mask, side_by_side
 from ..results import Item
+from ..values import widened
 from .outputs import say
 from .work import Input, Setup, Task, in_turn
 
@@ -27,7 +28,7 @@ from .work import Input, Setup, Task, in_turn
 def sample(args: Namespace) -> None:
     """Sample pictures from noise, or from the states of `invert`."""
     if not args.files:
-        return _from_noise(args)
+        return from_noise(args)
     task = Task(args)
     task.refuse("count seed batch", "is for pictures from noise, not from states")
     items = task.results(task.inputs("states"))
@@ -46,8 +47,8 @@ def sample(args: Namespace) -> None:
     return task.end()
 
 
-def _from_noise(args: Namespace) -> None:
-    """Samples from noise, in which the key is if there is one."""
+def from_noise(args: Namespace) -> None:
+    """Sample pictures whose noise carries a key; a photo cannot be marked."""
     task = Task(args)
     prompts = in_turn("prompt", args.prompt, args.count, most=args.count)
     items = [Item(f"{args.seed + k:06d}", prompt=prompt) for k, prompt in enumerate(prompts)]
@@ -141,8 +142,7 @@ def interpolate(args: Namespace) -> None:
     pictures = task.inputs("pictures")
     if task.total != 2:
         raise ValueError(f"two pictures are interpolated, got {task.total}")
-    made = " ".join(item.digest for item in pictures)
-    frames = [Item(f"{k + 1:03d}", None, made) for k in range(args.frames)]
+    frames = [Item(f"{k + 1:03d}") for k in range(args.frames)]
     if task.results(frames, pictures):
         ends = list(task.each(pictures))
         if task.skipped:
@@ -157,11 +157,6 @@ def interpolate(args: Namespace) -> None:
         for item, frame in zip(frames, found, strict=True):
             task.write(item, setup.model.leave(frame.x, setup.ends[1])[0], None, setup)
     task.end()
-
-
-def watermark_embed(args: Namespace) -> None:
-    """Sample pictures whose noise carries a key; a photo cannot be marked."""
-    _from_noise(args)
 
 
 def watermark_detect(args: Namespace) -> None:
@@ -200,8 +195,8 @@ def roundtrip(args: Namespace) -> None:
             there = walks[0](denoiser, x, setup.sigmas, extra_args=extra)
             back = walks[1](denoiser, there.state, setup.sigmas, extra_args=extra)
             code, picture = (there.x, back.x) if args.files else (back.x, there.x)
-            error = float((back.x - x).double().norm() / x.double().norm())
-            std = float(code.double().std()) / setup.model.deviation(setup.ends[0])
+            error = float(widened(back.x - x).norm() / widened(x).norm())
+            std = float(widened(code).std()) / setup.model.deviation(setup.ends[0])
             calls = f"{there.nfe}+{back.nfe}"
             say(f"{one.item.name[:14]:14} {label[:26]:26} {calls:>7} {error:10.1e} {std:9.3f}")
             if label == args.solver:
@@ -221,6 +216,8 @@ def calibrate(args: Namespace) -> None:
         raise ValueError(f"--base must name a method such as Euler(), got {args.base}")
     if args.out.suffix != ".json" or not (args.out.parent.is_dir() or not args.out.parent.exists()):
         raise ValueError(f"--out must be a file such as {args.out.with_suffix('.json')}")
+    if args.out.exists() and not args.again:
+        raise FileExistsError(f"{args.out} is there: give another --out, or --again to replace it")
     prompts = in_turn("prompt", args.prompt, args.count, most=args.count)
     setup = Task(args).setup
     denoiser, extra = setup.guided(*prompts)
@@ -275,6 +272,6 @@ def _say_wrapped(title: str, names: list[str]) -> None:
 
 
 def _about_code(one: Input, code: Tensor) -> None:
-    z = code.double() / one.setup.model.deviation(one.setup.ends[0])
+    z = widened(code) / one.setup.model.deviation(one.setup.ends[0])
     about = f"mean {z.mean().item():.3f}, standard deviation {z.std().item():.3f}"
     tqdm.write(f"{one.item.name}: code of {about} (of noise: 0 and 1)", file=sys.stderr)
