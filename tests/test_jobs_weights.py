@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -78,6 +80,46 @@ def enclosing(inner: Any) -> nn.Module:
     return Closing()
 
 
+def in_class(member: Callable[[nn.Linear], Any]) -> Callable[[nn.Linear], Any]:
+    """A class with a member that is made of a network, and the same method as its base."""
+
+    class Base:
+        def __call__(self, x: Tensor, sigma: Tensor) -> Any:
+            return self.net(x)  # type: ignore[attr-defined]
+
+    def holder(inner: nn.Linear) -> Any:
+        return type("Denoiser", (Base,), {"net": member(inner)})()
+
+    return holder
+
+
+def overriding(inner: nn.Linear) -> Any:
+    class Base:
+        def __call__(self, x: Tensor, sigma: Tensor) -> Any:
+            return x
+
+    class Denoiser(Base):
+        def __call__(self, x: Tensor, sigma: Tensor) -> Any:
+            return inner(x)
+
+    return Denoiser()
+
+
+def hooked(inner: nn.Linear) -> nn.Module:
+    network = nn.Identity()
+    network.register_forward_hook(lambda module, args, found: inner(found))
+    return network
+
+
+def in_8_bits(inner: nn.Linear) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a later torch, which leaves it to another library
+        quantized: nn.Module = torch.ao.quantization.quantize_dynamic(
+            nn.Sequential(inner), {nn.Linear}
+        )
+    return quantized
+
+
 HOLDERS: dict[str, Callable[[nn.Linear], Any]] = {
     "a module": lambda inner: inner,
     "a module in a module": lambda inner: nn.Sequential(nn.SiLU(), inner),
@@ -96,6 +138,17 @@ HOLDERS: dict[str, Callable[[nn.Linear], Any]] = {
     "a closure": closed,
     "a method of a module": enclosing,
     "a function of functions": lambda inner: closed(closed(inner)),
+    "a class": in_class(lambda inner: inner),
+    "a property": in_class(lambda inner: property(lambda self: inner)),
+    "a cached property": in_class(lambda inner: cached_property(lambda self: inner)),
+    "a static method": in_class(lambda inner: staticmethod(closed(inner))),
+    "a class method": in_class(lambda inner: classmethod(lambda cls, x: inner(x))),
+    "a method of its base's name": overriding,
+    "a cached function": lambda inner: lru_cache(closed(inner)),
+    "a hook": hooked,
+    "8 bits": in_8_bits,
+    "bytes": lambda inner: Held(inner.weight.detach().numpy().tobytes()),
+    "an array of objects": lambda inner: np.array({"w": inner.weight.detach()}, dtype=object),
     "a default": lambda inner: Held(lambda x, net=inner: net(x)),
 }
 
@@ -106,7 +159,7 @@ def test_another_weight_is_another_model_wherever_it_is_held(holder: str) -> Non
     network = nn.Linear(3, 2)
     before = fingerprint(HOLDERS[holder](network))
     assert fingerprint(HOLDERS[holder](copy.deepcopy(network))) == before
-    network.weight.data[1, 2] += 1e-3
+    network.weight.data[1, 2] += 0.5
     assert fingerprint(HOLDERS[holder](network)) != before
 
 

@@ -10,7 +10,7 @@ import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from types import CodeType, ModuleType, SimpleNamespace
 from typing import Any, Final
 
@@ -31,6 +31,8 @@ _LIBRARIES: Final = _COMMON | {"builtins", "odesolvers", "diffusers", "transform
 _PLAIN: Final = (str, bytes, bytearray, memoryview, range)
 _OWN: Final = frozenset(vars(nn.Module()))
 """What every module has: its weights, which are read by name, its parts, and its hooks."""
+_HOOKS: Final = ("_forward_pre_hooks", "_forward_hooks")
+_WRAPPED: Final = (staticmethod, classmethod, type(lru_cache(len)))
 
 
 def identity(model: Model) -> dict[str, Any]:
@@ -88,6 +90,10 @@ class _Search:
             self._tensor(path, thing)
         elif isinstance(thing, np.ndarray | np.generic) and thing.dtype.kind in "biufc":
             self._tensor(path, torch.from_numpy(np.array(thing)))
+        elif isinstance(thing, np.ndarray) and thing.dtype.hasobject:
+            self.add(path, thing.tolist())
+        elif isinstance(thing, bytes | bytearray):
+            self.digest.update(f"{path} {len(thing)}\n".encode() + thing)
         elif isinstance(text := getattr(thing, "fingerprint", None), str):
             self.digest.update(f"{path} {text}\n".encode())
         elif isinstance(parts := getattr(pipeline, "components", None), Mapping):
@@ -103,7 +109,8 @@ class _Search:
             self._network(path, thing)
             for name, module in thing.named_modules():
                 held = {k: value for k, value in vars(module).items() if k not in _OWN}
-                for key, value in (held | _methods(type(module))).items():
+                held |= {k: list(vars(module)[k].values()) for k in _HOOKS}  # not by their numbers
+                for key, value in (held | _of_class(type(module))).items():
                     self.add(f"{path}.{name}.{key}", value)
         else:
             for name, part in _parts(path, thing):
@@ -113,10 +120,14 @@ class _Search:
         for name, tensor in (*network.named_parameters(), *network.named_buffers()):
             self.seen[id(tensor)] = tensor
             self._tensor(f"{path}.{name}", tensor)
+        for name, packed in network.state_dict().items():
+            if not isinstance(packed, Tensor):  # weights in 8 bits
+                self.add(f"{path}.{name}", packed)
         self.seen |= {id(module): module for module in network.modules()}
 
     def _tensor(self, path: str, tensor: Tensor) -> None:
         shape = f"{path} {tensor.dtype} {tuple(tensor.shape)}\n"
+        tensor = tensor.dequantize() if tensor.is_quantized else tensor
         try:
             data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
         except (RuntimeError, TypeError, NotImplementedError) as error:
@@ -139,6 +150,12 @@ def _parts(path: str, thing: Any) -> Iterable[tuple[str, Any]]:
         return [("self", thing.__self__), ("func", thing.__func__)]
     if inspect.isfunction(thing):
         return _used(thing)
+    if isinstance(thing, property):
+        return [("fget", thing.fget)]
+    if isinstance(thing, cached_property):
+        return [("func", thing.func)]
+    if isinstance(thing, _WRAPPED):
+        return [("wrapped", thing.__wrapped__)]
     if isinstance(thing, torch.jit.ScriptFunction):
         raise _unreadable(path, thing)
     if type(thing) in _BUILTIN or _is_of(_COMMON, type(thing).__module__):
@@ -152,13 +169,14 @@ def _parts(path: str, thing: Any) -> Iterable[tuple[str, Any]]:
                 held[name] = getattr(thing, name)
     if not slotted and not hasattr(thing, "__dict__"):  # of a class that is not written in Python
         raise _unreadable(path, thing)
-    return (held | _methods(type(thing))).items()
+    return (held | _of_class(type(thing))).items()
 
 
-def _methods(cls: type) -> dict[str, Any]:
-    """The functions of a class and its bases, which may close over weights."""
+def _of_class(cls: type) -> dict[str, Any]:
+    """The attributes of a class and its bases, and their functions, which may close over weights."""
     own = (base for base in cls.__mro__ if not _is_of(_LIBRARIES, base.__module__))
-    return {k: f for base in own for k, f in vars(base).items() if inspect.isfunction(f)}
+    found = ((f"{base.__name__}.{k}", k, x) for base in own for k, x in vars(base).items())
+    return {name: x for name, k, x in found if inspect.isfunction(x) or not k.startswith("__")}
 
 
 def _used(function: Any) -> Iterator[tuple[str, Any]]:
