@@ -187,7 +187,9 @@ def _pipeline(name: str, device: torch.device, dtype: torch.dtype, size: Any) ->
             index: Any = diffusers.DiffusionPipeline.load_config(name)
         except OSError as error:  # of the hub, of the connection, and of folders without an index
             where = (
-                "holds no pipeline" if path.is_dir() else "was not found on the Hugging Face hub"
+                "holds no pipeline"
+                if path.is_dir()
+                else "was not found on the Hugging Face hub, or that cannot be reached"
             )
             raise FileNotFoundError(f"--model {name} {where}: {error}") from error
         kind = index["_class_name"] if isinstance(index["_class_name"], str) else "a custom one"

@@ -20,6 +20,7 @@ from .writing import read_regular, replacing
 
 NOTES: Final = ".odesolvers.json"
 STATE: Final = ".safetensors"
+_OTHER: Final = {"key": "another key", "pictures": "other pictures"}
 
 
 @dataclass(frozen=True)
@@ -192,8 +193,7 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
     other = sorted(key for key in {**then, **now} if then.get(key) != now.get(key))
     return ", ".join(
-        "another key" if key == "key" else f"{key} was {value(then, key)} and is {value(now, key)}"
-        for key in other
+        _OTHER.get(key) or f"{key} was {value(then, key)} and is {value(now, key)}" for key in other
     )
 
 

@@ -23,7 +23,6 @@ from .outputs import say
 
 DTYPES: Final = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 NETWORKS: Final = {**DTYPES, "float16": torch.float16}
-EXECUTORS: Final = ("local", "slurm", "ray")
 MOST: Final = 10_000
 """Pictures and steps that are taken for no slip of the keyboard."""
 
@@ -89,15 +88,17 @@ def _flag(text: str) -> dict[str, Any]:
 _SIZE: Final = _whole(1, 2**14)
 _COUNT: Final = _whole(1, MOST)
 OPTIONS: Final[Mapping[str, dict[str, Any]]] = {
-    "files": _option(Path, "FILE", "pictures or saved states, or folders of them", (), nargs="*"),
-    "--prompt": _option(str, "TEXT", "for all, or repeated, one for each (none)", action="append"),
-    "--to": _option(str, "TEXT", "prompt of the edit, likewise", action="append", required=True),
+    "files": _option(Path, "FILE", "{}, or folders of them", (), nargs="*"),
+    "--prompt": _option(str, "TEXT", "of all; repeated, one for each (none)", action="append"),
+    "--to": _option(
+        str, "TEXT", "prompt of the edit, likewise (required)", action="append", required=True
+    ),
     "--negative": _option(str, "TEXT", "prompt to guide away from (none)"),
     "--guidance": _option(_number, "X", "guidance scale ({})"),
     "--strength": _option(_number, "X", "share of the steps, above 0 to 1 ({})", 1.0),
     "--mask": _option(Path, "FILE", "picture over the photo, white where it may change (all)"),
     "--frames": _option(_whole(2, MOST), "N", "pictures, the two among them ({})", 9),
-    "--key": _option(_secret, "TEXT", "the secret of the watermark", required=True),
+    "--key": _option(_secret, "TEXT", "the secret of the watermark (required)", required=True),
     "--compare": _option(
         str, "NAME", "another solver, repeated ({})", ["ddim", "edict"], action="append"
     ),
@@ -112,12 +113,12 @@ OPTIONS: Final[Mapping[str, dict[str, Any]]] = {
     "--fit": _option(_of(FITS), "HOW", f"{', '.join(FITS)} ({{}})", "crop"),
     "--size": _option(_SIZE, "N", "height and width, of pipelines (their own)", nargs=2),
     "--grid": _option(_of(tuple(GRIDS)), "NAME", f"{', '.join(GRIDS)} (karras)"),
-    "--steps": _option(_COUNT, "N", "of the grid ({})"),
+    "--steps": _option(_COUNT, "N", "number of steps ({})"),
     "--sigma-min": _option(_number, "X", "lowest noise level above 0 (of the model)"),
     "--sigma-max": _option(_number, "X", "highest noise level (of the model)"),
     "--rho": _option(_number, "X", "how much levels crowd at the low end (7)"),
-    "--dtype": _option(_of(DTYPES), "NAME", "of states (float32; pipelines: float64)"),
-    "--network": _option(_of(NETWORKS), "NAME", "of networks (float32; on a GPU float16)"),
+    "--dtype": _option(_of(DTYPES), "NAME", "type of states (float32; pipelines: float64)"),
+    "--network": _option(_of(NETWORKS), "NAME", "as --dtype (float32; pipelines on a GPU float16)"),
     "--device": _option(_device, "NAME", "cpu, cuda, cuda:1, mps ({})", torch.device("cpu")),
     "--out": _option(Path, "PATH", "folder, or one picture ({})"),
     "--save": _flag("save states too, to go back"),
@@ -133,7 +134,9 @@ OPTIONS: Final[Mapping[str, dict[str, Any]]] = {
     "--shard-size": _option(_COUNT, "N", "elements of a file ({})", 256),
     "--workers": _option(_COUNT, "N", "processes (one for each GPU, or 1)"),
     "--threads": _option(_COUNT, "N", "of each worker on the CPU ({})", 1),
-    "--executor": _option(_of(EXECUTORS), "NAME", f"{', '.join(EXECUTORS)} ({{}})", "local"),
+    "--executor": _option(
+        _of(("local", "slurm", "ray")), "NAME", "local, slurm, ray ({})", "local"
+    ),
     "--option": _option(str, "NAME=VALUE", "of datatrove's executor; repeated", action="append"),
     "--per-shard": _option(_COUNT, "N", "elements of each shard ({})", 1),
     "--tolerance": _option(_number, "X", "largest relative error ({})", 0.01),
@@ -167,7 +170,7 @@ COMMANDS: Final[Mapping[str, tuple[Callable[[Namespace], None], str, Mapping[str
     "edit": (commands.edit, f"files {PROMPTS} --to --strength --mask {RUN} --save {FILES}", {}),
     "interpolate": (commands.interpolate, f"files {PROMPTS} --frames {RUN} {FILES}", CODES),
     "watermark embed": (
-        commands.watermark_embed,
+        commands.from_noise,
         f"--key {PROMPTS} {NOISE} --batch {RUN} --save --out --again",
         {**CODES, "out": Path("out/watermark")},
     ),
@@ -175,7 +178,7 @@ COMMANDS: Final[Mapping[str, tuple[Callable[[Namespace], None], str, Mapping[str
     "roundtrip": (commands.roundtrip, f"files {PROMPTS} --compare --seed {RUN} {FILES}", {}),
     "calibrate": (
         commands.calibrate,
-        f"--base --runs --levels {PROMPTS} {NOISE} {GRID} --dtype {MODEL} --out",
+        f"--base --runs --levels {PROMPTS} {NOISE} {GRID} --dtype {MODEL} --out --again",
         {"count": 16, "seed": 1000, "solver": "damped", "out": Path("out/gamma.json")},
     ),
     "batch invert": (batch, f"{JOB} --fit", {**CODES, "guidance": 1.0, "action": "invert"}),
@@ -191,6 +194,9 @@ COMMANDS: Final[Mapping[str, tuple[Callable[[Namespace], None], str, Mapping[str
     "app": (commands.app, "--model --network --device --port", {}),
 }
 """The commands: function, names of the options, and defaults of their own."""
+STATES: Final = "pictures or saved states"
+FILES_OF: Final = {"sample": "saved states", "invert": STATES, "edit": STATES}
+"""What commands take that take more than pictures, or none."""
 TEXTS: Final = {
     "watermark": "Put a key into the noise of samples, and find it in pictures.",
     "batch": "Jobs over data sets, on many workers.",
@@ -244,12 +250,11 @@ def parser() -> Parser:
             command.usage = f"%(prog)s{operand} [options]"
             command.epilog = "Defaults are in parentheses."
         for option in options.split():
-            settings, dest = (
-                OPTIONS.get(f"{group or name} {option}", OPTIONS[option]),
-                _dest(option),
-            )
+            settings = OPTIONS.get(f"{group or name} {option}", OPTIONS[option])
+            dest = _dest(option)
             default = defaults.setdefault(dest, settings.get("default"))
             shown = ", ".join(default) if isinstance(default, list) else default
+            shown = FILES_OF.get(name, "pictures") if option == "files" else shown
             text = settings["help"].format(_OF_MODEL.get(dest) if default is None else shown)
             command.add_argument(option, **{**settings, "default": SUPPRESS, "help": text})
         command.set_defaults(command=(name, function, options, defaults))

@@ -140,6 +140,8 @@ class Task:
                 items.append(Item(path.stem, path, " ".join([digest_of(path), *several]), *own))
             except OSError as error:
                 self._skip(error)
+        if not items:
+            self.end()  # which says why
         return items
 
     def results(self, items: Sequence[Item], sources: Sequence[Item] = ()) -> list[Item]:
@@ -150,8 +152,10 @@ class Task:
             value = getattr(args, key)
             if key == "mask" and value is not None:
                 value = digest_of(value)
-            elif key == "solver" and value not in SHORT:
-                value = repr(solver_of(value, "Euler()", torch.ones(1)))
+            elif key == "solver":
+                value = _plain(value)
+            elif key == "compare":
+                value = [_plain(name) for name in value]
             elif key == "key":  # which is no secret any more where it stands in a file
                 value = hashlib.sha256(f"odesolvers {value}".encode()).hexdigest()
             elif key in ("prompt", "to") and value is not None and len(value) == 1:
@@ -159,11 +163,13 @@ class Task:
             if value is not None:
                 plain = isinstance(value, int | float | str | list | tuple)
                 settings[key] = value if plain else str(value)
+        if sources is not items:  # of other pictures, where one's own digests do not tell
+            settings["pictures"] = " ".join(item.digest for item in sources)
         paths = [item.path for item in sources if item.path is not None]
         try:
             self.outputs = Outputs(args.out, items, paths, settings, again=args.again)
         except OtherSettings:
-            if not all(item.of_state for item in sources):
+            if args.model in BUNDLED and not all(item.of_state for item in sources):
                 for prompts in zip(*((item.prompt, item.to) for item in sources), strict=True):
                     self.setup.model.arguments(prompts)
             raise  # unless a setting cannot be used at all, which says more
@@ -276,6 +282,11 @@ def in_turn(option: str, given: Sequence[str] | None, count: int, most: int = 0)
             f"{_options([option])} is given {times}: give one for all of them, or one for each in order"
         )
     return [values[k % len(values)] for k in range(count)]
+
+
+def _plain(name: str) -> str:
+    """A short name of a solver, or the `repr` of an expression; refuses what is neither."""
+    return name if name in SHORT else repr(solver_of(name, "Euler()", torch.ones(1)))
 
 
 def _options(names: Iterable[str]) -> str:

@@ -93,7 +93,7 @@ def test_an_encoding_without_greek_ends_nothing(monkeypatch: pytest.MonkeyPatch)
         (SAMPLE, WRITTEN),
         (f"roundtrip --compare damped{DIGITS}", ["out/roundtrip/000000.png"]),
         (f"edit a.png --prompt 1 --to 2{DIGITS}", ["out/edit/a.png"]),
-        (f"calibrate --count 1 --runs 2{DIGITS}", ["out/gamma.json"]),
+        (f"calibrate --again --count 1 --runs 2{DIGITS}", ["out/gamma.json"]),
     ],
 )
 def test_a_full_disk_leaves_the_old_files(shell: Shell, command: str, outputs: list[str]) -> None:

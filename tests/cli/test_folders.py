@@ -335,6 +335,8 @@ def test_an_error_is_not_hidden_by_results_of_other_settings(shell: Shell) -> No
     assert "prompts of this model are 0 to 9, got 'x'" in shell.refused(
         f"sample --prompt x --count 1{DIGITS}"
     )
+    save_digits(1)
+    assert "0.png is none of the states" in shell.refused("sample photos/0.png")
     message = shell.refused(f"sample --prompt 4 --guidance 1 --count 1{DIGITS}")
     assert (
         "holds results of other settings: guidance was not given and is 1.0, prompt was 3 and"
@@ -344,6 +346,37 @@ def test_an_error_is_not_hidden_by_results_of_other_settings(shell: Shell) -> No
     message = shell.refused(f"watermark embed --key b --count 1{DIGITS}")
     assert "other settings: another key; give" in message
     assert shlex.split(message)[0] == "Error:"
+
+
+def test_no_pipeline_is_loaded_to_say_that_settings_differ(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell.run(f"sample --count 1{DIGITS}")
+    monkeypatch.setattr("odesolvers.cli.work.open_model", lambda *_: pytest.fail("opened"))
+    assert "holds results of other settings" in shell.refused("sample --count 1 --model folder")
+
+
+def test_results_of_other_pictures_are_not_replaced(shell: Shell) -> None:
+    save_digits(3)
+    shell.run(f"interpolate photos/0.png photos/1.png --frames 2{DIGITS}")
+    other = f"interpolate photos/0.png photos/2.png --frames 2{DIGITS}"
+    before = pixels("out/interpolate/002.png")
+    assert "other settings: other pictures; give" in shell.refused(other)
+    assert (pixels("out/interpolate/002.png") == before).all()
+    shell.run(f"{other} --again")
+    assert (pixels("out/interpolate/002.png") != before).any()
+
+
+def test_a_calibration_is_not_replaced(shell: Shell) -> None:
+    command = f"calibrate --count 1 --runs 2{DIGITS}"
+    shell.run(command)
+    assert "out/gamma.json is there" in shell.refused(command)
+    shell.run(f"{command} --again")
+
+
+def test_a_solver_that_does_not_exist_is_refused_before_the_work(shell: Shell) -> None:
+    assert "'nothing'" in shell.refused(f"roundtrip --compare belm --compare nothing{DIGITS}")
+    assert files() == []
 
 
 def test_a_calibration_of_another_range_has_its_own_levels(shell: Shell) -> None:

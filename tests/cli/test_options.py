@@ -46,7 +46,8 @@ def test_help_says_the_defaults_that_are_used(capsys: pytest.CaptureFixture[str]
         ("invert", ["(codes)", "(out/invert)", "(letters)"]),
         ("edit", ["(damped)", "(1.0)", "(out/edit)", "(crop)"]),
         ("calibrate", ["(16)", "(1000)", "(out/gamma.json)", "(by the steps: 80 or"]),
-        ("interpolate", ["(9)", "(codes)"]),
+        ("interpolate", ["(9)", "(codes)", "   pictures, or folders of them"]),
+        ("sample", ["   saved states, or folders of them"]),
     ):
         with pytest.raises(SystemExit):
             cli.main([name, "--help"])
