@@ -15,6 +15,9 @@ SPECIAL = {"bos_token": "<|startoftext|>", "eos_token": END, "unk_token": END, "
 """The special tokens, and what they are where the files do not say it. Prompts of Stable Diffusion 1 are
 padded with the end; those of 2 and of the second encoder of XL with "!"."""
 
+USUAL = {"padding_side": "right", "truncation_side": "right", "split_special_tokens": False}
+"""Settings by which a tokenizer could lay out prompts, and the values of all of Stable Diffusion."""
+
 FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 TOKENS = 2**20
 """The most tokens; CLIP has 49,408."""
@@ -34,6 +37,9 @@ def letters() -> list[str]:
 
 def copy_tokenizer(find: Callable[[str], Path], into: Path) -> None:
     """Write the vocabulary, the merges and the special tokens of a CLIP tokenizer into a folder.
+
+    As transformers reads them, special_tokens_map.json goes before tokenizer_config.json, unless that
+    numbers added tokens: then it is not read. The published Stable Diffusion 2 pads by the former.
 
     Args:
         find: the path of a file of the tokenizer by its name; a ValueError if there is none.
@@ -61,9 +67,11 @@ def copy_tokenizer(find: Callable[[str], Path], into: Path) -> None:
         vocabulary, merges = words, "#version: 0.2\n" + "".join(f"{pair}\n" for pair in pairs)
     _check_vocabulary(vocabulary)
     _check_vocabulary(added)
-    clean = {
+    _check_layout(config, whole)
+    special = _special(config) | _special({} if "added_tokens_decoder" in config else special)
+    clean: dict[str, Any] = {
         key: {"__type": "AddedToken", **token} if isinstance(token, dict) else token
-        for key, token in _special(config).items()
+        for key, token in special.items()
     }
     length = config.get("model_max_length", 77)
     if type(length) not in (int, float) or not length >= 2:
@@ -78,13 +86,11 @@ def copy_tokenizer(find: Callable[[str], Path], into: Path) -> None:
     if decoder is not None:
         clean["added_tokens_decoder"] = _decoder(decoder)
     numbered = [token["content"] for token in clean.get("added_tokens_decoder", {}).values()]
-    _check_words(vocabulary, merges, {*added, *numbered}, _special(config) | _special(special))
+    _check_words(vocabulary, merges, {*added, *numbered}, special)
     # Prompts are padded to this length. Text encoders refuse more tokens than they have positions.
     clean |= {"model_max_length": min(int(length), LENGTH) if length < 2**60 else 77}
     clean["tokenizer_class"] = "CLIPTokenizer"
     content: dict[str, Any] = {"tokenizer_config.json": clean, "vocab.json": vocabulary}
-    if special:
-        content["special_tokens_map.json"] = _special(special)
     if added:
         content["added_tokens.json"] = added
     for name, value in content.items():
@@ -133,6 +139,21 @@ def _pair(value: Any) -> str:
     if not texts or len(words) != 2 or any(c in word for word in words for c in " \n"):
         raise ValueError(f"its tokenizer is damaged: {brief(value)} is no pair of tokens")
     return " ".join(words)
+
+
+def _check_layout(config: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
+    """Check that prompts are padded and cut at the end."""
+    said = [(name, config.get(name), usual) for name, usual in USUAL.items()]
+    for name in ("padding", "truncation"):
+        part = whole.get(name)
+        if isinstance(part, dict):
+            said.append((f"{name} direction", part.get("direction"), "Right"))
+    for name, value, usual in said:
+        if value not in (None, usual):
+            raise ValueError(
+                f"its tokenizer has {name} = {brief(value)}, and those of Stable Diffusion have "
+                f"{usual!r}: it is that of another model, or was changed; set it to that"
+            )
 
 
 def _check_vocabulary(words: Any) -> None:

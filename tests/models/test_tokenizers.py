@@ -95,6 +95,58 @@ def test_padding_must_be_said(edited, folders, family, part):
         assert found[-1] == 0
 
 
+@pytest.mark.parametrize("numbered", [True, False])
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("flags", [None, {"special": True, "normalized": False}])
+def test_padding_that_two_files_say(edited, folders, flags, whole, numbered):
+    """As transformers reads them: the published Stable Diffusion 2 says "!" in one file alone."""
+    files = ("vocab.json", "tokenizer_config.json")
+    vocabulary, config = (
+        json.loads((folders["2.x"] / "tokenizer" / file).read_text(encoding="utf-8"))
+        for file in files
+    )
+    assert config["pad_token"] == END
+    added = {str(vocabulary[word]): {"content": word, "special": True} for word in ("!", END)}
+    more = {"added_tokens_decoder": added} if numbered else {"errors": "replace"}
+    folder = edited("2.x", "tokenizer", file="tokenizer_config.json", **more)
+    if not whole:
+        (folder / "tokenizer" / "tokenizer.json").unlink()
+    special = {"pad_token": "!" if flags is None else {"content": "!", **flags}}
+    path = folder / "tokenizer" / "special_tokens_map.json"
+    path.write_text(json.dumps(special), encoding="utf-8")
+    theirs = type(load_pipeline(folders["2.x"]).tokenizer).from_pretrained(folder / "tokenizer")
+    ours = load_stable_diffusion(folder).pipeline.tokenizer
+    for text in TEXTS:
+        found, expected = (t(text, padding="max_length")["input_ids"] for t in (ours, theirs))
+        assert found == expected
+        assert (found[-1] == 0) is not numbered
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("padding_side", "left"), ("truncation_side", "left"), ("split_special_tokens", True)),
+        *(("padding_side", ["right"]), ("truncation_side", 1)),
+    ],
+)
+def test_prompts_laid_out_otherwise(edited, name, value):
+    for family, part in (("1.x", "tokenizer"), ("xl", "tokenizer_2")):
+        folder = edited(family, part, file="tokenizer_config.json", **{name: value})
+        refused(folder, f"its tokenizer has {name} = ")
+
+
+@pytest.mark.parametrize("name", ["padding", "truncation"])
+def test_prompts_laid_out_otherwise_by_the_whole_tokenizer(edited, name):
+    for direction in ("Left", "Right"):
+        folder = edited(
+            "1.x", "tokenizer", file="tokenizer.json", **{name: {"direction": direction}}
+        )
+        if direction == "Left":
+            refused(folder, f"its tokenizer has {name} direction = 'Left'")
+        else:
+            load_stable_diffusion(folder)
+
+
 def test_the_published_vocabulary_of_clip(tmp_path):
     """That of OpenAI's package, which the tokenizers of all families share, in both forms of folders."""
     place = find_spec("clip")
