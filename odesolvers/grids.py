@@ -114,7 +114,15 @@ def karras_sigmas(
         ValueError: if `n`, the range or `rho` is not usable.
     """
     n, sigma_min, sigma_max, rho = _checked_range(n, sigma_min, sigma_max, rho)
-    top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    try:
+        top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    except OverflowError:
+        top = bottom = math.inf
+    if not 0 < bottom < top < math.inf:
+        raise ValueError(
+            f"rho = {rho} is out of range: levels to the power of 1 / rho, {bottom:.3g} to {top:.3g}, "
+            "are beyond float64 or do not differ in it"
+        )
     return _finish((top + _ramp(n) * (bottom - top)) ** rho, append_zero)
 
 
