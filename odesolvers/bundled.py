@@ -160,6 +160,11 @@ class Model:
         return make(steps + (not settings.get("append_zero", True)), **settings)
 
 
+def level_of(state: ode.State) -> float:
+    """The noise level of a state, of a pair that of the noisier: of a code its own, also of a part."""
+    return state.sigmas[state.index - (state.partner is not None and not state.coupled)]
+
+
 def _trained(name: str, denoiser: Any, condition: Callable[..., dict[str, Any]]) -> Model:
     """A network of the package; down to 0.02 and not to 0, for so much noise passes for clean."""
     grid = {"sigma_min": 0.02, "append_zero": False}

@@ -10,11 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .bundled import BUNDLED, Model
+from .bundled import BUNDLED, Model, level_of
 from .editing import edit
 from .opening import open_model, solver_of
 from .pictures import noise_in_view, read_images, to_picture
-from .state import Solution
 from .values import widened
 
 SOLVERS: Final = {"BDIA": "damped", "DDIM inversion": "ddim"}
@@ -55,7 +54,7 @@ def compare(
         edited = edit(solver, model.denoiser, x, sigmas, **conditions, strength=strength)
         state = edited.code.state.fork()
         back = solver.sample(model.denoiser, state, sigmas, extra_args=conditions["source"]).x
-        code, level = edited.code.x, _level(edited.code)
+        code, level = edited.code.x, level_of(edited.code.state)
         error = float(widened(back - x).norm() / widened(x).norm())
         std = float(widened(code).std()) / model.deviation(level)
         ends = [model.leave(y, last)[0] for y in (back, edited.x)]
@@ -63,12 +62,6 @@ def compare(
         said = f"off by {error:.1e} after the way back; code of standard deviation {std:.2f}"
         found[name] = shown, f"**{name}**: {said} (of noise: 1)"
     return found
-
-
-def _level(code: Solution) -> float:
-    """The noise level of a code."""
-    state = code.state
-    return state.sigmas[state.index - (state.partner is not None and not state.coupled)]
 
 
 def build(model: str, device: torch.device, network: torch.dtype | None = None) -> Any:

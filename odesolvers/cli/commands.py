@@ -7,12 +7,12 @@ from argparse import Namespace
 from textwrap import wrap
 from typing import Any
 
-from torch import Tensor, lerp
+from torch import lerp
 from tqdm import tqdm
 
 import odesolvers as ode
 
-from ..bundled import BUNDLED, GRIDS
+from ..bundled import BUNDLED, GRIDS, level_of
 from ..editing import edit as edit_picture, first_level, interpolate as between, mark, matches
 from ..extend import IntegrationApproximator
 from ..models.emoji import emoji_groups
@@ -84,7 +84,7 @@ def invert(args: Namespace) -> None:
         code = setup.solver.invert(denoiser, one.x, setup.sigmas, extra_args=extra)
         view = noise_in_view(code.x[0], setup.ends[0])
         task.write(one.item, view, code.state, setup)
-        _about_code(one, code.x)
+        _about_code(one, code)
     task.end()
 
 
@@ -116,7 +116,7 @@ def edit(args: Namespace) -> None:
             if mask is not None:  # exact in pixels too, where an autoencoder is not
                 assert one.picture is not None
                 image = lerp(one.picture[0].double(), image, mask)
-            _about_code(one, run.code.x)
+            _about_code(one, run.code)
         task.write(one.item, image, run.state if args.save else None, setup)
     task.end()
 
@@ -125,8 +125,7 @@ def _edited_state(task: Task, one: Input, setup: Setup) -> Any:
     """The end of a run under the prompt of the edit, from a state that is undone first."""
     task.refuse("mask", "is for pictures, not for states")
     state, solver, sigmas = one.x, setup.solver, setup.sigmas
-    top = state.index - (state.partner is not None and not state.coupled)
-    if top == 0:
+    if level_of(state) == state.sigmas[0]:
         task.refuse("strength", f"is for pictures and samples, and {one.item.path} is noise")
     else:
         denoiser, extra = one.setup.guided()
@@ -271,7 +270,7 @@ def _say_wrapped(title: str, names: list[str]) -> None:
     say("\n".join(lines))
 
 
-def _about_code(one: Input, code: Tensor) -> None:
-    z = widened(code) / one.setup.model.deviation(one.setup.ends[0])
+def _about_code(one: Input, code: ode.Solution) -> None:
+    z = widened(code.x) / one.setup.model.deviation(level_of(code.state))
     about = f"mean {z.mean().item():.3f}, standard deviation {z.std().item():.3f}"
     tqdm.write(f"{one.item.name}: code of {about} (of noise: 0 and 1)", file=sys.stderr)

@@ -159,6 +159,13 @@ def test_outside_of_the_mask_the_picture_is_as_it_was(shell: Shell, solver: str)
     assert abs(found[:, 16:] - given[:, 16:]).mean() > 3
 
 
+def test_a_code_of_half_the_way_is_noise_of_its_own_level(shell: Shell) -> None:
+    save_letters(1)
+    shell.run("edit photos/0.png --prompt A --to H --strength 0.5 --solver codes --steps 24")
+    said = shell.error.split("standard deviation ")[1].split()[0]
+    assert 0.5 < float(said) < 2  # and not 0.04, which is that over the first level
+
+
 # interpolate
 
 
