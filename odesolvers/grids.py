@@ -118,12 +118,13 @@ def karras_sigmas(
         top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     except OverflowError:
         top = bottom = math.inf
-    if not 0 < bottom < top < math.inf:
+    levels = (top + _ramp(n) * (bottom - top)) ** rho
+    if not (top > bottom and abs(levels[-1].item() - sigma_min) < 1e-3 * sigma_min):
         raise ValueError(
             f"rho = {rho} is out of range: levels to the power of 1 / rho, {bottom:.3g} to {top:.3g}, "
-            "are beyond float64 or do not differ in it"
+            "are beyond the precision of float64"
         )
-    return _finish((top + _ramp(n) * (bottom - top)) ** rho, append_zero)
+    return _finish(levels, append_zero)
 
 
 def exponential_sigmas(
