@@ -338,7 +338,7 @@ def levels_visited(sigmas: Tensor) -> tuple[Tensor, bool]:
     Schedulers of two stages list levels twice, and a final sigma_min repeats the last, to rounding.
     """
     levels = sigmas.double()
-    repeated = bool(levels[-1] >= (1 - 1e-6) * levels[-2])
+    repeated = bool((levels[-1] - levels[-2]).abs() <= 1e-6 * levels[-2])
     return torch.unique_consecutive(levels[:-1] if repeated else levels), repeated
 
 
