@@ -17,6 +17,7 @@ from .errors import (
 from .files import claimed, locked, save
 from .problems import (
     DIGITS,
+    DRAWINGS,
     EXACT_PROBLEMS,
     LETTERS,
     MIXTURE,
@@ -31,6 +32,7 @@ __all__ = [
     "CACHE",
     "DIGITS",
     "DOCS",
+    "DRAWINGS",
     "EXACT_PROBLEMS",
     "IMAGES",
     "LETTERS",

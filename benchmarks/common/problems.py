@@ -23,6 +23,7 @@ from odesolvers.models import (
     save_tiny_stable_diffusion,
 )
 from odesolvers.models.edm import EDMPrecond, SongConfig, SongUNet
+from odesolvers.models.emoji import emoji_drawings
 
 CALIBRATION_SEED = 2000
 """The seed of the noise that solvers may be fitted to; no error is measured on it."""
@@ -126,6 +127,11 @@ def digits_data(n: int) -> Tensor:
     return load_digits()[0][:n]
 
 
+def drawings(device: torch.device) -> Denoiser:
+    """The posterior mean over 96 drawings of emoji in colour."""
+    return IdealDenoiser(emoji_drawings().images.double()).to(device)
+
+
 def letters(device: torch.device) -> Denoiser:
     """The trained network that ships with the package, in float32."""
     return load_letters(device=device)
@@ -212,6 +218,7 @@ MIXTURE = Problem(
 DIGITS = Problem(
     "digits", digits, (1, 8, 8), 64, data=digits_data, frechet_states=512, learned_steps=40
 )
+DRAWINGS = Problem("drawings of emoji", drawings, (3, 32, 32), 32)
 LETTERS = Problem("letters", letters, (3, 32, 32), 8, spread_labels, **NETWORK)
 GUIDED_LETTERS = Problem("guided letters", guided_letters, (3, 32, 32), 4, spread_labels, **NETWORK)
 TINY_STABLE_DIFFUSION = Problem(

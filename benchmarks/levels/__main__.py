@@ -18,7 +18,7 @@ import argparse
 
 from tqdm.auto import tqdm
 
-from ..common import PROBLEMS
+from ..common import DRAWINGS, PROBLEMS
 from ..suite.__main__ import chosen
 from .carry import COUNTS, LEARNED, LONGER, OTHERS, carried, other_steps, with_states
 from .gradients import compare
@@ -26,6 +26,7 @@ from .kept import Kept
 from .measure import measure
 from .report import SMALL, carry_key, gradients_key, report, states_key, steps_key
 
+ALL = (*PROBLEMS[:2], DRAWINGS, *PROBLEMS[2:])
 BUDGETS = (5, 6, 8, 10)
 SEEDS = 3
 
@@ -54,14 +55,14 @@ def main() -> None:
     parser.add_argument("--carry", action="store_true", help="what carries over, and no more")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     options = parser.parse_args()
-    kept, problems = Kept(), chosen("problem", PROBLEMS, options.problems)
+    kept, problems = Kept(), chosen("problem", ALL, options.problems)
     if not options.report and not options.carry:
         for problem, budget in tqdm([(p, n) for p in problems for n in options.budgets]):
             measure(problem, budget, min(options.seeds, problem.seeds), kept, not options.no_peers)
     if options.carry or not (options.report or options.problems):
         generalisation(kept)
     if options.report or not (options.carry or options.problems):
-        report(kept.read(), PROBLEMS, BUDGETS)
+        report(kept.read(), ALL, BUDGETS)
 
 
 if __name__ == "__main__":
