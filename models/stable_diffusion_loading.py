@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from odesolvers.values import shown
+from odesolvers.values import printable_cause, shown
 
 from .archives import read_archive
 from .folders import (
@@ -116,7 +115,7 @@ def load_stable_diffusion(
         raise ValueError(
             f"{source} could not be read as a Stable Diffusion checkpoint: "
             f"{shown(str(error), MESSAGE)}"
-        ) from _printable(error)
+        ) from printable_cause(error)
     return model.to(device)
 
 
@@ -149,11 +148,11 @@ def _download(source: str, variant: str | None, *, weights: bool = True) -> Path
             raise ValueError(
                 f"{source} could not be read as a Stable Diffusion checkpoint: "
                 f"{shown(str(error), MESSAGE)}"
-            ) from _printable(error)
+            ) from printable_cause(error)
         raise FileNotFoundError(
             f"{source} is no local path, and the Hugging Face hub did not provide it: "
             f"{shown(str(error), MESSAGE)}"
-        ) from _printable(error)
+        ) from printable_cause(error)
     return folder
 
 
@@ -258,12 +257,6 @@ def _lacks_weights(diffusers: Any, name: str, path: Path, options: dict[str, str
     except NotImplementedError:
         return True
     return False
-
-
-def _printable(error: Exception) -> Exception | None:
-    """An exception as the cause of another, unless a traceback of it would print control characters."""
-    text = "".join(traceback.format_exception(error))
-    return error if all(c.isprintable() or c in "\n\t" for c in text) else None
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor
 from .arithmetic import SideInformation
 from .checks import describe, is_finite
 from .typed import each, hexadecimal, optional, parsed, printable, whole
+from .values import printable_cause
 from .writing import open_regular, replacing
 
 T = TypeVar("T")
@@ -84,7 +85,7 @@ def read_state(path: str | os.PathLike[str], make: Callable[..., T]) -> tuple[T,
             reason = str(error) if isinstance(error, ValueError) else f"it is damaged, {error!r}"
             raise ValueError(
                 f"{os.fspath(path)} is not a saved state: {ascii(reason)[1:-1]:.300}"
-            ) from error
+            ) from printable_cause(error)
 
 
 def _metadata(header: bytes) -> tuple[str, str]:

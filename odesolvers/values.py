@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import traceback
 from numbers import Real
 
 import numpy as np
@@ -54,6 +55,12 @@ def shown(text: str, most: int = 200) -> str:
     """At most so many characters of a text that may come from a file, all of them printable."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: most + 1])
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def printable_cause(error: Exception) -> Exception | None:
+    """An exception as the cause of another, unless a traceback of it would print control characters."""
+    text = "".join(traceback.format_exception(error))
+    return error if all(c.isprintable() or c in "\n\t" for c in text) else None
 
 
 def widened(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from urllib.request import urlopen
 
 import torch
 
+from odesolvers.values import printable_cause
 from odesolvers.writing import replacing
 
 from ..base import check_floating_dtype
@@ -82,11 +83,11 @@ def load_edm(
     try:
         denoiser = read(data)
     except CheckpointError as error:
-        raise CheckpointError(f"{path.name[-60:]}: {error}") from error
+        raise CheckpointError(f"{path.name[-60:]}: {error}") from printable_cause(error)
     except Exception as error:  # anything that no check foresaw
         raise CheckpointError(
             f"{path.name[-60:]} is damaged: {type(error).__name__}: {error}"
-        ) from error
+        ) from printable_cause(error)
     denoiser.model.compute_in(dtype)
     return denoiser.to(device).eval().requires_grad_(False)
 
@@ -276,7 +277,7 @@ def _read_safetensors(data: memoryview) -> Preconditioner:
     except Exception as error:
         raise CheckpointError(
             f"its metadata is damaged: {type(error).__name__}: {error}"
-        ) from error
+        ) from printable_cause(error)
     return _fill(_build(class_name, arguments, tensors), tensors)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from odesolvers.values import printable_cause
+
 from ..base import append_dims, check_device, check_floating_dtype, values_readable
 from ..edm.stored import CheckpointError, read_weights
 from .data import LETTERS, SIZE
@@ -138,7 +140,7 @@ def load_letters(
     except CheckpointError as error:
         raise ValueError(
             f"{path} does not hold the weights of the letters network: {error}"
-        ) from error
+        ) from printable_cause(error)
     model.network.load_state_dict(weights)
     return model.eval().requires_grad_(False).to(device, dtype)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..gamma import GammaRule, step_ratios
 from ..grids import Grid
 from ..typed import hexadecimal, optional, parsed, read, whole
-from ..values import count
+from ..values import count, printable_cause
 from ..writing import read_regular, replacing
 
 FORMAT: Final = "odesolvers calibration"
@@ -231,7 +231,7 @@ class Calibrated(GammaRule):
         except ValueError as error:  # what came from a file may be of any length
             raise ValueError(
                 f"{name} is not a calibration: {ascii(str(error))[1:-1]:.300}"
-            ) from error
+            ) from printable_cause(error)
 
 
 def _measured(value: Any) -> float:

@@ -10,6 +10,7 @@ import operator
 import os
 import pickle
 import subprocess
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,14 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_arguments_that_do_not_fit(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         load(published(tiny(), **changes), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["\0surprise", "\x1b[2J", "sur\u202eprise"])
+def test_tracebacks_print_no_control_characters(name: str, tmp_path: Path) -> None:
+    """Python's own errors, which are causes of ours, repeat the names of arguments as they are."""
+    with pytest.raises(CheckpointError, match="cannot be constructed") as caught:
+        load(published(tiny(), **{name: 1}), tmp_path)
+    assert "".join(traceback.format_exception(caught.value)).replace("\n", "").isprintable()
 
 
 def test_attributes_that_contradict_the_arguments(tmp_path: Path) -> None:
