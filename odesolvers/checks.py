@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .grids import Grid
-from .settings import slots_of
+from .settings import attributes
 from .values import number, refuse_gradient, shown
 
 
@@ -137,9 +137,8 @@ def _refuse_settings(thing: Any, name: str, seen: set[int], depth: int = 9) -> N
         things = used.nonlocals, used.globals, thing.__defaults__, thing.__kwdefaults__
         parts = [(name, value) for value in things]
     else:
-        kind, own = type(thing), getattr(thing, "__dict__", {})
-        slots = {slot: getattr(thing, slot) for slot in slots_of(kind) if hasattr(thing, slot)}
-        parts = [(f"{key} of {kind.__name__}", value) for key, value in {**own, **slots}.items()]
+        kind = type(thing).__name__
+        parts = [(f"{key} of {kind}", value) for key, value in attributes(thing).items()]
     for part, value in parts:
         _refuse_settings(value, part, seen, depth - 1)
     return None

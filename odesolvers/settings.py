@@ -97,7 +97,7 @@ def _expression(value: Any, classes: list[Any]) -> str:
             return f"<{_unique(value)} {versions}>"
         if inspect.isroutine(value) or isinstance(value, type | partial):
             return _unique(value)
-        if not hasattr(value, "__dict__") and not slots_of(cls):  # written in C
+        if not hasattr(value, "__dict__") and not _slots(cls):  # written in C
             shown = any("__repr__" in vars(base) for base in cls.__mro__[:-1])
             return repr(value) if shown else _unique(value)
     classes.append(cls)
@@ -117,17 +117,24 @@ def _expression(value: Any, classes: list[Any]) -> str:
                 arguments.append(text if name == next(iter(fields)) else f"{name}={text}")
                 classes += inner
     if "__dataclass_fields__" not in vars(cls):  # a plain class, maybe of a dataclass: by name
-        names = {*getattr(value, "__dict__", {}), *slots_of(cls)} - (fields or {}).keys()
-        for name in sorted(names):
-            if hasattr(value, name):
-                arguments.append(f"{name}={_expression(getattr(value, name), classes)}")  # noqa: PERF401
+        arguments += [
+            f"{name}={_expression(setting, classes)}"
+            for name, setting in sorted(attributes(value).items())
+            if name not in (fields or {})
+        ]
     return f"{cls.__name__}({', '.join(arguments)})"
 
 
 _LITERALS = (int, bool, str, bytes, complex, NoneType, torch.dtype, torch.device)
 
 
-def slots_of(cls: type) -> set[str]:
+def attributes(value: object) -> dict[str, Any]:
+    """What an object holds by name, in its dictionary and in slots that have a value."""
+    slots = (name for name in sorted(_slots(type(value))) if hasattr(value, name))
+    return {**getattr(value, "__dict__", {}), **{name: getattr(value, name) for name in slots}}
+
+
+def _slots(cls: type) -> set[str]:
     """The attributes that a class and its bases declare as slots."""
     found: set[str] = set()
     for base in cls.__mro__:

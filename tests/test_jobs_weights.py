@@ -42,6 +42,16 @@ class Slotted:
         self.inner = inner
 
 
+class Private:
+    __slots__ = ("__inner",)
+
+    def __init__(self, inner: Any) -> None:
+        self.__inner = inner
+
+    def __call__(self, x: Any, sigma: Any) -> Any:
+        return self.__inner(x)
+
+
 class Hidden(nn.Module):
     """A module that holds another one where torch does not find it."""
 
@@ -126,6 +136,7 @@ HOLDERS: dict[str, Callable[[nn.Linear], Any]] = {
     "an attribute": Held,
     "attributes": lambda inner: Held(Held(SimpleNamespace(net=inner))),
     "a slot": lambda inner: Held(Slotted(inner)),
+    "a private slot": Private,
     "a list": lambda inner: Held([1, (inner,)]),
     "a set": lambda inner: Held({inner}),
     "a dictionary": lambda inner: Held({"nets": {3: inner}}),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import odesolvers as ode
 
 from ..opening import Model
+from ..settings import attributes
 
 _BUILTIN: Final = {x for m in (builtins, types) for x in vars(m).values() if isinstance(x, type)}
 _COMMON: Final = sys.stdlib_module_names - {"builtins"} | {"torch", "numpy"}
@@ -74,9 +75,8 @@ class _Search:
 
     def __init__(self) -> None:
         self.digest = hashlib.sha256()
-        self.seen: dict[
-            int, Any
-        ] = {}  # the objects too: another may get the place of one that is gone
+        # The objects too: another may get the place of one that is gone.
+        self.seen: dict[int, Any] = {}
 
     def add(self, path: str, thing: Any) -> None:
         """Counts a thing, and what it holds."""
@@ -160,16 +160,10 @@ def _parts(path: str, thing: Any) -> Iterable[tuple[str, Any]]:
         raise _unreadable(path, thing)
     if type(thing) in _BUILTIN or _is_of(_COMMON, type(thing).__module__):
         return []  # numbers, texts, functions written in C, generators, locks
-    held, slotted = dict(getattr(thing, "__dict__", {})), False
-    for base in type(thing).__mro__:
-        slots = vars(base).get("__slots__", ())
-        slotted |= "__slots__" in vars(base)
-        for name in (slots,) if isinstance(slots, str) else slots:
-            with suppress(AttributeError):  # without a value yet
-                held[name] = getattr(thing, name)
+    slotted = any("__slots__" in vars(base) for base in type(thing).__mro__)
     if not slotted and not hasattr(thing, "__dict__"):  # of a class that is not written in Python
         raise _unreadable(path, thing)
-    return (held | _of_class(type(thing))).items()
+    return (attributes(thing) | _of_class(type(thing))).items()
 
 
 def _of_class(cls: type) -> dict[str, Any]:
