@@ -78,16 +78,19 @@ def runs(device: torch.device, repeats: int, *, small: bool, late: Callable[[], 
 
 
 @contextmanager
-def setting(name: str) -> Iterator[None]:
-    """A setting of torch, in a block."""
-    before = torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
-    torch.backends.cudnn.benchmark = name == "cudnn.benchmark"
+def setting(name: str, *, tf32: bool) -> Iterator[None]:
+    """A setting of torch, and whether float32 is computed as tf32, in a block."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    cudnn.benchmark = name == "cudnn.benchmark"
+    cudnn.allow_tf32 = matmul.allow_tf32 = tf32
     torch.use_deterministic_algorithms(name == "deterministic algorithms")
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = before[0]
-        torch.use_deterministic_algorithms(before[1])
+        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def exactness(device: torch.device, *, small: bool) -> str:
@@ -104,14 +107,12 @@ def exactness(device: torch.device, *, small: bool) -> str:
         for kind, dtype in dtypes.items():
             if (config is not None and not find_spec("diffusers")) or (config and kind == tf32):
                 continue
-            for flag in (torch.backends.cuda.matmul, torch.backends.cudnn):
-                flag.allow_tf32 = kind == tf32
             case = Case(name, dtype, 4, config)
             network = case.build(device)
             cells = []
             for how in settings:
                 raw: Any = torch.compile(network) if how == "compiled" else network
-                with setting(how):
+                with setting(how, tf32=kind == tf32):
                     cells.append(came_back(case.denoiser(raw), case.shape(), sigmas, device))
             rows.append([name, kind, *cells])
             print(rows[-1], flush=True)
