@@ -36,7 +36,7 @@ from odesolvers import (
 from .common import (
     CACHE,
     DIGITS,
-    LETTERS,
+    EMOJI,
     MIXTURE,
     TABLES,
     Problem,
@@ -81,7 +81,7 @@ BOTH_WAYS: list[tuple[str, GammaRule | None]] = [
     ("both", StepRatio(1)),
 ]
 """The columns of the second table: the place of the second slope, and a rule or None for `calibrate`."""
-PROBLEMS = {MIXTURE: 128, DIGITS: 64, LETTERS: 8}
+PROBLEMS = {MIXTURE: 128, DIGITS: 64, EMOJI: 4}
 """The problems, and the number of states that weights are learned on."""
 
 

@@ -1,6 +1,6 @@
 """Jobs over data sets: their cost beside the network, two workers against one, and their memory.
 
-- Overhead: the job `odesolvers batch invert` of letters in one process, over the time that it spends in
+- Overhead: the job `odesolvers batch invert` of emoji in one process, over the time that it spends in
   calls of the network: that of the processor in all threads, which other programs on the machine change
   little, and that of the clock. Both are of one run, so that a busy machine slows both alike.
 - Workers: the same job by one and by two worker processes, from their start to their end, with the time
@@ -8,8 +8,8 @@
 - Memory: the largest resident set of the command and of a worker, for 1,000, 10,000 and 100,000 pictures
   of 8 x 8 pixels in one tar archive, under a denoiser of one formula.
 
-    python -m benchmarks.jobs --write        # makes docs/tables/jobs.md; a quarter of an hour
-    python -m benchmarks.jobs --pictures 128 --most 1000
+    python -m benchmarks.jobs --write        # makes docs/tables/jobs.md; 20 minutes
+    python -m benchmarks.jobs --pictures 32 --most 1000
     python -m benchmarks.jobs --workers      # one worker and two alone, side by side, at any load
 """
 
@@ -35,7 +35,7 @@ from PIL import Image
 from torch import Tensor
 
 from odesolvers.jobs import Job, run_workers, work
-from odesolvers.models import random_letters
+from odesolvers.models.emoji import emoji_drawings
 from odesolvers.opening import Model, open_model
 
 from .common import TABLES, machine, table, write
@@ -68,12 +68,12 @@ def archive(path: Path, pictures: list[np.ndarray[Any, Any]], count: int) -> Pat
     return path
 
 
-def letters(folder: Path, count: int) -> tuple[Path, Model]:
-    """Pictures of letters that were not trained on, and the model."""
-    images = ((random_letters(count, seed=7)[0] + 1) * 127.5).round().to(torch.uint8)
+def emoji(folder: Path, count: int) -> tuple[Path, Model]:
+    """Drawings of emoji, and the model."""
+    images = ((emoji_drawings().images + 1) * 127.5).round().to(torch.uint8)
     pictures = [image.permute(1, 2, 0).numpy() for image in images]
-    path = archive(folder / "letters.tar", pictures, count)
-    return path, open_model("letters", torch.device("cpu"), None, None)
+    path = archive(folder / "emoji.tar", pictures, count)
+    return path, open_model("emoji", torch.device("cpu"), None, None)
 
 
 def job(path: Path, name: str, model: Model, steps: int, **settings: Any) -> Job:
@@ -91,8 +91,8 @@ def timed(run: Callable[[], object]) -> tuple[float, float]:
 
 def overhead(folder: Path, count: int, repeats: int) -> tuple[list[float], float]:
     """The ratios of a job to its calls, by processor and by clock, and seconds a picture."""
-    path, model = letters(folder, count)
-    described, inside = job(path, "letters", model, STEPS), [0.0, 0.0]
+    path, model = emoji(folder, count)
+    described, inside = job(path, "emoji", model, STEPS), [0.0, 0.0]
     denoiser = model.denoiser
 
     class Timed(torch.nn.Module):
@@ -116,8 +116,8 @@ def overhead(folder: Path, count: int, repeats: int) -> tuple[list[float], float
 
 def speed_up(folder: Path, count: int, repeats: int) -> list[tuple[float, float]]:
     """Of jobs by one worker over those by two, in turn: seconds of the clock, and of the processor."""
-    path, model = letters(folder, count)
-    described, found = job(path, "letters", model, STEPS), list[tuple[float, float]]()
+    path, model = emoji(folder, count)
+    described, found = job(path, "emoji", model, STEPS), list[tuple[float, float]]()
     for k in range(repeats):
         pair = []
         for workers in (1, 2):
@@ -174,15 +174,15 @@ def report(pictures: int, repeats: int, most: int) -> str:
         [f"MB of a worker, {n:,} tiny pictures ({t:.0f} s)", f"{mb:.0f}"]
         for n, (mb, t) in sets.items()
     ]
-    note = f"{pictures} letters of 32 x 32, {STEPS} steps, batches of {BATCH}. {machine()}."
+    note = f"{pictures} emoji of 32 x 32, {STEPS} steps, batches of {BATCH}. {machine()}."
     return f"{table(['measured', 'value'], lines)}\n\n{note}\n"
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--most", type=int, default=100_000)
     parser.add_argument("--workers", action="store_true")
     parser.add_argument("--write", action="store_true")

@@ -18,12 +18,13 @@ from .files import claimed, locked, save
 from .problems import (
     DIGITS,
     DRAWINGS,
+    EMOJI,
     EXACT_PROBLEMS,
-    LETTERS,
     MIXTURE,
     PROBLEMS,
     Denoiser,
     Problem,
+    towards,
 )
 from .tables import DOCS, IMAGES, TABLES, shown, table, write
 from .timing import Watch, bare, k_diffusion, machine, peak, seconds, waited
@@ -33,9 +34,9 @@ __all__ = [
     "DIGITS",
     "DOCS",
     "DRAWINGS",
+    "EMOJI",
     "EXACT_PROBLEMS",
     "IMAGES",
-    "LETTERS",
     "MIXTURE",
     "PROBLEMS",
     "TABLES",
@@ -63,6 +64,7 @@ __all__ = [
     "shown",
     "solve",
     "table",
+    "towards",
     "waited",
     "write",
 ]

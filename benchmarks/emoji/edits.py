@@ -52,11 +52,11 @@ from odesolvers import (
 from odesolvers.models import ClassifierFreeGuidance
 from odesolvers.models.edm import Preconditioner, load_edm
 
-from ..common import TABLES, table, write
+from ..common import TABLES, table, towards, write
 from .classifier import accuracies, load_classifier
 from .data import Emoji, load_emoji
 from .released import EditFriendly, LegacyRK4, ReleasedBDIA, adaptive, mali
-from .runs import Figures, learned, towards
+from .runs import Figures, learned
 
 EDITS: Final = ("style", "tone", "motif", "group")
 GUIDANCE: Final = (1.0, 3.0, 7.0)

@@ -27,10 +27,9 @@ from odesolvers import Denoiser, HeunEDM, karras_sigmas
 from odesolvers.models import ClassifierFreeGuidance
 from odesolvers.models.edm import load_edm
 
-from ..common import IMAGES, TABLES, table, write
+from ..common import IMAGES, TABLES, table, towards, write
 from .classifier import Classifier, accuracies, load_classifier
 from .data import Emoji, load_emoji
-from .runs import towards
 from .train import losses_by_level
 
 SIGMAS: Final = karras_sigmas(18, sigma_min=0.02, sigma_max=80.0)

@@ -35,14 +35,6 @@ class Figures:
         return self.found[key]
 
 
-def towards(labels: Tensor) -> dict[str, dict[str, Tensor]]:
-    """The branches of `ClassifierFreeGuidance` from no label to `labels`."""
-    return {
-        "positive": {"class_labels": labels},
-        "negative": {"class_labels": torch.zeros_like(labels)},
-    }
-
-
 def learned(network: Preconditioner, emoji: Emoji, sigmas: Tensor, **options: Any) -> Calibrated:
     """Weights that are learned on noise and labels of their own; `options` of `calibrate`."""
     rows = np.random.default_rng(5).choice(np.flatnonzero(~emoji.held_out), 24, replace=False)

@@ -40,9 +40,9 @@ from odesolvers.editing import detect, embed
 from odesolvers.models.edm import Preconditioner, load_edm
 from odesolvers.models.guidance import ClassifierFreeGuidance
 
-from ..common import TABLES, table, write
+from ..common import TABLES, table, towards, write
 from .data import Emoji, load_emoji
-from .runs import Figures, towards
+from .runs import Figures
 
 EVALUATIONS: Final = (9, 19, 39)
 GUIDANCE: Final = (1.0, 3.0)

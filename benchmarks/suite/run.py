@@ -140,11 +140,7 @@ def missing(
         for entry in solvers
     ]
     return [
-        run
-        for run in runs
-        if run.key not in rows
-        and run.budget <= run.entry.largest
-        and run.entry.steps(run.budget) >= 2
+        run for run in runs if run.key not in rows and run.entry.measured(run.problem, run.budget)
     ]
 
 

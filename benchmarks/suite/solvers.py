@@ -59,6 +59,7 @@ class Entry:
         setting: identifies the solver's settings in measured rows.
         plotted: whether it is in the plots too.
         largest: the largest budget to measure it at.
+        levels: whether it fits levels, and so is measured on grids of up to half `learned_steps` only.
     """
 
     name: str
@@ -67,6 +68,12 @@ class Entry:
     setting: str
     plotted: bool = False
     largest: int = 80
+    levels: bool = False
+
+    def measured(self, problem: Problem, budget: int) -> bool:
+        """Whether it is measured on a problem at a budget."""
+        longest = problem.learned_steps // 2 if self.levels else budget
+        return budget <= self.largest and 2 <= self.steps(budget) <= longest
 
     def steps(self, budget: int) -> int:
         """The most steps whose evaluations do not exceed `budget`; below 2 it is not measured."""
@@ -202,7 +209,7 @@ def entries() -> list[Entry]:
     learned, levels = CalibratedBDIA(Euler()), CalibratedLevels(Euler())
     return [
         Entry(RECOMMENDED, bdia, learned, repr(learned), plotted=True),
-        Entry("BDIA Euler calibrated, levels", bdia, levels, repr(levels), largest=20),
+        Entry("BDIA Euler calibrated, levels", bdia, levels, repr(levels), levels=True),
         plain("BDIA Euler StepRatio(1)", bdia, BDIA(Euler(), StepRatio(1)), plotted=True),
         plain("BDIA Euler damped", bdia, BDIA(Euler(), DampedStepRatio()), plotted=True),
         plain("BDIA Euler 1", bdia, BDIA(Euler(), 1.0)),
