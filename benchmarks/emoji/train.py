@@ -34,6 +34,7 @@ from odesolvers.models.edm import (
 )
 
 from .data import Emoji, load_emoji
+from .muon import Muon, split
 
 SIGMA_DATA: Final = 0.79
 """Root mean square of the pixels of the training set, on white."""
@@ -90,13 +91,13 @@ def make_network(args: argparse.Namespace, labels: int) -> Preconditioner:
     config = SongConfig(
         img_resolution=32,
         in_channels=3,
-        out_channels=3,
+        out_channels=6 if args.preconditioning == "iddpm" else 3,  # the other half is no use here
         label_dim=labels,
         model_channels=args.channels,
         channel_mult=tuple(args.mult),
         num_blocks=args.blocks,
         attn_resolutions=(8,),
-        dropout=0.05,
+        dropout=0.0,  # drawing its masks takes a fourteenth of the time on a CPU
         label_dropout=LABELS_DROPPED,
         **(ncsn if args.preconditioning == "ve" else {}),
     )
@@ -124,8 +125,10 @@ def train(args: argparse.Namespace) -> None:
     model = make_network(args, emoji.labels.shape[1])
     model.to(args.device, memory_format=torch.channels_last)  # a seventh faster on a CPU
     averaged = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01
+    inner, others = split(model)
+    optimizers: tuple[torch.optim.Optimizer, ...] = (
+        Muon(inner, lr=args.lr, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01),
     )
     log: dict[str, Any] = {"settings": {}, "history": []}
     step, seconds, checkpoint = 0, 0.0, args.out / "checkpoint.pt"
@@ -133,7 +136,8 @@ def train(args: argparse.Namespace) -> None:
         saved = torch.load(checkpoint, weights_only=True, map_location=args.device)
         model.load_state_dict(saved["model"])
         averaged.load_state_dict(saved["averaged"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         step, log = saved["step"], json.loads(saved["log"])
         seconds = log["history"][-1]["seconds"]
     elif args.start:
@@ -157,15 +161,17 @@ def train(args: argparse.Namespace) -> None:
                 * min(1, (step - log.get("begun", 0) + 1) / 500)
                 / math.sqrt(max(1, step / args.falls))
             )
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            torch.manual_seed(args.seed * 2**32 + step)  # of dropout
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+            torch.manual_seed(args.seed * 2**32 + step)  # of dropped labels
             images, noise, sigma, labels = _batch(args, model, emoji, seen, step)
             loss = _loss(model, images, noise, sigma, labels).mean()
-            optimizer.zero_grad()
+            model.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             step += 1
             with torch.no_grad():
                 keep = (1 - 1 / step) ** (power + 1)
@@ -186,7 +192,7 @@ def train(args: argparse.Namespace) -> None:
                 losses.clear()
                 log["history"].append(entry)
                 bar.set_postfix(train=f"{entry['train']:.4f}", held_out=f"{entry['held_out']:.4f}")
-                _write(args.out, model, averaged, optimizer, step, log)
+                _write(args.out, model, averaged, optimizers, step, log)
 
 
 def losses_by_level(
@@ -265,7 +271,7 @@ def _write(
     out: Path,
     model: Preconditioner,
     averaged: Preconditioner,
-    optimizer: torch.optim.Optimizer,
+    optimizers: tuple[torch.optim.Optimizer, ...],
     step: int,
     log: dict[str, Any],
 ) -> None:
@@ -275,7 +281,7 @@ def _write(
         {
             "model": model.state_dict(),
             "averaged": averaged.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "step": step,
             "log": json.dumps(log),
         },
