@@ -14,7 +14,8 @@ from .errors import (
     sampling_error,
     solve,
 )
-from .files import claimed, locked, save
+from .files import append, claimed, locked, save
+from .kept import Kept
 from .problems import (
     DIGITS,
     DRAWINGS,
@@ -42,10 +43,12 @@ __all__ = [
     "TABLES",
     "Code",
     "Denoiser",
+    "Kept",
     "Problem",
     "Reference",
     "Upwards",
     "Watch",
+    "append",
     "bare",
     "claimed",
     "encoding_error",

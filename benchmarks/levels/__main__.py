@@ -18,11 +18,10 @@ import argparse
 
 from tqdm.auto import tqdm
 
-from ..common import DRAWINGS, PROBLEMS
+from ..common import DRAWINGS, PROBLEMS, TABLES, Kept
 from ..suite.__main__ import chosen
 from .carry import COUNTS, LEARNED, LONGER, OTHERS, carried, other_steps, with_states
 from .gradients import compare
-from .kept import Kept
 from .measure import measure
 from .report import SMALL, carry_key, gradients_key, report, states_key, steps_key
 
@@ -55,7 +54,7 @@ def main() -> None:
     parser.add_argument("--carry", action="store_true", help="what carries over, and no more")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     options = parser.parse_args()
-    kept, problems = Kept(), chosen("problem", ALL, options.problems)
+    kept, problems = Kept(TABLES / "levels.jsonl"), chosen("problem", ALL, options.problems)
     if not options.report and not options.carry:
         for problem, budget in tqdm([(p, n) for p in problems for n in options.budgets]):
             measure(problem, budget, min(options.seeds, problem.seeds), kept, not options.no_peers)

@@ -12,8 +12,7 @@ from torch import Tensor
 from odesolvers import BDIA, RK4, Calibrated, Euler, calibrate, karras_sigmas
 from odesolvers.models import IdealDenoiser, load_digits
 
-from ..common import Denoiser, Problem, reference, relative_errors
-from .kept import Kept
+from ..common import Denoiser, Kept, Problem, reference, relative_errors
 from .measure import errors_of, geometric, learned, row, rule_key
 
 STEPS, STATES = 8, 64

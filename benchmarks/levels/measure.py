@@ -22,9 +22,8 @@ from odesolvers import (
     vp_sigmas,
 )
 
-from ..common import Problem, Reference, reference, relative_errors
+from ..common import Kept, Problem, Reference, reference, relative_errors
 from ..suite.peers import Diffusers, KDiffusion
-from .kept import Kept
 from .search import learned_levels
 
 STATES = 16

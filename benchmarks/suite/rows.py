@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from ..common import Problem, locked, save
+from ..common import Problem, append, locked, save
 
 Key = tuple[str, str, str, str, int, int]
 
@@ -107,15 +107,11 @@ class Rows:
 
     def append(self, row: Row) -> None:
         """Adds a row, to the file too."""
-        lines = io.StringIO()
-        writer = csv.DictWriter(lines, self._columns, lineterminator="\n")
-        with locked(self.path) as file:
-            whole = file.read().rfind(b"\n") + 1
-            file.truncate(whole)  # the row that a process could not finish
-            if whole == 0:
-                writer.writeheader()
-            writer.writerow({name: _text(value) for name, value in asdict(row).items()})
-            file.write(lines.getvalue().encode())
+        head, lines = io.StringIO(), io.StringIO()
+        csv.writer(head, lineterminator="\n").writerow(self._columns)
+        values = [_text(value) for value in asdict(row).values()]
+        csv.writer(lines, lineterminator="\n").writerow(values)
+        append(self.path, lines.getvalue(), head.getvalue())
         self._rows[row.key] = row
 
     def note(self, problem: Problem, seed: int, convergence: float, frechet: float | None) -> None:

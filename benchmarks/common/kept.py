@@ -8,15 +8,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..common import CACHE, TABLES, claimed, locked
-
-PATH = TABLES / "levels.jsonl"
+from .errors import CACHE
+from .files import append, claimed
 
 
 class Kept:
     """A dictionary in a file: ``kept(key, make)`` is the value of a key, made where it is missing."""
 
-    def __init__(self, path: Path = PATH) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -36,8 +35,5 @@ class Kept:
             if key in content or not ours:
                 return content.get(key)
             value = make()
-            with locked(self.path) as file:
-                whole = file.read().rfind(b"\n") + 1
-                file.truncate(whole)
-                file.write((json.dumps({"key": key, "value": value}) + "\n").encode())
+            append(self.path, json.dumps({"key": key, "value": value}) + "\n")
         return value
