@@ -10,19 +10,19 @@ Four figures, as medians over drawings: the error to the true *target*, relative
 of the *ground*, where source and target are white; how much of the source is *kept*, as the distance of
 the edit to it; and how many edits are *named* as their target by the classifier. Contestants run as
 published, and with the best settings found by the same search, on drawings of their own, over their own
-parameter and the level at which the edit begins. Every figure is kept as it is found, so that the
-command goes on where it was stopped.
+parameter and the level at which the edit begins. Every figure is kept as soon as it is found: a second
+call goes on where the first was stopped, and several may run at once. ``--write`` makes the tables.
 """
 
 from __future__ import annotations
 
-import argparse
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
@@ -50,22 +50,28 @@ from odesolvers import (
     karras_sigmas,
 )
 from odesolvers.models import ClassifierFreeGuidance
-from odesolvers.models.edm import Preconditioner, load_edm
+from odesolvers.models.edm import load_edm
+from odesolvers.models.emoji.network import WEIGHTS
 
-from ..common import TABLES, table, towards, write
+from ..common import Kept, table, towards, write
 from .classifier import accuracies, load_classifier
 from .data import Emoji, load_emoji
 from .released import EditFriendly, LegacyRK4, ReleasedBDIA, adaptive, mali
-from .runs import Figures, learned
+from .runs import learned, options, same, shown, weights
 
 EDITS: Final = ("style", "tone", "motif", "group")
-GUIDANCE: Final = (1.0, 3.0, 7.0)
-EVALUATIONS: Final = (10, 20, 50, 100)
+GUIDANCE: Final = 3.0
+EVALUATIONS: Final = 20
 TOPS: Final = (80.0, 10.0, 3.0)
 BOTTOM: Final = 0.02
-SEARCHED_AT: Final = 20
+SEARCHED: Final = 3
+"""A search has this fraction of the drawings."""
 
 Solver = Any
+Figures: TypeAlias = "dict[str, float] | None"
+"""Figures by name, none where the run leaves the finite numbers; None while they are not known."""
+Lookup: TypeAlias = "Callable[[str, Any, float, str, int], Figures]"
+"""Figures of a contestant, a parameter, a first level, an edit and a seed."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class Contestant:
     """A family of invertible samplers.
 
     Attributes:
-        make: the solver for a parameter and a grid.
+        make: the solver for a parameter and a grid, or None while it is not known.
         cost: evaluations a step, each way; those with a grid or iterations of their own are listed with
             the evaluations that they took.
         published: the parameters that its authors use.
@@ -86,12 +92,16 @@ class Contestant:
     searched: tuple[Any, ...]
 
 
-def contestants(learn: Callable[[Tensor], Calibrated]) -> dict[str, Contestant]:
-    """All of them; `learn` calibrates weights on a grid."""
+def contestants(learn: Callable[[Tensor], Calibrated | None]) -> dict[str, Contestant]:
+    """All of them; `learn` calibrates weights on a grid, unless another process is at it."""
     zetas = (0.9, 0.99, 0.999)
 
     def coupled(solver: Any, base: Any, cost: int) -> Contestant:
         return Contestant(lambda zeta, _: solver(base, zeta=zeta), cost, (0.999,), zetas)
+
+    def calibrated(_: None, sigmas: Tensor) -> Solver:
+        rule = learn(sigmas)
+        return None if rule is None else BDIA(Euler(), rule)
 
     return {
         "DDIM inversion": Contestant(lambda _, __: DDIMInversion(), 1, (None,), (None,)),
@@ -104,9 +114,7 @@ def contestants(learn: Callable[[Tensor], Calibrated]) -> dict[str, Contestant]:
         "BDIA(Euler), damped": Contestant(
             lambda c, _: BDIA(Euler(), DampedStepRatio(c)), 1, (0.5,), (0.25, 0.5, 1.0)
         ),
-        "BDIA(Euler), calibrated": Contestant(
-            lambda _, sigmas: BDIA(Euler(), learn(sigmas)), 1, (None,), (None,)
-        ),
+        "BDIA(Euler), calibrated": Contestant(calibrated, 1, (None,), (None,)),
         "O-BELM": Contestant(lambda _, __: BELM(), 1, (None,), (None,)),
         "O-BELM, as released": Contestant(lambda _, __: ReleasedBDIA(BELM()), 1, (None,), ()),
         "BDIA(DDIM), as released with Rex": Contestant(
@@ -155,7 +163,8 @@ class Task:
 
 
 def task(emoji: Emoji, edit: str, count: int, seed: int) -> Task:
-    """`count` drawings for an edit; seeds differ in all drawings."""
+    """`count` drawings for an edit; for seed 1 fewer, and others, to search on."""
+    part = slice(count, count + max(1, count // SEARCHED)) if seed else slice(count)
     rng = np.random.default_rng(7)
     tone = emoji.labels[:, -6:]
     if edit == "style":  # the drawing that was seen; the target was not
@@ -164,13 +173,10 @@ def task(emoji: Emoji, edit: str, count: int, seed: int) -> Task:
         rows = (targets + half) % (2 * half)  # the two styles are listed alike
     elif edit == "tone":
         rows = rng.permutation(np.flatnonzero(~emoji.held_out & (tone[:, 1:].max(1) == 1)))
-        targets = np.array([_other_tone(emoji, row, rng) for row in rows[: count * (seed + 1)]])
+        targets = np.array([_other_tone(emoji, row, rng) for row in rows[: part.stop]])
     else:
         rows = rng.permutation(np.flatnonzero(~emoji.held_out & (tone[:, 0] == 1)))
-        targets = np.array(
-            [_elsewhere(emoji, row, edit, rng) for row in rows[: count * (seed + 1)]]
-        )
-    part = slice(count * seed, count * (seed + 1))
+        targets = np.array([_elsewhere(emoji, row, edit, rng) for row in rows[: part.stop]])
     rows, targets = rows[part], targets[part]
     true = emoji.on_ground(targets) if edit in ("style", "tone") else None
     question = {"style": "style", "tone": "tone"}.get(edit, "subgroup")
@@ -180,8 +186,8 @@ def task(emoji: Emoji, edit: str, count: int, seed: int) -> Task:
 
 def _other_tone(emoji: Emoji, row: int, rng: np.random.Generator) -> int:
     """The same motif in the same style, in another skin tone."""
-    same = (emoji.motif == emoji.motif[row]) & (emoji.style == emoji.style[row])
-    others = same & (emoji.labels[:, -6] == 0) & (emoji.labels[:, -5:].max(1) == 1)
+    motif = (emoji.motif == emoji.motif[row]) & (emoji.style == emoji.style[row])
+    others = motif & (emoji.labels[:, -6] == 0) & (emoji.labels[:, -5:].max(1) == 1)
     others[row] = False
     return int(rng.choice(np.flatnonzero(others)))
 
@@ -197,44 +203,37 @@ def _elsewhere(emoji: Emoji, row: int, edit: str, rng: np.random.Generator) -> i
 class Bench:
     """The network, the drawings and the figures."""
 
-    def __init__(self, network: Preconditioner, results: Path, count: int) -> None:
-        self.network, self.results, self.emoji = network, Figures(results), load_emoji()
-        self.classifier = load_classifier(self.emoji)
-        self.contestants = contestants(cache(partial(learned, network, self.emoji)))
-        self.task = cache(lambda edit, seed: task(self.emoji, edit, count, seed))
+    def __init__(self, network: Path, kept: Kept, count: int, evaluations: int) -> None:
+        same(kept, network=weights(network), count=count)
+        self.network, self.kept, self.emoji = load_edm(network), kept, load_emoji()
+        self.evaluations, self.classifier = evaluations, load_classifier(self.emoji)
+        self.contestants = contestants(partial(learned, kept, "edits", self.network, self.emoji))
+        self.tasks = cache(partial(task, self.emoji, count=count))
 
-    def figures(
-        self, name: str, parameter: Any, top: float, edit: str, evaluations: int, seed: int
-    ) -> dict[str, dict[str, float]]:
-        """The four figures at each guidance; ``{}`` where the run leaves the finite numbers."""
-        key = f"{name}|{parameter}|{top:g}|{edit}|{evaluations}|{seed}"
-        contestant = self.contestants[name]
+    def figures(self, name: str, parameter: Any, top: float, edit: str, seed: int) -> Figures:
+        """The four figures and the evaluations each way."""
+        contestant, drawings = self.contestants[name], self.tasks(edit, seed=seed)
+        steps = self.evaluations // contestant.cost
+        sigmas = karras_sigmas(steps + 1, BOTTOM, top, append_zero=False)
+        solver = contestant.make(parameter, sigmas)
+        if solver is None:
+            return None
+        key = key_of(self.evaluations, name, parameter, top, edit, seed)
+        return self.kept(key, lambda: shown(key, self._run(solver, drawings, sigmas)))  # type: ignore[no-any-return]
 
-        def measure() -> dict[str, dict[str, float]]:
-            steps = evaluations // contestant.cost
-            sigmas = karras_sigmas(steps + 1, BOTTOM, top, append_zero=False)
-            return self._run(contestant.make(parameter, sigmas), self.task(edit, seed), sigmas)
-
-        return self.results.get(key, measure)  # type: ignore[no-any-return]
-
-    def _run(self, solver: Solver, task: Task, sigmas: Tensor) -> dict[str, dict[str, float]]:
+    def _run(self, solver: Solver, task: Task, sigmas: Tensor) -> dict[str, float]:
         noise = torch.randn(task.images.shape, generator=torch.Generator().manual_seed(3))
         start = task.images + BOTTOM * noise  # a state at the last level
-        found: dict[str, dict[str, float]] = {}
+        guided: Denoiser = ClassifierFreeGuidance(self.network, GUIDANCE)
+        source = {"class_labels": task.source}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # contestants are run as they are
             try:
-                code = solver.invert(
-                    self.network, start, sigmas, extra_args={"class_labels": task.source}
-                )
-                for guidance in GUIDANCE:
-                    guided: Denoiser = ClassifierFreeGuidance(self.network, guidance)
-                    down = solver.sample(guided, code, sigmas, extra_args=towards(task.labels))
-                    found[f"{guidance:g}"] = self._judge(task, down.x)
-                    found[f"{guidance:g}"]["evaluations"] = (code.nfe + down.nfe) / 2
+                code = solver.invert(self.network, start, sigmas, extra_args=source)
+                down = solver.sample(guided, code, sigmas, extra_args=towards(task.labels))
             except FloatingPointError:
-                pass
-        return found
+                return {}
+        return {**self._judge(task, down.x), "evaluations": (code.nfe + down.nfe) / 2}
 
     def _judge(self, task: Task, edit: Tensor) -> dict[str, float]:
         target = task.images if task.target is None else task.target
@@ -254,21 +253,6 @@ class Bench:
             figures if task.target is None else {"target": _distance(edit, task.target), **figures}
         )
 
-    def best(self, name: str) -> tuple[Any, float]:
-        """The parameter and the first level with the smallest error to the true targets."""
-
-        def error(choice: tuple[Any, float]) -> float:
-            found = [
-                self.figures(name, *choice, edit, SEARCHED_AT, 1).get("3", {"target": np.inf})
-                for edit in ("style", "tone")
-            ]
-            return float(np.mean([figures["target"] for figures in found]))
-
-        return min(
-            ((parameter, top) for parameter in self.contestants[name].searched for top in TOPS),
-            key=error,
-        )
-
 
 def _distance(x: Tensor, y: Tensor) -> float:
     """The root mean square of the difference over that of the ink of `y`; the median over pictures."""
@@ -276,64 +260,91 @@ def _distance(x: Tensor, y: Tensor) -> float:
     return float(((x - y).flatten(1).norm(dim=1) / size).median())
 
 
-def rows(bench: Bench, evaluations: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def key_of(evaluations: int, name: str, parameter: Any, top: float, edit: str, seed: int) -> str:
+    """The key of figures."""
+    return f"{name}|{parameter}|{top:g}|{edit}|{evaluations}|{seed}"
+
+
+def best(name: str, contestant: Contestant, lookup: Lookup) -> tuple[Any, float] | None:
+    """The parameter and the first level with the smallest error to the true targets."""
+    errors: dict[tuple[Any, float], float] = {}
+    for choice in product(contestant.searched, TOPS):
+        found = [lookup(name, *choice, edit, 1) for edit in ("style", "tone")]
+        known = [figures.get("target", np.inf) for figures in found if figures is not None]
+        if len(known) == len(found):
+            errors[choice] = float(np.mean(known))
+    if not errors or len(errors) < len(contestant.searched) * len(TOPS):
+        return None
+    return min(errors, key=errors.__getitem__)
+
+
+def rows(
+    contestants: Mapping[str, Contestant], lookup: Lookup
+) -> Iterator[tuple[str, dict[str, Figures]]]:
     """Every contestant as published and at its best, with its figures of each edit."""
-    for name, contestant in bench.contestants.items():
+    for name, contestant in contestants.items():
         settings = {(p, 80.0): "as published" for p in contestant.published}
-        if contestant.searched:
-            settings.setdefault(bench.best(name), "searched")
+        searched = best(name, contestant, lookup)
+        if searched is not None:
+            settings.setdefault(searched, "searched")
         for (parameter, top), kind in settings.items():
             title = (
                 name + ("" if parameter is None else f" {parameter:g}") + f" from {top:g}, {kind}"
             )
-            yield (
-                title,
-                {edit: bench.figures(name, parameter, top, edit, evaluations, 0) for edit in EDITS},
-            )
+            yield title, {edit: lookup(name, parameter, top, edit, 0) for edit in EDITS}
 
 
-def report(bench: Bench) -> None:
+def report(found: Mapping[str, Any], evaluations: int, folder: Path) -> None:
     """The tables: errors to true targets, and how many edits of each kind are named as meant."""
-    for evaluations in EVALUATIONS:
-        for figure, edits in (
-            ("target", EDITS[:2]),
-            ("named", EDITS),
-            ("ground", EDITS),
-            ("kept", EDITS),
-        ):
-            lines = [
-                [
-                    title,
-                    _spent(found),
-                    *(_cell(found[edit], w, figure) for edit in edits for w in GUIDANCE),
-                ]
-                for title, found in rows(bench, evaluations)
-            ]
-            heads = ["", "each way", *(f"{edit}, {w:g}" for edit in edits for w in GUIDANCE)]
-            write(TABLES / f"emoji_edits_{figure}_{evaluations}.md", table(heads, lines))
+
+    def lookup(*which: Any) -> Figures:
+        return found.get(key_of(evaluations, *which))
+
+    for figure in ("target", "named", "ground", "kept"):
+        edits = EDITS[:2] if figure == "target" else EDITS
+        lines = [
+            [title, _spent(figures), *(_cell(figures[edit], figure) for edit in edits)]
+            for title, figures in rows(contestants(lambda sigmas: None), lookup)
+        ]
+        heads = ["", "evaluations each way", *edits]
+        write(folder / f"emoji_edits_{figure}_{evaluations}.md", table(heads, lines))
 
 
-def _spent(found: dict[str, dict[str, dict[str, float]]]) -> str:
+def _spent(found: Mapping[str, Figures]) -> str:
     """Evaluations each way, over all edits."""
-    spent = [figures["evaluations"] for each in found.values() for figures in each.values()]
+    spent = [figures["evaluations"] for figures in found.values() if figures]
     return f"{np.mean(spent):.0f}" if spent else ""
 
 
-def _cell(found: dict[str, dict[str, float]], guidance: float, figure: str) -> str:
-    if f"{guidance:g}" not in found:
-        return "not finite"
-    value = found[f"{guidance:g}"][figure]
-    return f"{value:.0%}" if figure == "named" else f"{value:.3f}"
+def _cell(figures: Figures, figure: str) -> str:
+    if not figures:
+        return "" if figures is None else "not finite"
+    return f"{figures[figure]:.0%}" if figure == "named" else f"{figures[figure]:.3f}"
+
+
+def chosen(names: Sequence[str], among: dict[str, Contestant]) -> dict[str, Contestant]:
+    """The contestants with one of these parts of names; all for none."""
+    return {
+        name: contestant
+        for name, contestant in among.items()
+        if not names or any(part in name for part in names)
+    }
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--network", type=Path, default=Path("out/emoji/emoji.safetensors"))
-    parser.add_argument("--results", type=Path, default=Path("out/emoji_edits.json"))
-    parser.add_argument("--count", type=int, default=24, help="drawings for each edit")
+    parser = options(__doc__, "emoji_edits", count=12)
+    parser.add_argument("--network", type=Path, default=WEIGHTS)
+    parser.add_argument("--evaluations", type=int, default=EVALUATIONS, help="each way")
+    parser.add_argument("--contestants", nargs="+", default=(), help="parts of names; all")
     args = parser.parse_args()
-    report(Bench(load_edm(args.network), args.results, args.count))
+    kept = Kept(args.results)
+    if args.write:
+        report(kept.read(), args.evaluations, args.tables)
+        return
+    bench = Bench(args.network, kept, args.count, args.evaluations)
+    for _ in rows(chosen(args.contestants, bench.contestants), bench.figures):
+        pass
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ small networks of emoji, each under a preconditioning of its own (``python -m be
 calibrated weights are learned on other noise, under other labels. The figures are the Fréchet distance
 to withheld drawings, in the features of the classifier, and the distance to a fine solution from the
 same noise, relative to its size; both with their spread over seeds. Each figure is kept as soon as it is
-found, and a second call goes on where the first was stopped.
+found: a second call goes on where the first was stopped, and several may run at once. ``--write`` makes
+the tables from them.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +25,7 @@ from torch import Tensor
 from odesolvers import (
     BDIA,
     DDIM,
+    RK4,
     HeunEDM,
     HeunStepRatio,
     Objective,
@@ -32,15 +34,15 @@ from odesolvers import (
 )
 from odesolvers.models.edm import Preconditioner, load_edm
 
-from ..common import TABLES, relative_errors, table, write
-from .classifier import Classifier, load_classifier
+from ..common import Kept, relative_errors, table, write
+from .classifier import load_classifier
 from .data import Emoji, load_emoji
 from .quality import frechet
-from .runs import Figures, learned
+from .runs import learned, options, same, shown, weights
 
 PRECONDITIONINGS: Final = ("edm", "vp", "ve", "iddpm")
-EVALUATIONS: Final = (10, 20, 40)
-FINE: Final = 128  # steps of Heun
+EVALUATIONS: Final = (10, 20)
+FINE: Final = 32  # steps of RK4
 BATCH: Final = 64
 
 Sampler = Any
@@ -82,96 +84,100 @@ def starts(network: Preconditioner, labels: Tensor, seed: int) -> Iterator[tuple
         yield top * torch.randn(len(part), 3, 32, 32, generator=generator), part
 
 
-def measure(
-    name: str,
-    make: Callable[[], Sampler],
-    network: Preconditioner,
-    emoji: Emoji,
-    steps: int,
-    seed: int,
-    fine: Callable[[], Tensor],
-    judge: Classifier,
-) -> dict[str, float]:
-    """The two figures of one sampler, one grid and one seed."""
-    unseen = np.flatnonzero(emoji.held_out)
-    labels, sigmas = torch.as_tensor(emoji.labels[unseen]), grid(network, steps)
-    sampler = make()
-    if "calibrated" in name:  # for samples
-        weights = learned(
-            network, emoji, sigmas, base=sampler, objective=Objective(sampling=1, encoding=0)
-        )
-        sampler = BDIA(sampler, weights)
-    drawn = torch.cat(
-        [
-            sampler.sample(network, x, sigmas, extra_args={"class_labels": part}).x
-            for x, part in starts(network, labels, seed)
+class Bench:
+    """One network, the pictures to draw and the figures."""
+
+    def __init__(self, kept: Kept, kind: str, folder: Path, emoji: Emoji, count: int) -> None:
+        path = folder / f"emoji_{kind}" / "emoji.safetensors"
+        same(kept, **{f"weights of {kind}": weights(path), "count": count})
+        self.kept, self.kind, self.network, self.emoji = kept, kind, load_edm(path), emoji
+        unseen = np.flatnonzero(emoji.held_out)
+        chosen = np.random.default_rng(9).permutation(unseen)[:count]
+        self.labels = torch.as_tensor(emoji.labels[chosen])
+        self.classifier = load_classifier(emoji)
+        with torch.inference_mode():
+            self.real = self.classifier.embed(emoji.on_ground(unseen))
+        self.fine = cache(self._fine)
+
+    def figures(self, name: str, budget: int, seed: int) -> None:
+        """The two figures of one sampler, one grid and one seed, unless another process is at them."""
+        sigmas, sampler = grid(self.network, budget // evaluations(name)), SOLVERS[name]()
+        if "calibrated" in name:  # for samples
+            for_samples = Objective(sampling=1, encoding=0)
+            rule = learned(
+                self.kept, self.kind, self.network, self.emoji, sigmas, sampler, for_samples
+            )
+            if rule is None:
+                return
+            sampler = BDIA(sampler, rule)
+        key = key_of(self.kind, name, budget, seed)
+        self.kept(key, lambda: shown(key, self._measure(sampler, sigmas, seed)))
+
+    def _measure(self, sampler: Sampler, sigmas: Tensor, seed: int) -> dict[str, float]:
+        drawn = self._draw(sampler, sigmas, seed)
+        with torch.inference_mode():
+            distance = frechet(self.classifier.embed(drawn), self.real)
+        errors = relative_errors(drawn, self.fine(seed))
+        return {"frechet": distance, "error": float(errors.median())}
+
+    def _fine(self, seed: int) -> Tensor:
+        high, low = grid(self.network, 10)[[0, -1]].tolist()
+        # Between the levels of iDDPM, too.
+        sigmas = karras_sigmas(FINE + 1, low, high, append_zero=False)
+        return self._draw(RK4(), sigmas, seed)
+
+    def _draw(self, sampler: Sampler, sigmas: Tensor, seed: int) -> Tensor:
+        parts = [
+            sampler.sample(self.network, x, sigmas, extra_args={"class_labels": labels}).x
+            for x, labels in starts(self.network, self.labels, seed)
         ]
-    )
-    with torch.inference_mode():
-        distance = frechet(judge.embed(drawn), judge.embed(emoji.on_ground(unseen)))
-    return {"frechet": distance, "error": float(relative_errors(drawn, fine()).median())}
+        return torch.cat(parts)
+
+
+def key_of(kind: str, name: str, budget: int, seed: int) -> str:
+    """The key of a figure."""
+    return f"{kind}|{name}|{budget}|{seed}"
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = options(__doc__, "emoji_paper", count=128)
     parser.add_argument("--networks", type=Path, default=Path("out"), help="holds emoji_edm, ...")
-    parser.add_argument("--results", type=Path, default=Path("out/emoji_paper.json"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--write", action="store_true", help="the table, from what is there")
+    parser.add_argument("--kinds", nargs="+", choices=PRECONDITIONINGS, default=PRECONDITIONINGS)
+    parser.add_argument("--evaluations", nargs="+", type=int, default=EVALUATIONS)
+    parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args()
-    results, emoji = Figures(args.results), load_emoji()
-    judge = load_classifier(emoji)
-    for kind in PRECONDITIONINGS:
-        network = load_edm(args.networks / f"emoji_{kind}" / "emoji.safetensors")
-        for seed in range(args.seeds):
-            fine = cache(partial(_fine, network, emoji, seed))
-            for name, make in SOLVERS.items():
-                for budget in EVALUATIONS:
-                    steps = budget // evaluations(name)
-                    results.get(
-                        f"{kind}|{name}|{budget}|{seed}",
-                        partial(measure, name, make, network, emoji, steps, seed, fine, judge),
-                    )
+    kept = Kept(args.results)
     if args.write:
-        heads = ["network", "solver", *(f"{n}" for n in EVALUATIONS)]
-        for figure, digits in (("frechet", 2), ("error", 4)):
-            rows = [
-                [
-                    kind,
-                    name,
-                    *(_cell(results.found, kind, name, n, figure, digits) for n in EVALUATIONS),
-                ]
-                for kind in PRECONDITIONINGS
-                for name in SOLVERS
-            ]
-            write(TABLES / f"emoji_paper_{figure}.md", table(heads, rows, words=(0, 1)))
+        report(kept.read(), args.evaluations, args.seeds, args.tables)
+        return
+    emoji = load_emoji()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # contestants are run as they are
+        for kind in args.kinds:
+            bench = Bench(kept, kind, args.networks, emoji, args.count)
+            for seed in range(args.seeds):
+                for name in SOLVERS:
+                    for budget in args.evaluations:
+                        bench.figures(name, budget, seed)
 
 
-def _fine(network: Preconditioner, emoji: Emoji, seed: int) -> Tensor:
-    """The fine solutions under the labels of the withheld drawings."""
-    labels = torch.as_tensor(emoji.labels[np.flatnonzero(emoji.held_out)])
-    high, low = grid(network, 10)[[0, -1]].tolist()
-    sigmas = karras_sigmas(
-        FINE + 1, low, high, append_zero=False
-    )  # between the levels of iDDPM, too
-    return torch.cat(
-        [
-            HeunEDM().sample(network, x, sigmas, extra_args={"class_labels": part}).x
-            for x, part in starts(network, labels, seed)
+def report(found: dict[str, Any], budgets: Sequence[int], seeds: int, folder: Path) -> None:
+    """The tables; a cell without figures is empty."""
+
+    def cell(kind: str, name: str, budget: int, figure: str, digits: int) -> str:
+        each = [found.get(key_of(kind, name, budget, seed)) for seed in range(seeds)]
+        values = [figures[figure] for figures in each if figures is not None]
+        return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}" if values else ""
+
+    for figure, digits in (("frechet", 2), ("error", 4)):
+        rows = [
+            [kind, name, *(cell(kind, name, n, figure, digits) for n in budgets)]
+            for kind in PRECONDITIONINGS
+            for name in SOLVERS
         ]
-    )
-
-
-def _cell(
-    results: dict[str, Any], kind: str, name: str, budget: int, figure: str, digits: int
-) -> str:
-    found = [
-        value[figure]
-        for key, value in results.items()
-        if key.rsplit("|", 1)[0] == f"{kind}|{name}|{budget}"
-    ]
-    return f"{np.mean(found):.{digits}f} ± {np.std(found):.{digits}f}" if found else ""
+        heads = ["network", "solver", *map(str, budgets)]
+        write(folder / f"emoji_paper_{figure}.md", table(heads, rows, words=(0, 1)))
 
 
 if __name__ == "__main__":

@@ -1,49 +1,87 @@
-"""What the measurements on emoji share: guidance, calibration, and figures that are kept."""
+"""What the measurements on emoji share: their options, what figures belong to, and calibration."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import argparse
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from odesolvers import Calibrated, calibrate
+from odesolvers import Calibrated, Euler, IntegrationApproximator, Objective, calibrate
 from odesolvers.models.edm import Preconditioner
 
-from ..common import save
+from ..common import TABLES, Kept
 from ..common.problems import CALIBRATION_SEED
 from .data import Emoji
 
-
-class Figures:
-    """Figures by name in a JSON file, which is written after each, so that a command goes on there."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-
-    def get(self, key: str, measure: Callable[[], Any]) -> Any:
-        """The figure of that name, measured if it is not there."""
-        if key not in self.found:
-            self.found[key] = measure()
-            save(self.path, json.dumps(self.found, indent=1) + "\n")
-            print(key, self.found[key], flush=True)
-        return self.found[key]
+STATES, RUNS = 4, 40
+"""Of a calibration; a network of emoji takes a quarter of a second for so many states."""
 
 
-def learned(network: Preconditioner, emoji: Emoji, sigmas: Tensor, **options: Any) -> Calibrated:
-    """Weights that are learned on noise and labels of their own; `options` of `calibrate`."""
-    rows = np.random.default_rng(5).choice(np.flatnonzero(~emoji.held_out), 24, replace=False)
-    noise = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(CALIBRATION_SEED))
-    labels = torch.as_tensor(emoji.labels[rows])
-    return calibrate(
-        network,
-        sigmas[0].float() * noise,
-        sigmas,
-        extra_args={"class_labels": labels},
-        **options,
-    )
+def options(doc: str | None, name: str, count: int) -> argparse.ArgumentParser:
+    """A command line whose figures are kept in ``docs/tables/NAME.jsonl``."""
+    parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
+    parser.add_argument("--results", type=Path, default=TABLES / f"{name}.jsonl", help="figures")
+    parser.add_argument("--count", type=int, default=count, help="pictures for each figure")
+    parser.add_argument("--tables", type=Path, default=TABLES, help="folder of the tables")
+    parser.add_argument("--write", action="store_true", help="only the tables, from the figures")
+    return parser
+
+
+def weights(path: Path) -> int:
+    """Identifies the weights in a file."""
+    return crc32(path.read_bytes())
+
+
+def same(kept: Kept, **settings: Any) -> None:
+    """Refuses to add to figures that were measured on something else."""
+    for name, value in settings.items():
+        found = kept(name, lambda value=value: value)
+        if found not in (value, None):
+            raise SystemExit(
+                f"{kept.path} holds figures of other {name} ({found}, not {value}): move it away, or "
+                "name another file by --results"
+            )
+
+
+def shown(key: str, value: Any) -> Any:
+    """`value`, printed."""
+    print(key, value, flush=True)
+    return value
+
+
+def learned(
+    kept: Kept,
+    of: str,
+    network: Preconditioner,
+    emoji: Emoji,
+    sigmas: Tensor,
+    base: IntegrationApproximator = Euler(),  # noqa: B008
+    objective: Objective = Objective(),  # noqa: B008
+) -> Calibrated | None:
+    """Weights that are learned on noise and labels of their own; None while another process is at it."""
+
+    def learn() -> list[float]:
+        rows = np.random.default_rng(5).choice(
+            np.flatnonzero(~emoji.held_out), STATES, replace=False
+        )
+        generator = torch.Generator().manual_seed(CALIBRATION_SEED)
+        rule = calibrate(
+            network,
+            sigmas[0].float() * torch.randn(STATES, 3, 32, 32, generator=generator),
+            sigmas,
+            base=base,
+            objective=objective,
+            extra_args={"class_labels": torch.as_tensor(emoji.labels[rows])},
+            max_runs=RUNS,
+            reference_steps=64,
+        )
+        return list(rule.values)
+
+    steps, top = len(sigmas) - 1, float(sigmas[0])
+    values = kept(f"{of}|weights of {base!r}|{steps} steps from {top:g}", learn)
+    return None if values is None else Calibrated(repr(base), tuple(sigmas.tolist()), tuple(values))

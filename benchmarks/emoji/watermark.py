@@ -3,17 +3,17 @@
 Samples are made from noise that carries the signs of a key (`odesolvers.editing.embed`), guided and
 not, stored as 8-bit pictures, perhaps as JPEG or made smaller and larger again, and inverted without
 the pair, without guidance and without labels (`detect`). Figures: the fraction of signs that agree with
-the key, and the fraction of pictures found at one false alarm in a million. Every figure is kept as it
-is found, so that the command goes on where it was stopped.
+the key, and the fraction of pictures found at one false alarm in a million. Every figure is kept as soon
+as it is found: a second call goes on where the first was stopped, and several may run at once.
+``--write`` makes the tables.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,14 +37,15 @@ from odesolvers import (
     karras_sigmas,
 )
 from odesolvers.editing import detect, embed
-from odesolvers.models.edm import Preconditioner, load_edm
+from odesolvers.models.edm import load_edm
+from odesolvers.models.emoji.network import WEIGHTS
 from odesolvers.models.guidance import ClassifierFreeGuidance
 
-from ..common import TABLES, table, towards, write
+from ..common import Kept, table, towards, write
 from .data import Emoji, load_emoji
-from .runs import Figures
+from .runs import options, same, shown, weights
 
-EVALUATIONS: Final = (9, 19, 39)
+EVALUATIONS: Final = (9, 19)
 GUIDANCE: Final = (1.0, 3.0)
 KEY: Final = "the owner of these emoji"
 FALSE_ALARMS: Final = 1e-6
@@ -117,16 +118,17 @@ ATTACKS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
 class Bench:
     """The network, the labels and the figures found so far."""
 
-    def __init__(self, network: Preconditioner, results: Path, count: int) -> None:
-        self.network, self.results, self.count = network, Figures(results), count
+    def __init__(self, network: Path, kept: Kept, count: int) -> None:
+        same(kept, network=weights(network), count=count)
+        self.network, self.kept, self.count = load_edm(network), kept, count
         self.emoji: Emoji = load_emoji()
 
-    def figures(self, name: str, evaluations: int, guidance: float) -> dict[str, list[float]]:
-        """The two figures after each attack."""
-        key = f"{name}|{evaluations}|{guidance:g}"
+    def figures(self, name: str, evaluations: int, guidance: float) -> None:
+        """The two figures after each attack, unless another process is at them."""
         cost, make = SOLVERS[name]
         sigmas = karras_sigmas(evaluations // cost + 1, BOTTOM, append_zero=False)
-        return self.results.get(key, lambda: self._run(make(), sigmas, guidance))  # type: ignore[no-any-return]
+        key = key_of(name, evaluations, guidance)
+        self.kept(key, lambda: shown(key, self._run(make(), sigmas, guidance)))
 
     def _run(self, solver: Any, sigmas: Tensor, guidance: float) -> dict[str, list[float]]:
         rows = np.random.default_rng(11).choice(len(self.emoji.labels), self.count, replace=False)
@@ -150,23 +152,40 @@ class Bench:
         return found
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--network", type=Path, default=Path("out/emoji/emoji.safetensors"))
-    parser.add_argument("--results", type=Path, default=Path("out/emoji_watermark.json"))
-    parser.add_argument("--count", type=int, default=48, help="pictures")
-    args = parser.parse_args()
-    bench = Bench(load_edm(args.network), args.results, args.count)
+def key_of(name: str, evaluations: int, guidance: float) -> str:
+    """The key of figures."""
+    return f"{name}|{evaluations}|{guidance:g}"
+
+
+def report(found: Mapping[str, Any], evaluations: Sequence[int], folder: Path) -> None:
+    """The tables; a cell without figures is empty."""
     for guidance in GUIDANCE:
         lines = []
-        for evaluations in EVALUATIONS:
+        for n in evaluations:
             for name in SOLVERS:
-                found = bench.figures(name, evaluations, guidance)
-                cells = [f"{bits:.1%} / {caught:.0%}" for bits, caught in found.values()]
-                lines.append([name, str(evaluations), *cells])
+                figures = found.get(key_of(name, n, guidance), {})
+                pairs = [figures.get(attack) for attack in ATTACKS]
+                cells = [f"{pair[0]:.1%} / {pair[1]:.0%}" if pair else "" for pair in pairs]
+                lines.append([name, str(n), *cells])
         heads = ["", "evaluations", *ATTACKS]
-        write(TABLES / f"emoji_watermark_{guidance:g}.md", table(heads, lines))
+        write(folder / f"emoji_watermark_{guidance:g}.md", table(heads, lines))
+
+
+def main() -> None:
+    """The command line."""
+    parser = options(__doc__, "emoji_watermark", count=24)
+    parser.add_argument("--network", type=Path, default=WEIGHTS)
+    parser.add_argument("--evaluations", nargs="+", type=int, default=EVALUATIONS)
+    args = parser.parse_args()
+    kept = Kept(args.results)
+    if args.write:
+        report(kept.read(), args.evaluations, args.tables)
+        return
+    bench = Bench(args.network, kept, args.count)
+    for guidance in GUIDANCE:
+        for evaluations in args.evaluations:
+            for name in SOLVERS:
+                bench.figures(name, evaluations, guidance)
 
 
 if __name__ == "__main__":
