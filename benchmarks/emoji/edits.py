@@ -62,10 +62,10 @@ from .runs import learned, options, same, shown, weights
 EDITS: Final = ("style", "tone", "motif", "group")
 GUIDANCE: Final = 3.0
 EVALUATIONS: Final = 20
-TOPS: Final = (80.0, 10.0, 3.0)
+TOPS: Final = (80.0, 10.0)
 BOTTOM: Final = 0.02
-SEARCHED: Final = 3
-"""A search has this fraction of the drawings."""
+SEARCHED: Final = 2
+"""The drawings of an edit over those of a search."""
 
 Solver = Any
 Figures: TypeAlias = "dict[str, float] | None"
@@ -131,7 +131,7 @@ def contestants(learn: Callable[[Tensor], Calibrated | None]) -> dict[str, Conte
             lambda zeta, _: Rex(LegacyRK4(), zeta=zeta), 6, (0.999,), ()
         ),
         "Rex (Dopri5, adaptive)": Contestant(
-            lambda tolerance, _: adaptive(Rex(Dopri5()), tolerance), 1, (1e-3,), (1e-1, 1e-2, 1e-3)
+            lambda tolerance, _: adaptive(Rex(Dopri5()), tolerance), 1, (1e-3,), (1e-1, 1e-2)
         ),
         "EES(2,5)": Contestant(lambda _, __: ReverseStepInversion(), 3, (None,), (None,)),
         "edit-friendly noise maps": Contestant(
@@ -333,7 +333,7 @@ def chosen(names: Sequence[str], among: dict[str, Contestant]) -> dict[str, Cont
 
 def main() -> None:
     """The command line."""
-    parser = options(__doc__, "emoji_edits", count=12)
+    parser = options(__doc__, "emoji_edits", count=8)
     parser.add_argument("--network", type=Path, default=WEIGHTS)
     parser.add_argument("--evaluations", type=int, default=EVALUATIONS, help="each way")
     parser.add_argument("--contestants", nargs="+", default=(), help="parts of names; all")
