@@ -141,7 +141,7 @@ def key_of(kind: str, name: str, budget: int, seed: int) -> str:
 
 def main() -> None:
     """The command line."""
-    parser = options(__doc__, "emoji_paper", count=128)
+    parser = options(__doc__, "emoji_paper", count=96)
     parser.add_argument("--networks", type=Path, default=Path("out"), help="holds emoji_edm, ...")
     parser.add_argument("--kinds", nargs="+", choices=PRECONDITIONINGS, default=PRECONDITIONINGS)
     parser.add_argument("--evaluations", nargs="+", type=int, default=EVALUATIONS)
