@@ -18,6 +18,7 @@ from benchmarks.common import Problem, Reference, Upwards, reference, relative_e
 from benchmarks.suite import measures, run as suite_run, solvers
 from benchmarks.suite.data import fine_distance
 from benchmarks.suite.peers import Diffusers, KDiffusion, Sampler
+from benchmarks.suite.rows import Rows
 from benchmarks.suite.solvers import Entry
 from odesolvers import BDIA, DDIM, Calibrated, Euler, StepRatio, calibrate
 from odesolvers.models import Gaussian
@@ -146,6 +147,13 @@ def test_steps_are_the_most_within_the_budget() -> None:
             entry.make(problem, sigmas).sample(meter, problem.noise(), sigmas)
             spent.append(meter.calls)
         assert spent[0] <= 20 < spent[1], entry.name
+
+
+def test_levels_are_fitted_on_short_grids_only(tmp_path: Path) -> None:
+    (entry,) = (entry for entry in solvers.entries() if entry.levels)
+    problem = tiny(budgets=(5, 10, 11, 20), seeds=1, learned_steps=20)
+    runs = suite_run.missing([problem], [entry], None, None, Rows(tmp_path))
+    assert [run.budget for run in runs] == [5, 10]
 
 
 # Fine solutions.
