@@ -288,7 +288,9 @@ def _write(
         partial,
     )
     partial.replace(out / "checkpoint.pt")
-    save_edm(copy.deepcopy(averaged).half().cpu(), out / "emoji.safetensors")
+    stored = copy.deepcopy(averaged).cpu()
+    stored.model.compute_in(torch.float16)  # and not what noise levels are computed with
+    save_edm(stored, out / "emoji.safetensors")
     (out / "emoji.json").write_text(json.dumps(log, indent=1) + "\n")
 
 
