@@ -1,7 +1,7 @@
 """Installs into fresh environments: seconds, sizes, import times, and tests, for each Python.
 
 For each Python, a fresh clone of the last commit is installed (not editable) into an empty environment:
-first alone, then with the extras `cli`, `edm`, `letters` and `stable-diffusion`, then with `k-diffusion`
+first alone, then with the extras `cli`, `edm` and `stable-diffusion`, then with `k-diffusion`
 where that can be had. Every module is imported away from the clone, and tests run in it. Seconds contain
 downloads that pip has not cached. An environment takes 5 to 7 GB and is deleted afterwards.
 
@@ -27,10 +27,10 @@ CLONE = Path(__file__).resolve().parents[1]
 TABLE = CLONE / "docs" / "tables" / "installs.md"
 RESULTS = CLONE / "out" / "installs.json"
 
-EXTRAS = "cli,edm,letters,stable-diffusion"
+EXTRAS = "cli,edm,stable-diffusion"
 TOOLS = ("pytest>=8", "sybil>=9", "hypothesis>=6.100", "scipy", "build")
 CORE = [f"tests/test_{name}.py" for name in ("run", "bdia", "fixed_point", "grids", "imports")]
-MODELS = [f"tests/models/test_{name}.py" for name in ("closed_form", "edm", "letters")]
+MODELS = [f"tests/models/test_{name}.py" for name in ("closed_form", "edm", "emoji")]
 MODELS += [f"tests/models/test_{name}.py" for name in ("flow", "stable_diffusion_loading")]
 
 IMPORTS = """
@@ -110,7 +110,7 @@ def lowest(env: Path, clone: Path) -> bool:
     print("lowest versions:", pins, flush=True)
     install(env, *(f"{a}=={b}" for a, b in pins.items()), *TOOLS[:3], "scipy<1.15")
     install(env, "--no-deps", "--no-build-isolation", str(clone))
-    summary = test(env, clone, [*CORE, "tests/models/test_letters.py"])
+    summary = test(env, clone, [*CORE, "tests/models/test_emoji.py"])
     print(summary)
     return not re.search("failed|error", summary)
 

@@ -3,10 +3,10 @@
 from .closed_form import Gaussian, GaussianMixture, IdealDenoiser
 from .digits import load_digits
 from .edm import load_edm, save_edm
+from .emoji import emoji_drawings, emoji_groups, emoji_labels, load_emoji
 from .flow import FLOW_SIGMA_MAX, FlowDenoiser, flow_sigmas, flow_times
 from .guidance import ClassifierFreeGuidance
 from .kdiffusion import import_k_diffusion, wrapper_sigmas
-from .letters import load_letters, random_letters, render_letter
 from .noise import init_noise
 from .precision import InDtype
 from .prediction import PredictionWarning, check_prediction
@@ -30,16 +30,17 @@ __all__ = [
     "StableDiffusion",
     "VPDenoiser",
     "check_prediction",
+    "emoji_drawings",
+    "emoji_groups",
+    "emoji_labels",
     "flow_sigmas",
     "flow_times",
     "import_k_diffusion",
     "init_noise",
     "load_digits",
     "load_edm",
-    "load_letters",
+    "load_emoji",
     "load_stable_diffusion",
-    "random_letters",
-    "render_letter",
     "save_edm",
     "save_tiny_stable_diffusion",
     "wrapper_sigmas",

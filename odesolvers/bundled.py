@@ -14,13 +14,12 @@ from torch import Tensor
 import odesolvers as ode
 
 from .editing import guide
-from .models import IdealDenoiser, load_digits, load_letters
-from .models.emoji import STYLES, TONES, emoji_groups, emoji_labels, load_emoji
-from .models.letters import LETTERS
+from .models import IdealDenoiser, load_digits, load_emoji
+from .models.emoji import STYLES, TONES, emoji_groups, emoji_labels
 
-DEFAULT_MODEL: Final = "letters"
-STEPS: Final[Mapping[str, int]] = {"letters": 24, "emoji": 24, "pipelines": 50, "others": 18}
-GUIDANCE: Final[Mapping[str, float]] = {"letters": 3.0, "emoji": 3.0, "others": 1.0}
+DEFAULT_MODEL: Final = "emoji"
+STEPS: Final[Mapping[str, int]] = {"emoji": 24, "pipelines": 50, "others": 18}
+GUIDANCE: Final[Mapping[str, float]] = {"emoji": 3.0, "others": 1.0}
 """The scale of `sample` and `edit` by default, with a prompt; a pipeline has its own."""
 
 GRIDS: Final[Mapping[str, Callable[..., Tensor]]] = {
@@ -165,19 +164,8 @@ def level_of(state: ode.State) -> float:
     return state.sigmas[state.index - (state.partner is not None and not state.coupled)]
 
 
-def _trained(name: str, denoiser: Any, condition: Callable[..., dict[str, Any]]) -> Model:
-    """A network of the package; down to 0.02 and not to 0, for so much noise passes for clean."""
-    grid = {"sigma_min": 0.02, "append_zero": False}
-    scale, steps = GUIDANCE[name], STEPS[name]
-    return Model(denoiser, (3, 32, 32), condition, guidance=scale, steps=steps, grid=grid)
-
-
-def _letters() -> Model:
-    classes = classes_of({letter: k for k, letter in enumerate(LETTERS)}, -1)
-    return _trained("letters", load_letters(), classes)
-
-
 def _emoji() -> Model:
+    """The network of emoji; down to 0.02 and not to 0, for so much noise passes for clean."""
     network = load_emoji()
     none = torch.zeros(1, network.label_dim)
 
@@ -185,7 +173,9 @@ def _emoji() -> Model:
         rows = [none if prompt is None else _emoji_label(prompt) for prompt in prompts]
         return {"class_labels": torch.cat(rows)}
 
-    return _trained("emoji", network, condition)
+    grid = {"sigma_min": 0.02, "append_zero": False}
+    scale, steps = GUIDANCE["emoji"], STEPS["emoji"]
+    return Model(network, (3, 32, 32), condition, guidance=scale, steps=steps, grid=grid)
 
 
 def _emoji_label(prompt: str) -> Tensor:
@@ -237,8 +227,7 @@ def classes_of(
 
 
 BUNDLED: Final[Mapping[str, tuple[Callable[[], Model], str]]] = {
-    "letters": (_letters, "a small trained network, 32 x 32, prompts A to Z"),
-    "emoji": (_emoji, "a network in training, 32 x 32, prompts such as cat-face"),
+    "emoji": (_emoji, "a small trained network, 32 x 32, prompts such as cat-face"),
     "digits": (_digits, "the ideal denoiser of 1,797 digits, 8 x 8, prompts 0 to 9"),
 }
 """The models of the package."""

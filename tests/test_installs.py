@@ -37,7 +37,7 @@ def test_the_package_and_its_models_come_from_one_place(
     # Anything else on the path comes second, as site-packages does for who stands in a clone.
     installed(tmp_path / "other")
     code = """
-import sys, odesolvers.cli, odesolvers.models.letters
+import sys, odesolvers.cli, odesolvers.models.emoji
 print(*{module.__file__ for name, module in sys.modules.items() if name.startswith("odesolvers")})
 """
     path = os.pathsep.join([str(tmp_path / "here"), str(tmp_path / "other")])

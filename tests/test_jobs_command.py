@@ -94,9 +94,12 @@ def test_a_worker_that_stops_is_named_with_the_reason(
         ("sample --input seeds:9 --batch 3", "shard_size must be a multiple of batch"),
         ("sample --input seeds:9 --network float16", "--network is for EDM files and pipelines"),
         ("sample --input seeds:9 --option partition", "--option must be NAME=VALUE"),
-        ("sample --input seeds:9 --prompt cat", "prompts of this model are A to Z, got 'cat'"),
+        ("sample --input seeds:9 --prompt cat", "subgroups of emoji such as cat-face"),
         ("sample --input prompts:nowhere@2", "there is no file nowhere"),
-        ("sample --input prompts:words@2", "prompts of this model are A to Z, got 'a cat'"),
+        (
+            "sample --input prompts:words@2",
+            "(none, light, medium-light, medium, medium-dark, dark), got 'a cat'",
+        ),
         ("sample --input seeds:9 --device tpu", "--device: must be one of cpu, cuda"),
     ],
 )
@@ -108,7 +111,7 @@ def test_commands_of_no_use_are_refused_before_anything_is_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "words").write_text("A\na cat\n")
+    (tmp_path / "words").write_text("cat-face\na cat\n")
     assert words in refused(f"{command} --output out", capsys).replace(f"{tmp_path}/", "")
     assert not (tmp_path / "out").exists()
 
@@ -128,7 +131,9 @@ def test_gpus_are_asked_for_before_the_model_is_loaded(
     assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize("options", ["--model digits --prompt 3", "--model letters --prompt A"])
+@pytest.mark.parametrize(
+    "options", ["--model digits --prompt 3", "--model emoji --prompt cat-face"]
+)
 def test_a_picture_has_the_code_that_invert_gives_it(
     options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,7 +164,7 @@ def test_samples_have_the_guidance_of_the_other_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    options = "--model letters --prompt A --prompt B --steps 3"
+    options = "--model emoji --prompt cat-face --prompt food-fruit --steps 3"
     main(f"sample {options} --count 2 --save".split())
     main(f"batch sample --input seeds:2 {options} --batch 1 --shard-size 2 --output job".split())
     found = State.load(Output(Path("job")).shard(0))

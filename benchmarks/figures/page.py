@@ -23,7 +23,7 @@ def main() -> None:
     """Serves the page, uses it once in a browser, and photographs it."""
     from playwright.sync_api import sync_playwright
 
-    page = build("letters", torch.device("cpu"))
+    page = build("emoji", torch.device("cpu"))
     page.launch(server_name="127.0.0.1", server_port=PORT, prevent_thread_lock=True, quiet=True)
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as started:
         save_photos(Path(folder, "photos"))

@@ -23,13 +23,19 @@ from odesolvers import (
     stability_report,
 )
 from odesolvers.editing import edit, mark, matches
-from odesolvers.models import ClassifierFreeGuidance, IdealDenoiser, load_digits, load_letters
-from odesolvers.models.letters import LETTERS, random_letters
+from odesolvers.models import (
+    ClassifierFreeGuidance,
+    IdealDenoiser,
+    emoji_drawings,
+    emoji_labels,
+    load_digits,
+    load_emoji,
+)
 
 from .shell import DIGITS, Shell, files, pixels
 
 GRID = karras_sigmas(7, 0.02, append_zero=False)
-LETTER = " --steps 6"
+FEW = " --steps 6"
 
 
 def to_bytes(x: torch.Tensor) -> np.ndarray:
@@ -37,30 +43,31 @@ def to_bytes(x: torch.Tensor) -> np.ndarray:
     return ((x.double().clamp(-1, 1) + 1) * 127.5).round().int().permute(1, 2, 0).numpy()
 
 
-def save_letters(count: int = 2, folder: str = "photos") -> torch.Tensor:
-    """Pictures of letters that were not trained on, as files, and their values."""
+def save_drawings(count: int = 2, folder: str = "photos") -> torch.Tensor:
+    """Drawings that were not trained on, as files, and their values."""
     Path(folder).mkdir(exist_ok=True)
-    images, _ = random_letters(count, seed=7)
+    drawings = emoji_drawings()
+    images = drawings.images[drawings.withheld][24 : 24 + count]
     for k, image in enumerate(images):
         Image.fromarray(to_bytes(image).astype(np.uint8)).save(f"{folder}/{k}.png")
     return torch.stack([torch.from_numpy(to_bytes(i)).permute(2, 0, 1) / 127.5 - 1 for i in images])
 
 
-def label(letter: str) -> dict[str, torch.Tensor]:
-    return {"class_labels": torch.tensor([LETTERS.index(letter) if letter else -1])}
+def label(name: str) -> dict[str, torch.Tensor]:
+    return {"class_labels": emoji_labels(name) if name else 0 * emoji_labels("cat-face")}
 
 
 # sample, invert, and the states between them
 
 
 def test_samples_are_those_of_the_library(shell: Shell) -> None:
-    output = shell.run(f"sample --count 3 --seed 5 --prompt A --prompt B {LETTER}")
+    output = shell.run(f"sample --count 3 --seed 5 --prompt cat-face --prompt flag {FEW}")
     assert output == "wrote 3 pictures in out/sample\n"
     assert files() == [f"out/sample/00000{k}.png" for k in (5, 6, 7)]
     generator = torch.Generator().manual_seed(6)
     x = (80 * torch.randn(1, 3, 32, 32, generator=generator, dtype=torch.float64)).float()
-    guided = ClassifierFreeGuidance(load_letters(), 3.0)
-    extra = {"positive": label("B"), "negative": label("")}
+    guided = ClassifierFreeGuidance(load_emoji(), 3.0)
+    extra = {"positive": label("flag"), "negative": label("")}
     right = BDIA(Euler(), DampedStepRatio()).sample(guided, x, GRID, extra_args=extra).x
     assert abs(pixels("out/sample/000006.png") - to_bytes(right[0])).max() <= 1
 
@@ -89,8 +96,8 @@ def test_options_that_contradict_a_state_are_refused(shell: Shell) -> None:
     assert "made with prompt = 3, not 5" in shell.refused(f"invert {state} --prompt 5")
     assert "with guidance = 1.0, not 2.0" in shell.refused(f"invert {state} --guidance 2")
     assert "leave out --dtype" in shell.refused(f"invert {state} --dtype float64")
-    assert "with model = digits, not letters" in shell.refused(
-        f"sample {state} --model letters --out x"
+    assert "with model = digits, not emoji" in shell.refused(
+        f"sample {state} --model emoji --out x"
     )
     State.load(state).save("bare.safetensors")
     assert "was not saved by a command" in shell.refused("invert bare.safetensors --out y")
@@ -105,8 +112,8 @@ def test_fixed_point_goes_back_to_the_bit(shell: Shell) -> None:
 
 
 def test_the_default_of_codes_is_the_recommended_one(shell: Shell) -> None:
-    save_letters(1)
-    shell.run(f"invert photos/0.png --prompt A {LETTER} --dtype float64")
+    save_drawings(1)
+    shell.run(f"invert photos/0.png --prompt cat-face {FEW} --dtype float64")
     code = State.load("out/invert/0.safetensors")
     assert code.solver == repr(BDIA(Euler(), StepRatio(1)))
     assert code.sigmas == tuple(GRID.tolist())
@@ -121,23 +128,32 @@ def test_the_default_of_codes_is_the_recommended_one(shell: Shell) -> None:
 
 
 def test_an_edit_is_that_of_the_library(shell: Shell) -> None:
-    images = save_letters()
-    shell.run(f"edit photos --prompt A --to H {LETTER} --dtype float64 --strength 0.8 --guidance 2")
+    images = save_drawings()
+    shell.run(
+        f"edit photos --prompt cat-face --to flag {FEW} --dtype float64 --strength 0.8 --guidance 2"
+    )
     assert files("out") == ["out/edit/0.png", "out/edit/1.png"]
     noise = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
     x = images[1:].double() + 0.02 * noise
-    options: Any = {"source": label("A"), "target": label("H"), "guidance": 2.0, "strength": 0.8}
+    options: Any = {
+        "source": label("cat-face"),
+        "target": label("flag"),
+        "guidance": 2.0,
+        "strength": 0.8,
+    }
     options["negative"] = label("")
-    right = edit(BDIA(Euler(), DampedStepRatio()), load_letters(), x, GRID, **options)
+    right = edit(BDIA(Euler(), DampedStepRatio()), load_emoji(), x, GRID, **options)
     assert abs(pixels("out/edit/1.png") - to_bytes((right.x - 0.02 * noise)[0])).max() <= 1
-    shell.run(f"edit photos/1.png --prompt A --to A --guidance 1 --out same.png {LETTER}")
+    shell.run(
+        f"edit photos/1.png --prompt cat-face --to cat-face --guidance 1 --out same.png {FEW}"
+    )
     assert abs(pixels("same.png") - pixels("photos/1.png")).max() <= 1
 
 
 def test_a_saved_edit_leads_back_to_the_code_of_the_picture(shell: Shell) -> None:
-    save_letters(1)
-    options = f"--prompt A --solver damped --dtype float64 {LETTER}"
-    shell.run(f"edit photos --to H {options} --save")
+    save_drawings(1)
+    options = f"--prompt cat-face --solver damped --dtype float64 {FEW}"
+    shell.run(f"edit photos --to flag {options} --save")
     shell.run(f"invert photos {options} --out code")
     shell.run("invert out/edit/0.safetensors")
     codes = [State.load(f"{f}/0.safetensors").partner for f in ("code", "out/invert")]
@@ -148,20 +164,22 @@ def test_a_saved_edit_leads_back_to_the_code_of_the_picture(shell: Shell) -> Non
 
 @pytest.mark.parametrize("solver", ["damped", "exact"])
 def test_outside_of_the_mask_the_picture_is_as_it_was(shell: Shell, solver: str) -> None:
-    save_letters(1)
+    save_drawings(1)
     mask = np.zeros((32, 32), np.uint8)
     mask[:, 16:] = 255
     Image.fromarray(mask).save("mask.png")
-    command = f"edit photos/0.png --prompt A --to H --mask mask.png --solver {solver}"
-    shell.run(command + LETTER)
+    command = f"edit photos/0.png --prompt cat-face --to flag --mask mask.png --solver {solver}"
+    shell.run(command + FEW)
     found, given = pixels("out/edit/0.png"), pixels("photos/0.png")
     assert (found[:, :16] == given[:, :16]).all()
     assert abs(found[:, 16:] - given[:, 16:]).mean() > 3
 
 
 def test_a_code_of_half_the_way_is_noise_of_its_own_level(shell: Shell) -> None:
-    save_letters(1)
-    shell.run("edit photos/0.png --prompt A --to H --strength 0.5 --solver codes --steps 24")
+    save_drawings(1)
+    shell.run(
+        "edit photos/0.png --prompt cat-face --to flag --strength 0.5 --solver codes --steps 24"
+    )
     said = shell.error.split("standard deviation ")[1].split()[0]
     assert 0.5 < float(said) < 2  # and not 0.04, which is that over the first level
 
@@ -170,8 +188,8 @@ def test_a_code_of_half_the_way_is_noise_of_its_own_level(shell: Shell) -> None:
 
 
 def test_an_interpolation_ends_at_the_pictures(shell: Shell) -> None:
-    save_letters()
-    output = shell.run(f"interpolate photos/0.png photos/1.png --frames 4 {LETTER}")
+    save_drawings()
+    output = shell.run(f"interpolate photos/0.png photos/1.png --frames 4 {FEW}")
     assert output == "wrote 4 pictures in out/interpolate\n"
     assert files("out") == [f"out/interpolate/00{k}.png" for k in (1, 2, 3, 4)]
     for frame, photo in ((1, 0), (4, 1)):
@@ -185,12 +203,12 @@ def test_an_interpolation_ends_at_the_pictures(shell: Shell) -> None:
 
 
 def test_a_watermark_is_found_by_its_key_alone(shell: Shell) -> None:
-    shell.run(f"watermark embed --key mine --count 2 --prompt A {LETTER}")
-    output = shell.run(f"watermark detect out/watermark --key mine --prompt A {LETTER}")
+    shell.run(f"watermark embed --key mine --count 2 --prompt cat-face {FEW}")
+    output = shell.run(f"watermark detect out/watermark --key mine --prompt cat-face {FEW}")
     found = [float(p) for p in re.findall(r"p = 10\^(-?[\d.]+)", output)]
     assert len(found) == 2
     assert max(found) < -10
-    output = shell.run(f"watermark detect out/watermark --key other {LETTER}")
+    output = shell.run(f"watermark detect out/watermark --key other {FEW}")
     assert min(float(p) for p in re.findall(r"p = 10\^(-?[\d.]+)", output)) > -4
     assert "mine" not in Path("out/watermark/.odesolvers.json").read_text()
     marked = mark(torch.ones(1, 3, 32, 32), "mine")
@@ -202,8 +220,8 @@ def test_a_watermark_is_found_by_its_key_alone(shell: Shell) -> None:
 
 
 def test_a_round_trip_compares_solvers(shell: Shell) -> None:
-    save_letters(1)
-    output = shell.run(f"roundtrip photos --compare ddim --compare edict --dtype float64 {LETTER}")
+    save_drawings(1)
+    output = shell.run(f"roundtrip photos --compare ddim --compare edict --dtype float64 {FEW}")
     rows = {line.split()[1]: line.split() for line in output.splitlines()[1:-1]}
     assert list(rows) == ["damped", "ddim", "edict"]
     assert float(rows["damped"][3]) < 1e-12 < 1e-3 < float(rows["ddim"][3])
@@ -238,13 +256,13 @@ def test_other_weights_in_a_file_of_the_same_name_are_noticed(shell: Shell) -> N
 
 
 def test_the_report_is_that_of_the_library(shell: Shell) -> None:
-    output = shell.run("report --model letters --steps 6")
+    output = shell.run("report --model emoji --steps 6")
     assert output == f"{stability_report(BDIA(Euler(), DampedStepRatio()), GRID)}\n"
 
 
 def test_list_names_what_the_options_take(shell: Shell) -> None:
     output = shell.run("list")
-    for name in ("damped", "codes", "exact", "ddim", "letters", "digits", "karras", "hub id"):
+    for name in ("damped", "codes", "exact", "ddim", "emoji", "digits", "karras", "hub id"):
         assert name in output
     assert max(len(line) for line in output.splitlines()) <= 80
 
@@ -253,8 +271,8 @@ def test_list_names_what_the_options_take(shell: Shell) -> None:
 
 
 def test_what_is_finished_is_not_made_again(shell: Shell) -> None:
-    save_letters(3)
-    command = f"edit photos --prompt A --to H {LETTER}"
+    save_drawings(3)
+    command = f"edit photos --prompt cat-face --to flag {FEW}"
     shell.run(command)
     before = {name: Path(name).stat().st_mtime_ns for name in files("out")}
     Path("out/edit/1.png").unlink()
@@ -263,11 +281,12 @@ def test_what_is_finished_is_not_made_again(shell: Shell) -> None:
     assert output == "1 of 3 are finished in out/edit\nwrote 2 pictures in out/edit\n"
     after = {name: Path(name).stat().st_mtime_ns for name in files("out")}
     assert [before[name] == after[name] for name in sorted(before)] == [True, False, False]
-    message = shell.refused(command.replace("--to H", "--to I"))
+    message = shell.refused(command.replace("--to flag", "--to heart"))
     assert (
-        "out/edit holds results of other settings: to was H and is I; give another --out" in message
+        "out/edit holds results of other settings: to was flag and is heart; give another --out"
+        in message
     )
-    assert "wrote 3" in shell.run(command.replace("--to H", "--to I") + " --again")
+    assert "wrote 3" in shell.run(command.replace("--to flag", "--to heart") + " --again")
 
 
 def test_more_samples_go_on_from_those_that_are_there(shell: Shell) -> None:

@@ -368,7 +368,7 @@ def test_no_result_replaces_what_it_is_made_of(shell: Shell, command: str) -> No
     Path("link").symlink_to("photos")
     Image.new("RGB", (32, 32), "red").save("photos/a.png")
     if "safetensors" in command:
-        shell.run("invert photos --steps 3 --model letters --out states")
+        shell.run("invert photos --steps 3 --model emoji --out states")
         Path("states/a.safetensors").rename("photos/s.safetensors")
     before = {path: path.read_bytes() for path in Path("photos").iterdir()}
     assert "which it is made of" in shell.refused(command)

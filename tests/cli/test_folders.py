@@ -14,11 +14,11 @@ from PIL import Image
 import odesolvers
 from odesolvers import BDIA, Calibrated, DampedStepRatio, Euler, State, cli, opening
 from odesolvers.editing import interpolate
-from odesolvers.models import load_letters
+from odesolvers.models import load_emoji
 from odesolvers.parsing import CONSTRUCTORS
 
 from .shell import DIGITS, Shell, files, pixels
-from .test_commands import GRID, LETTER, label, save_letters, to_bytes
+from .test_commands import FEW, GRID, label, save_drawings, to_bytes
 
 
 def save_digits(count: int, folder: str = "photos") -> None:
@@ -75,13 +75,13 @@ def test_a_picture_that_gets_another_prompt_is_made_again(shell: Shell) -> None:
 
 
 def test_an_interpolation_has_a_prompt_for_each_end(shell: Shell) -> None:
-    images = save_letters()
-    command = f"interpolate photos --frames 3 --guidance 1 --dtype float64 --solver damped{LETTER}"
-    shell.run(f"{command} --prompt A --prompt B")
+    images = save_drawings()
+    command = f"interpolate photos --frames 3 --guidance 1 --dtype float64 --solver damped{FEW}"
+    shell.run(f"{command} --prompt cat-face --prompt flag")
     noise = 0.02 * torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
     a, b = (images[k : k + 1].double() + noise for k in (0, 1))
-    options: Any = {"frames": 3, "source": label("A"), "target": label("B")}
-    right = interpolate(BDIA(Euler(), DampedStepRatio()), load_letters(), a, b, GRID, **options)
+    options: Any = {"frames": 3, "source": label("cat-face"), "target": label("flag")}
+    right = interpolate(BDIA(Euler(), DampedStepRatio()), load_emoji(), a, b, GRID, **options)
     assert abs(pixels("out/interpolate/002.png") - to_bytes((right[1].x - noise)[0])).max() <= 1
     assert abs(pixels("out/interpolate/003.png") - pixels("photos/1.png")).max() <= 1
 
@@ -223,17 +223,23 @@ def test_a_mask_is_drawn_over_the_photo(shell: Shell) -> None:
     mask = np.zeros((32, 64), np.uint8)
     mask[:, 32:] = 255
     Image.fromarray(mask).save("mask.png")
-    shell.run(f"edit photo.png --prompt A --to H --mask mask.png{LETTER}")
+    shell.run(f"edit photo.png --prompt cat-face --to flag --mask mask.png{FEW}")
     found, given = pixels("out/edit/photo.png"), wide[:, 16:48].astype(int)
     assert (found[:, :16] == given[:, :16]).all()
     assert abs(found[:, 16:] - given[:, 16:]).mean() > 3
-    shell.run(f"edit photo.png --prompt A --to H --mask mask.png --fit pad --out pad{LETTER}")
+    shell.run(
+        f"edit photo.png --prompt cat-face --to flag --mask mask.png --fit pad --out pad{FEW}"
+    )
     found = pixels("pad/photo.png")
     assert (found[:7] == 255).all()  # what was added is kept
     Image.fromarray(mask.T.copy()).save("tall.png")
     assert (
         "the mask tall.png is 32 x 64 pixels: draw one over the photo as it is shown, 64 x 32"
-        in (shell.refused(f"edit photo.png --prompt A --to H --mask tall.png --out x{LETTER}"))
+        in (
+            shell.refused(
+                f"edit photo.png --prompt cat-face --to flag --mask tall.png --out x{FEW}"
+            )
+        )
     )
 
 
@@ -282,12 +288,9 @@ def test_help_shows_the_steps_and_the_guidance_of_the_models(shell: Shell) -> No
     output = " ".join(shell.capsys.readouterr().out.split())
     steps = {name: load().steps for name, (load, _) in opening.BUNDLED.items()}
     scales = {name: load().guidance for name, (load, _) in opening.BUNDLED.items()}
-    assert f"(letters {steps['letters']}; emoji {steps['emoji']}; pipelines 50; others" in output
+    assert f"(emoji {steps['emoji']}; pipelines 50; others" in output
     assert f"others {steps['digits']})" in output
-    assert (
-        f"with a prompt: letters {scales['letters']:g}; emoji {scales['emoji']:g}; others 1"
-        in output
-    )
+    assert f"with a prompt: emoji {scales['emoji']:g}; others 1" in output
 
 
 def test_the_emoji_are_named_by_their_subgroup(shell: Shell) -> None:

@@ -43,7 +43,7 @@ def test_help_fits_the_screen(command: str, capsys: pytest.CaptureFixture[str]) 
 
 def test_help_says_the_defaults_that_are_used(capsys: pytest.CaptureFixture[str]) -> None:
     for name, words in (
-        ("invert", ["(codes)", "(out/invert)", "(letters)"]),
+        ("invert", ["(codes)", "(out/invert)", "(emoji)"]),
         ("edit", ["(damped)", "(1.0)", "(out/edit)", "(crop)"]),
         ("calibrate", ["(16)", "(1000)", "(out/gamma.json)", "(by the steps: 80 or"]),
         ("interpolate", ["(9)", "(codes)", "   pictures, or folders of them"]),

@@ -22,7 +22,6 @@ from .watch import Case, in_child, watched
 
 KINDS = {
     "edm": corpus.edm,
-    "letters": corpus.letters,
     "states": corpus.states,
     "calibrations": corpus.calibrations,
     "stable-diffusion": stable_diffusion.stable_diffusion,
@@ -35,7 +34,7 @@ def fuzz(seed: int, seconds: float) -> Iterator[Case]:
     """Files with random changes until the time is over, of the cheap kinds more."""
     rng, end = random.Random(seed), time.monotonic() + seconds
     while time.monotonic() < end:
-        for kind in ("edm", "letters", "state", "state", "calibration", "calibration"):
+        for kind in ("edm", "state", "state", "calibration", "calibration"):
             case = corpus.bent(kind, rng)
             yield case._replace(label=f"seed {seed}, {case.label}")
         yield stable_diffusion.bent(rng)

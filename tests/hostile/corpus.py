@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,9 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from odesolvers import BDIA, EDICT, Euler, FixedPoint, HeunEDM, State, files, karras_sigmas
 from odesolvers.calibration import Calibrated
-from odesolvers.models import Gaussian, load_edm, load_letters, save_edm
+from odesolvers.models import Gaussian, load_edm, save_edm
 from odesolvers.models.edm import CheckpointError
-from odesolvers.models.letters.network import WEIGHTS
 
 from ..models.edm_files import arguments, dump, record, tiny
 from ..models.edm_floods import floods
@@ -38,7 +36,6 @@ from .watch import Case, Loader
 
 LOADERS: dict[str, Loader] = {
     "edm": Loader(load_edm, (CheckpointError,)),
-    "letters": Loader(lambda path: load_letters(path=path), (ValueError, OSError)),
     "state": Loader(State.load, (ValueError, OSError)),
     "calibration": Loader(Calibrated.load, (ValueError, OSError)),
 }
@@ -80,30 +77,6 @@ def edm() -> Iterator[Case]:
     yield from (
         c for c in no_files("edm", "a.pkl") if "nothing" not in c.label and "itself" not in c.label
     )
-
-
-def letters() -> Iterator[Case]:
-    """Weights of the letters."""
-    data = genuine("letters")[0]
-    for label, bent in bent_safetensors(data):
-        yield file("letters", label, "w.safetensors", bent)
-    weights = load_file(WEIGHTS)
-    name = "proj_out.bias"
-    for kind in (
-        torch.int8,
-        torch.int64,
-        torch.complex64,
-        torch.bool,
-        torch.float8_e5m2,
-        torch.uint8,
-    ):
-        yield file(
-            "letters", f"{kind}", "w.safetensors", saved({**weights, name: weights[name].to(kind)})
-        )
-    for value in (math.nan, math.inf, -math.inf):
-        bad = torch.full_like(weights[name], value)
-        yield file("letters", f"{value}", "w.safetensors", saved({**weights, name: bad}))
-    yield from no_files("letters", "w.safetensors")
 
 
 def states() -> Iterator[Case]:
@@ -165,8 +138,6 @@ def genuine(kind: str) -> tuple[bytes, ...]:
             save(path)
             return path.read_bytes()
 
-        if kind == "letters":
-            return (WEIGHTS.read_bytes(),)
         if kind == "edm":
             networks = [tiny(precond=p, model_channels=8) for p in ("EDMPrecond", "iDDPMPrecond")]
             return tuple(

@@ -20,7 +20,6 @@ from .watch import Report, in_child
 # Of every kind about as many files as take a few seconds; `make fuzz` reads others.
 SHARES = {
     "edm": 40,
-    "letters": 12,
     "states": 60,
     "calibrations": 15,
     "stable-diffusion": 700,

@@ -19,6 +19,9 @@ from odesolvers.models.emoji import (
 
 pytest.importorskip("safetensors")
 
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, NO_GPU])]
+
 
 @pytest.fixture(scope="module")
 def emoji():
@@ -93,6 +96,36 @@ class TestNetwork:
             monkeypatch.setitem(sys.modules, name, None)
         assert load_emoji().training is False
         assert emoji_drawings().images.isfinite().all()
+
+    @pytest.mark.parametrize("device", DEVICES)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    def test_returns_the_dtype_and_device_of_the_state(self, emoji, drawings, dtype, device):
+        network = emoji if device == "cpu" else load_emoji(device)
+        x = torch.randn(2, 3, 32, 32, dtype=dtype, device=device)
+        sigma = torch.ones(2, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        out = network(x, sigma.to(device), drawings.labels[:2].to(device))
+        assert (out.dtype, out.shape, out.device) == (dtype, x.shape, x.device)
+        assert out.isfinite().all()
+
+    def test_no_labels_are_zeros(self, emoji, drawings):
+        x, sigma = noised(drawings.images[:2], 1.0)
+        none = emoji(x, sigma)
+        assert torch.equal(none, emoji(x, sigma, torch.zeros_like(drawings.labels[:2])))
+        assert not torch.equal(none, emoji(x, sigma, drawings.labels[:2]))
+
+    def test_a_half_precision_network_is_close(self, emoji, drawings):
+        x, sigma = noised(drawings.images[:4], 0.5)
+        exact = emoji(x, sigma, drawings.labels[:4])
+        rough = load_emoji(dtype=torch.bfloat16)(x, sigma, drawings.labels[:4])
+        assert rough.dtype == torch.float32
+        assert 0 < (rough - exact).abs().mean() < 0.05
+        with pytest.raises(TypeError, match=r"floating point dtype, got torch\.int64"):
+            load_emoji(dtype=torch.int64)
+
+    @pytest.mark.parametrize("shape", [(2, 114), (3, 115), (115,)])
+    def test_labels_of_another_shape_are_refused(self, emoji, shape):
+        with pytest.raises(ValueError, match=r"\(2, 115\).*got"):
+            emoji(torch.zeros(2, 3, 32, 32), torch.ones(2), torch.zeros(shape))
 
     def test_it_denoises_drawings_it_has_not_seen(self, emoji, drawings):
         images, labels = drawings.images[drawings.withheld], drawings.labels[drawings.withheld]

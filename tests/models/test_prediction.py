@@ -18,7 +18,7 @@ from odesolvers.models import (
     check_prediction,
     init_noise,
     load_digits,
-    load_letters,
+    load_emoji,
 )
 
 from .exact import exact_network, levels_of
@@ -28,10 +28,10 @@ ALPHAS = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000).double
 
 
 def data(name):
-    """A perfect denoiser, or the trained one of letters, and the shape of its states."""
-    if name == "letters":
-        pytest.importorskip("safetensors", reason="the weights of the letters")
-        return load_letters(), (2, 3, 32, 32)
+    """A perfect denoiser, or the trained one of emoji, and the shape of its states."""
+    if name == "emoji":
+        pytest.importorskip("safetensors", reason="the weights of the emoji")
+        return load_emoji(), (2, 3, 32, 32)
     if name == "digits":
         pytest.importorskip("sklearn", reason="the digits")
         return IdealDenoiser(*load_digits()), (8, 1, 8, 8)
@@ -60,7 +60,7 @@ def warning_of(denoiser, shape):
 
 
 @pytest.mark.parametrize("family", ["discrete", "vp", "cosine"])
-@pytest.mark.parametrize("name", ["letters", "digits", "mixture", "0.5", "0.1"])
+@pytest.mark.parametrize("name", ["emoji", "digits", "mixture", "0.5", "0.1"])
 def test_every_confusion(name, family):
     closed, shape = data(name)
     make = {
@@ -96,7 +96,7 @@ def test_white_data_do_not_tell_v_from_sample():
     assert "either 'v_prediction' or 'sample' is likely, unless it is not trained" in text
 
 
-@pytest.mark.parametrize("name", ["letters", "0.5"])
+@pytest.mark.parametrize("name", ["emoji", "0.5"])
 @pytest.mark.parametrize("declared", [0, 1])
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("noise_at", [0, 1])
