@@ -154,24 +154,3 @@ def read_safetensors(data: memoryview) -> tuple[dict[str, str], dict[str, Stored
         stride = tuple(math.prod(shape[k + 1 :]) for k in range(len(shape)))
         tensors[name] = StoredTensor(storage, 0, shape, stride)
     return metadata, tensors
-
-
-def read_weights(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file of safetensors, finite and with the names and shapes of `like`.
-
-    Raises:
-        CheckpointError: if they are not, or the file is damaged or no regular file.
-        OSError: if it cannot be read.
-    """
-    tensors = read_safetensors(read_file(path))[1]
-    for name in tensors.keys() ^ like.keys():
-        here = "has an unknown" if name in tensors else "lacks the"
-        raise CheckpointError(f"the file {here} tensor {brief(name)}")
-    weights = {}
-    for name, stored in tensors.items():
-        if stored.shape != like[name].shape:
-            raise CheckpointError(f"{name} has shape {stored.shape}, not {tuple(like[name].shape)}")
-        weights[name] = stored.load()
-        if not bool(weights[name].isfinite().all()):
-            raise CheckpointError(f"{name} in the file is not finite")
-    return weights

@@ -17,8 +17,6 @@ from odesolvers.models.emoji import (
     training_log,
 )
 
-pytest.importorskip("safetensors")
-
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, NO_GPU])]
 
@@ -91,8 +89,8 @@ class TestDrawings:
 
 
 class TestNetwork:
-    def test_it_is_loaded_with_torch_and_safetensors_alone(self, monkeypatch):
-        for name in ("PIL", "matplotlib", "sklearn", "diffusers", "k_diffusion"):
+    def test_it_is_loaded_with_torch_and_numpy_alone(self, monkeypatch):
+        for name in ("PIL", "safetensors", "matplotlib", "sklearn", "diffusers", "k_diffusion"):
             monkeypatch.setitem(sys.modules, name, None)
         assert load_emoji().training is False
         assert emoji_drawings().images.isfinite().all()

@@ -30,7 +30,6 @@ ALPHAS = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000).double
 def data(name):
     """A perfect denoiser, or the trained one of emoji, and the shape of its states."""
     if name == "emoji":
-        pytest.importorskip("safetensors", reason="the weights of the emoji")
         return load_emoji(), (2, 3, 32, 32)
     if name == "digits":
         pytest.importorskip("sklearn", reason="the digits")
