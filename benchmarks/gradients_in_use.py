@@ -1,15 +1,15 @@
 """Three uses of gradients through a sampler, with pictures: ``python -m benchmarks.gradients_in_use``.
 
-On the letters, over all steps of BDIA over Euler:
+On the emoji, over all steps of BDIA over Euler:
 
-- start: the noise is optimised until the sample agrees with the half of a letter that is known;
+- start: the noise is optimised until the sample agrees with the half of a drawing that is known;
 - condition: the mix of labels is found that made given pictures from known noise;
-- weights: the network is tuned to draw letters that a classifier can read, and is judged by another
-  reader and on other noise.
+- weights: the network is tuned to draw emoji that a classifier can name, and is judged on other noise,
+  also by the kind of the nearest drawing of the training set.
 
 Writes ``docs/images/gradients_{start,condition,weights}.png`` and ``docs/tables/gradients_in_use.md``,
-with the memory and the time of one step of the first two, each from a process of its own. Takes some
-minutes on one core.
+with the memory and the time of one step of the first two, each from a process of its own. Takes a
+quarter of an hour on one idle core; arguments name parts: start, condition, weights, memory.
 """
 
 from __future__ import annotations
@@ -25,25 +25,36 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from odesolvers import BDIA, Euler, StepRatio, karras_sigmas
-from odesolvers.models.letters import LETTERS, load_letters, random_letters
+from odesolvers.models import emoji_drawings, emoji_groups, emoji_labels, load_emoji
 
 from .common import IMAGES, TABLES, machine, table, write
-from .figures.letters import Reader
+from .emoji.classifier import load_classifier
+from .emoji.data import load_emoji as load_drawings
 from .gradients import KINDS, measured, warm_up
 
 SOLVER: Final = BDIA(Euler(), StepRatio(1))
 SIGMAS: Final = karras_sigmas(13, 0.02, 80.0, append_zero=False)
 
-network = load_letters()  # frozen; another denoiser of pictures with labels goes here
+network = load_emoji()  # frozen; another denoiser of pictures with labels goes here
 SHAPE: Final = (3, 32, 32)
-WANTED: Final = torch.tensor([LETTERS.index(c) for c in "AEHKRX"])
+HALVES: Final = (
+    "CRYING CAT FACE",
+    "FACE WITH DIAGONAL MOUTH",
+    "BEARDED PERSON",
+    "CROWN",
+    "SHORTCAKE",
+    "ANCHOR",
+)
+"""Motifs of which Noto's drawing was withheld from the training."""
+SUBGROUPS: Final = tuple(sorted(name for names in emoji_groups().values() for name in names))
+WANTED: Final = ("cat-face", "face-smiling", "hand-fingers-open", "heart", "person", "time")
 
 
 def sampled(kind: str, denoiser: Callable[..., Tensor], x: Tensor, **conditions: Any) -> Tensor:
@@ -72,89 +83,76 @@ class Start:
     steps, rate = 50, 0.05
 
     def __init__(self) -> None:
-        self.picture, _ = random_letters(6, seed=5)
+        drawings = emoji_drawings()
+        rows = [2 * drawings.names.index(name) for name in HALVES]
+        self.picture, self.labels = drawings.images[rows], drawings.labels[rows]
         self.known = torch.zeros(SHAPE[-2:])
         self.known[: SHAPE[1] // 2] = 1.0
-        self.z = noise(6, seed=0).requires_grad_()
+        self.z = noise(len(rows), seed=0).requires_grad_()
         self.variables = [self.z]
 
     def samples(self, kind: str) -> Tensor:
         length = self.z.flatten(1).norm(dim=1)[:, None, None, None]
         x = self.z / length * self.z[0].numel() ** 0.5  # where noise is, as in DOODL
-        return sampled(kind, network, SIGMAS[0].float() * x)
+        return sampled(kind, network, SIGMAS[0].float() * x, class_labels=self.labels)
 
     def loss(self, samples: Tensor) -> Tensor:
         return (self.known * (samples - self.picture)).square().mean()
 
 
 class Condition:
-    """The mix of labels that made `pictures` from known noise, by its logits."""
+    """The mix of all subgroups that made `pictures` from known noise, by its logits."""
 
     steps, rate = 30, 0.3
 
     def __init__(self) -> None:
-        self.z, self.label = noise(4, seed=0), LETTERS.index("B")
-        true = F.one_hot(torch.tensor(self.label), len(LETTERS)).float()
+        self.z, self.label = noise(4, seed=0), SUBGROUPS.index("cat-face")
+        self.rows = emoji_labels(SUBGROUPS)
         with torch.no_grad():
-            self.pictures = SOLVER.sample(
-                mixed, SIGMAS[0].float() * self.z, SIGMAS, extra_args={"mix": true}
-            ).x
-        self.logits = torch.zeros(len(LETTERS), requires_grad=True)
+            true = {"class_labels": self.rows[self.label].expand(4, -1)}
+            start = SIGMAS[0].float() * self.z
+            self.pictures = SOLVER.sample(network, start, SIGMAS, extra_args=true).x
+        self.logits = torch.zeros(len(SUBGROUPS), requires_grad=True)
         self.variables = [self.logits]
 
     def samples(self, kind: str) -> Tensor:
-        return sampled(kind, mixed, SIGMAS[0].float() * self.z, mix=self.logits.softmax(0))
+        labels = (self.logits.softmax(0) @ self.rows).expand(4, -1)
+        return sampled(kind, network, SIGMAS[0].float() * self.z, class_labels=labels)
 
     def loss(self, samples: Tensor) -> Tensor:
         return (samples - self.pictures).square().mean()
 
 
-def mixed(x: Tensor, sigma: Tensor, mix: Tensor) -> Tensor:
-    """The network under a mix of labels, in place of its row for no label."""
-    rows = network.network.mapping_cond.weight
-    rows = torch.cat([(rows[:, 1:] @ mix)[:, None], rows[:, 1:]], 1)
-    return functional_call(network, {"network.mapping_cond.weight": rows}, (x, sigma))  # type: ignore[no-any-return]
-
-
-class Classifier(nn.Sequential):
-    """A small convolutional network that reads letters, trained on drawn ones in half a minute."""
-
-    def __init__(self, steps: int = 500, batch: int = 128) -> None:
-        torch.manual_seed(0)
-        layers: list[nn.Module] = []
-        for cin, cout in ((3, 24), (24, 48), (48, 96)):
-            layers += [nn.Conv2d(cin, cout, 3, 2, 1), nn.GroupNorm(8, cout), nn.SiLU()]
-        super().__init__(*layers, nn.Flatten(), nn.Linear(96 * 16, len(LETTERS)))
-        images, labels = random_letters(8000, seed=7)
-        optimizer = torch.optim.Adam(self.parameters(), lr=2e-3)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
-        for _ in range(steps):
-            rows = torch.randint(len(images), (batch,))
-            shown = images[rows] + 0.15 * torch.rand(batch, 1, 1, 1) * torch.randn(batch, *SHAPE)
-            optimizer.zero_grad()
-            F.cross_entropy(self(shown), labels[rows]).backward()
-            optimizer.step()
-            schedule.step()
-        self.requires_grad_(False)
-
-
 class Weights:
-    """All weights of the network, for the letters `WANTED` to be read as such by a classifier."""
+    """All weights of the network, for samples of `WANTED` to be named as such by a classifier."""
 
     steps, rate = 40, 1e-4
 
     def __init__(self) -> None:
-        self.tuned = load_letters().requires_grad_(True)
-        self.classifier = Classifier()
+        self.tuned = load_emoji().requires_grad_(True)
+        self.emoji = load_drawings()
+        self.classifier = load_classifier(self.emoji)
+        self.true = torch.tensor([self.emoji.subgroups.index(name) for name in WANTED])
         self.variables = list(self.tuned.parameters())
         self.generator = torch.Generator().manual_seed(1)
 
     def samples(self, kind: str) -> Tensor:
         z = torch.randn(len(WANTED), *SHAPE, generator=self.generator)
-        return sampled(kind, self.tuned, SIGMAS[0].float() * z, class_labels=WANTED)
+        return sampled(kind, self.tuned, SIGMAS[0].float() * z, class_labels=emoji_labels(WANTED))
 
     def loss(self, samples: Tensor) -> Tensor:
-        return F.cross_entropy(self.classifier(samples.clamp(-1, 1)), WANTED)
+        return F.cross_entropy(self.odds(samples), self.true)
+
+    def odds(self, samples: Tensor) -> Tensor:
+        """The logarithms of the odds of all subgroups, by the classifier."""
+        subgroup: Tensor = self.classifier(samples.clamp(-1, 1))[2]
+        return subgroup
+
+    def nearest(self, samples: Tensor) -> Tensor:
+        """The subgroup of the drawing of the training set that is closest to each sample."""
+        rows = np.flatnonzero(~self.emoji.held_out)
+        distances = torch.cdist(samples.flatten(1), self.emoji.on_ground(rows).flatten(1))
+        return torch.as_tensor(self.emoji.subgroup[rows])[distances.argmin(1)]
 
 
 USES: Final = {"start": Start, "condition": Condition}
@@ -202,7 +200,7 @@ def picture_of_start() -> None:
     use = Start()
     rows, _ = optimise(use, (0, 10, 25, use.steps))
     figure, axes = plt.subplots(figsize=(5.2, 4.9), layout="constrained")
-    draw({"letter": use.picture, "known": use.picture * use.known, **rows}, axes)
+    draw({"drawing": use.picture, "known": use.picture * use.known, **rows}, axes)
     figure.savefig(IMAGES / "gradients_start.png", dpi=90)
 
 
@@ -214,44 +212,54 @@ def picture_of_condition() -> None:
     rows, _ = optimise(use, (0, 5, 10, use.steps))
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 3.5), layout="constrained")
     draw({"given": use.pictures, **rows}, left)
-    for k, letter in enumerate(LETTERS):
+    for k, name in enumerate(SUBGROUPS):
         true = k == use.label
         right.plot([mix[k] for mix in mixes], color="C0" if true else "0.8", zorder=2 + true)
         if true:
-            right.text(use.steps, mixes[-1][k], f" {letter}", color="C0", va="center")
+            right.text(use.steps, mixes[-1][k], f" {name}", color="C0", va="center")
     right.set(xlabel="step", ylabel="weight of each label", ylim=(0, 1))
     right.spines[["top", "right"]].set_visible(False)
     figure.savefig(IMAGES / "gradients_condition.png", dpi=90)
-    print(f"weight of {LETTERS[use.label]}: {mixes[-1][use.label]:.2f}")
+    print(f"weight of {SUBGROUPS[use.label]}: {mixes[-1][use.label]:.2f}")
 
 
 def picture_of_weights() -> None:
-    """Samples of one noise before and after, and the shares that both readers read."""
-    use, reader = Weights(), Reader()
-    labels, z = WANTED.repeat(20), noise(20 * len(WANTED), seed=50)
+    """Samples of one noise before and after, and the shares that are named as their labels."""
+    use, count = Weights(), 16
+    labels, true, z = (
+        emoji_labels(WANTED * count),
+        use.true.repeat(count),
+        noise(6 * count, seed=50),
+    )
 
     def judged() -> tuple[Tensor, str]:
-        x = SOLVER.sample(
-            use.tuned, SIGMAS[0].float() * z, SIGMAS, extra_args={"class_labels": labels}
-        ).x
-        by_classifier = (use.classifier(x).argmax(1) == labels).float().mean()
-        return x, f"classifier {by_classifier:.0%}, other reader {reader.share_read(x, labels):.0%}"
+        x = torch.cat(
+            [
+                SOLVER.sample(
+                    use.tuned, SIGMAS[0].float() * part, SIGMAS, extra_args={"class_labels": which}
+                ).x
+                for part, which in zip(z.split(24), labels.split(24), strict=True)
+            ]
+        )
+        named = (use.odds(x).argmax(1) == true).float().mean()
+        near = (use.nearest(x) == true).float().mean()
+        return x, f"by the classifier {named:.0%}, by the nearest drawing {near:.0%}"
 
     before, share_before = judged()
     optimise(use, ())
     after, share_after = judged()
-    print(f"read as their label, before: {share_before}; after: {share_after}")
+    print(f"named as their label, before: {share_before}; after: {share_after}")
     figure, axes = plt.subplots(2, 1, figsize=(7.6, 3.4), layout="constrained")
     for one, x, share in zip(
         axes, (before, after), (f"before: {share_before}", f"after: {share_after}"), strict=True
     ):
-        draw({str(k + 1): x[18 * k : 18 * (k + 1)] for k in range(3)}, one)
+        # Columns are of one label, three for each.
+        order = torch.arange(6 * count).reshape(count, 6).T
+        draw({str(k): x[order[:, 3 * k : 3 * k + 3].flatten()] for k in range(3)}, one)
         one.set_yticks([])
         one.set_title(share, fontsize=9, loc="left")
     width = SHAPE[2] + 2
-    axes[1].set_xticks(
-        [width * (k + 0.5) for k in range(18)], [LETTERS[int(k)] for k in labels[:18]]
-    )
+    axes[1].set_xticks([width * (3 * k + 1.5) for k in range(6)], WANTED)
     figure.savefig(IMAGES / "gradients_weights.png", dpi=80)
 
 
