@@ -131,7 +131,7 @@ def report(found: Mapping[str, Any], folder: Path, seeds: int) -> None:
             [
                 name,
                 *(f"{value:.1%}" for value in named),
-                f"{np.mean(far):.2f} ± {np.std(far):.2f}",
+                f"{np.mean(far):.2f}" + (f" ± {np.std(far):.2f}" if len(far) > 1 else ""),
                 "" if None in copied else f"{np.mean(copied):.1%}",
             ]
         )

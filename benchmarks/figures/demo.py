@@ -5,7 +5,7 @@ evaluations. Each code is sampled again under the labels of its drawing, from th
 those of the other style, of which the true drawing is known. Prints errors relative to the ink of the
 drawings, and writes a picture.
 
-    python -m benchmarks.figures.demo               # a minute on two cores; writes demo.png
+    python -m benchmarks.figures.demo               # a minute on two cores; writes demo.png and demo.md
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from odesolvers.models import ClassifierFreeGuidance
 from odesolvers.models.emoji import STYLES, emoji_drawings, load_emoji
 from odesolvers.progress import progress_bar
 
-from ..common import IMAGES, table
+from ..common import IMAGES, TABLES, save, table
 
 EVALUATIONS: Final = 24
 GUIDANCE: Final = 3.0
@@ -93,7 +93,10 @@ def main() -> None:
         )
     calls.close()
     heads = ["", "pair, back", "code alone, back", "redrawn, to the true one", "deviation of codes"]
-    print(table(heads, rows))
+    text = table(heads, rows)
+    print(text)
+    if path == IMAGES / "demo.png":
+        save(TABLES / "demo.md", text)
     draw([*columns, (true, "true\ndrawing")]).save(path)
     print(f"wrote {path}: {len(MOTIFS)} drawings, redrawn in the other of {' and '.join(STYLES)}")
 
