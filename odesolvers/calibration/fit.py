@@ -140,8 +140,7 @@ def calibrate(
             others = [at for other in spacing.starts() for at in fit.of_rules(carried, other)]
             best = replace(best, at=fit.unknowns(*weights))
             if effort.runs < last:
-                given = fit.of_rules(carried[:1], grid)
-                best = _with_levels(fit, fit.run(best.at), others, given, last)
+                best = _with_levels(fit, fit.run(best.at), others, last)
             if known is not None:
                 chosen, log_g = fit.read(best.at)
                 fit = fit_on(spacing.among(chosen, known))
@@ -171,26 +170,16 @@ def _least(trials: Sequence[Trial]) -> Trial:
     return min(trials, key=lambda trial: trial.value)
 
 
-def _with_levels(
-    fit: _Fit, alone: Trial, others: Sequence[Vector], given: Sequence[Vector], last: int
-) -> Trial:
+def _with_levels(fit: _Fit, alone: Trial, starts: Sequence[Vector], last: int) -> Trial:
     """The best trial of a fit of weights and levels: no worse than `alone`, the weights alone.
 
-    From the best of `others`, rules on other grids; where that does not halve the errors, from the
-    rule that is best on the `given` grid, and from `alone`: weights that were fitted to levels often
-    hold them fast.
+    From the best of `starts`, other grids; and, where that does not halve the errors, from `alone`.
     """
     middle = fit.effort.runs + 2 * (last - fit.effort.runs) // 3
-    found = [alone, fit.improve(_least(fit.tried(others)), middle)]
-
-    def ended() -> bool:
-        return fit.effort.runs >= last or _least(found).value <= alone.value - math.log(2)
-
-    if not ended():
-        found.append(fit.improve(_least(fit.tried(given)), last))
-    if not ended():
-        found.append(fit.improve(alone, last))
-    return _least(found)
+    found = fit.improve(_least(fit.tried(starts)), middle)
+    if found.value > alone.value - math.log(2):
+        found = _least([found, fit.improve(alone, last)])
+    return found
 
 
 class _Fit(LeastSquares):
@@ -210,9 +199,7 @@ class _Fit(LeastSquares):
         effort: Effort,
         spacing: Spacing | None,
     ) -> None:
-        # Between levels a network in float32 is rougher than its rounding.
-        rough = spacing is not None and batch.x.dtype == torch.float32
-        super().__init__(effort, 0.03 if rough else 1e-3)
+        super().__init__(effort)
         self.batch, self.grid, self.base, self.spacing = batch, grid, base, spacing
         self.weights = {name: w for name, w in asdict(objective).items() if w}
         self.bound = math.log(max_amplification)

@@ -86,15 +86,10 @@ class Effort:
 
 
 class LeastSquares(ABC):
-    """A fit of unknowns over whole runs, each of which costs as much as any other.
+    """A fit of unknowns over whole runs, each of which costs as much as any other."""
 
-    Args:
-        effort: the runs that may be made.
-        width: by how much unknowns differ in a difference that stands for a derivative.
-    """
-
-    def __init__(self, effort: Effort, width: float = 1e-3) -> None:
-        self.effort, self.width = effort, width
+    def __init__(self, effort: Effort) -> None:
+        self.effort = effort
 
     @abstractmethod
     def trial(self, at: Vector) -> Trial:
@@ -153,7 +148,7 @@ class LeastSquares(ABC):
 
     def _differences(self, best: Trial) -> Tensor:
         """``∂ residual / ∂ unknowns``, ``(rows, columns, unknowns)``, one run for each unknown."""
-        h, columns = self.width, []
+        h, columns = 1e-3, []
         for k in range(len(best.at)):
             nudged = best.at.copy()
             nudged[k] += h
