@@ -24,7 +24,7 @@ from odesolvers.models import ClassifierFreeGuidance
 from odesolvers.models.emoji import STYLES, emoji_drawings, load_emoji
 from odesolvers.progress import progress_bar
 
-from ..common import IMAGES, TABLES, save, table
+from ..common import IMAGES, TABLES, save, table, towards
 
 EVALUATIONS: Final = 24
 GUIDANCE: Final = 3.0
@@ -58,9 +58,8 @@ def main() -> None:
     pictures, true = images[source], images[target]
     noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(3))
     start = pictures + BOTTOM * noise  # a state at the last level, too faint a noise to see
-    own, other = ({"class_labels": labels[rows]} for rows in (source, target))
+    own, other = {"class_labels": labels[source]}, towards(labels[target])
     guided = ClassifierFreeGuidance(network, GUIDANCE)
-    towards = {"positive": other, "negative": {"class_labels": torch.zeros_like(labels[target])}}
     columns: list[tuple[Tensor, str]] = [(pictures, "\ndrawing")]
     rows = [["the drawing as it is", "", "", f"{distance(pictures, true, true):.2f}", ""]]
     calls = progress_bar(total=4 * len(METHODS) * EVALUATIONS, unit="step", desc="demo")
@@ -80,7 +79,7 @@ def main() -> None:
         code = solver.invert(plain, start, sigmas, extra_args=own)
         back = solver.sample(plain, code.x, sigmas, extra_args=own).x
         pair = solver.sample(plain, code.state, sigmas, extra_args=own).x
-        edit = solver.sample(watched(guided), code.state, sigmas, extra_args=towards).x
+        edit = solver.sample(watched(guided), code.state, sigmas, extra_args=other).x
         columns += [(back, f"{name},\nback"), (edit, "\nredrawn")]
         rows.append(
             [
