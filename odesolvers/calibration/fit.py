@@ -37,6 +37,9 @@ _STARTS: Final[tuple[GammaRule, ...]] = (
     DampedStepRatio(),
     DampedStepRatio(1.0, 1),
 )
+_SMOOTH, _ROUGH = 1e-3, 0.03
+"""Differences that stand for derivatives; between levels a network in float32 is rougher than its
+rounding."""
 _CARRIED: Final = 3
 """The number of rules, the best on the given grid, that other grids are tried with."""
 
@@ -137,10 +140,10 @@ def calibrate(
             spacing = Spacing(grid, batch.lowest)
             last = max_runs if known is None else max_runs - grid.steps - 15
             weights, fit = fit.read(best.at), fit_on(grid, spacing)
-            others = [at for other in spacing.starts() for at in fit.of_rules(carried, other)]
+            starts = [fit.of_rules(carried, other) for other in (grid, *spacing.starts())]
             best = replace(best, at=fit.unknowns(*weights))
             if effort.runs < last:
-                best = _with_levels(fit, fit.run(best.at), others, last)
+                best = _with_levels(fit, fit.run(best.at), starts, last)
             if known is not None:
                 chosen, log_g = fit.read(best.at)
                 fit = fit_on(spacing.among(chosen, known))
@@ -170,16 +173,23 @@ def _least(trials: Sequence[Trial]) -> Trial:
     return min(trials, key=lambda trial: trial.value)
 
 
-def _with_levels(fit: _Fit, alone: Trial, starts: Sequence[Vector], last: int) -> Trial:
-    """The best trial of a fit of weights and levels: no worse than `alone`, the weights alone.
+def _with_levels(fit: _Fit, alone: Trial, starts: Sequence[Sequence[Vector]], last: int) -> Trial:
+    """The best trial of a fit of weights and levels: in no error above `alone`, the weights alone.
 
-    From the best of `starts`, other grids; and, where that does not halve the errors, from `alone`.
+    From the best rule of each of `starts`, the rules of one grid, and from `alone`, whose weights hold
+    its levels fast: one after the other, each with two thirds of the runs left, until one halves the
+    errors.
     """
-    middle = fit.effort.runs + 2 * (last - fit.effort.runs) // 3
-    found = fit.improve(_least(fit.tried(starts)), middle)
-    if found.value > alone.value - math.log(2):
-        found = _least([found, fit.improve(alone, last)])
-    return found
+    if len(alone.errors) > 1:
+        fit.ceilings = alone.errors
+        alone = fit.run(alone.at)
+    tried = (_least(fit.tried(rules)) for rules in starts if fit.effort.runs < last)
+    first, *others = sorted(tried, key=lambda trial: trial.value)
+    found = [alone]
+    for trial in (first, alone, *others):
+        if _least(found).value > alone.value - math.log(2):
+            found.append(fit.improve(trial, last - (last - fit.effort.runs) // 3))
+    return _least(found)
 
 
 class _Fit(LeastSquares):
@@ -199,7 +209,9 @@ class _Fit(LeastSquares):
         effort: Effort,
         spacing: Spacing | None,
     ) -> None:
-        super().__init__(effort)
+        rough = spacing is not None and batch.x.dtype == torch.float32
+        super().__init__(effort, _ROUGH if rough else _SMOOTH)
+        self.ceilings: Mapping[str, float] = {}
         self.batch, self.grid, self.base, self.spacing = batch, grid, base, spacing
         self.weights = {name: w for name, w in asdict(objective).items() if w}
         self.bound = math.log(max_amplification)
@@ -249,7 +261,9 @@ class _Fit(LeastSquares):
         grid, log_g = self.read(at)
         solver = BDIA(self.base, PerStep(np.exp(log_g).tolist()))
         errors = self.batch.errors(solver, grid, self.weights)
-        return Trial.diverged(at) if errors is None else Trial.of(at, errors, self.weights)
+        if errors is None:
+            return Trial.diverged(at)
+        return Trial.of(at, errors, self.weights, self.ceilings)
 
     def of_rules(self, rules: Sequence[GammaRule], grid: Grid | None = None) -> list[Vector]:
         """The unknowns of `rules` on a grid, by default the fit's own."""

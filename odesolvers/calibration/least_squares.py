@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -19,6 +20,8 @@ Vector: TypeAlias = npt.NDArray[np.float64]
 
 _ENOUGH: Final = 0.02
 """A gain in the objective, a logarithm, that is worth another run."""
+_DEAR, _SOFT = 10.0, 0.03
+"""The price of an error above its ceiling, and how far around it the price rises, a logarithm."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,29 @@ class Trial:
     importance: Tensor
 
     @classmethod
-    def of(cls, at: Vector, errors: Mapping[str, Tensor], weights: Mapping[str, float]) -> Trial:
-        """The trial with these errors, see `rows`, of each kind that has a weight."""
+    def of(
+        cls,
+        at: Vector,
+        errors: Mapping[str, Tensor],
+        weights: Mapping[str, float],
+        ceilings: Mapping[str, float] = MappingProxyType({}),
+    ) -> Trial:
+        """The trial with these errors, see `rows`, of each kind that has a weight.
+
+        What an error is above its ceiling, if it has one, counts `_DEAR` times as much.
+        """
         sizes = {name: lengths(errors[name]) for name in weights}
         means = {name: float(size.log().mean()) for name, size in sizes.items()}
         total = sum(weights.values())
+        value = sum(w * means[name] for name, w in weights.items()) / total
+        for name, ceiling in ceilings.items():
+            above, w = (means[name] - math.log(ceiling)) / _SOFT, weights[name]
+            value += (_DEAR - 1) * w / total * _SOFT * float(np.logaddexp(0, above))
+            price = 1 + (_DEAR - 1) * float(np.exp(-np.logaddexp(0, -above)))
+            weights = {**weights, name: price * w}
         return cls(
             at,
-            sum(w * means[name] for name, w in weights.items()) / total,
+            value,
             {name: math.exp(mean) for name, mean in means.items()},
             torch.cat([sketch(errors[name]) for name in weights]),
             torch.cat(
@@ -86,10 +104,15 @@ class Effort:
 
 
 class LeastSquares(ABC):
-    """A fit of unknowns over whole runs, each of which costs as much as any other."""
+    """A fit of unknowns over whole runs, each of which costs as much as any other.
 
-    def __init__(self, effort: Effort) -> None:
-        self.effort = effort
+    Args:
+        effort: the runs that may be made.
+        width: by how much unknowns differ in a difference that stands for a derivative.
+    """
+
+    def __init__(self, effort: Effort, width: float = 1e-3) -> None:
+        self.effort, self.width = effort, width
 
     @abstractmethod
     def trial(self, at: Vector) -> Trial:
@@ -148,7 +171,7 @@ class LeastSquares(ABC):
 
     def _differences(self, best: Trial) -> Tensor:
         """``∂ residual / ∂ unknowns``, ``(rows, columns, unknowns)``, one run for each unknown."""
-        h, columns = 1e-3, []
+        h, columns = self.width, []
         for k in range(len(best.at)):
             nudged = best.at.copy()
             nudged[k] += h
