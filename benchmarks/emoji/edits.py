@@ -10,7 +10,8 @@ Four figures, as medians over drawings: the error to the true *target*, relative
 of the *ground*, where source and target are white; how much of the source is *kept*, as the distance of
 the edit to it; and how many edits are *named* as their target by the classifier. Contestants run as
 published, and with the best settings found by the same search, on drawings of their own, over their own
-parameter and the level at which the edit begins. Every figure is kept as soon as it is found: a second
+parameter and the level at which the edit begins; ``--others`` takes the best of some of them to other
+evaluations and guidance. Every figure is kept as soon as it is found: a second
 call goes on where the first was stopped, and several may run at once. ``--write`` makes the tables.
 """
 
@@ -62,6 +63,17 @@ from .runs import learned, options, same, shown, weights
 EDITS: Final = ("style", "tone", "motif", "group")
 GUIDANCE: Final = 3.0
 EVALUATIONS: Final = 20
+OTHERS: Final = ((10, 3.0), (50, 3.0), (20, 1.0), (20, 7.0))
+"""Other evaluations and guidance, for `SOME`, with the settings that are best at the first."""
+SOME: Final = (
+    "DDIM inversion",
+    "BDIA(Euler), step ratio",
+    "BDIA(Euler), damped",
+    "O-BELM",
+    "EDICT",
+    "Rex (Euler)",
+    "edit-friendly noise maps",
+)
 TOPS: Final = (80.0, 10.0)
 BOTTOM: Final = 0.02
 SEARCHED: Final = 2
@@ -203,10 +215,13 @@ def _elsewhere(emoji: Emoji, row: int, edit: str, rng: np.random.Generator) -> i
 class Bench:
     """The network, the drawings and the figures."""
 
-    def __init__(self, network: Path, kept: Kept, count: int, evaluations: int) -> None:
+    def __init__(
+        self, network: Path, kept: Kept, count: int, evaluations: int, guidance: float
+    ) -> None:
         same(kept, network=weights(network), count=count)
         self.network, self.kept, self.emoji = load_edm(network), kept, load_emoji()
-        self.evaluations, self.classifier = evaluations, load_classifier(self.emoji)
+        self.evaluations, self.guidance = evaluations, guidance
+        self.classifier = load_classifier(self.emoji)
         self.contestants = contestants(partial(learned, kept, "edits", self.network, self.emoji))
         self.tasks = cache(partial(task, self.emoji, count=count))
 
@@ -218,13 +233,13 @@ class Bench:
         solver = contestant.make(parameter, sigmas)
         if solver is None:
             return None
-        key = key_of(self.evaluations, name, parameter, top, edit, seed)
+        key = key_of(self.evaluations, self.guidance, name, parameter, top, edit, seed)
         return self.kept(key, lambda: shown(key, self._run(solver, drawings, sigmas)))  # type: ignore[no-any-return]
 
     def _run(self, solver: Solver, task: Task, sigmas: Tensor) -> dict[str, float]:
         noise = torch.randn(task.images.shape, generator=torch.Generator().manual_seed(3))
         start = task.images + BOTTOM * noise  # a state at the last level
-        guided: Denoiser = ClassifierFreeGuidance(self.network, GUIDANCE)
+        guided: Denoiser = ClassifierFreeGuidance(self.network, self.guidance)
         source = {"class_labels": task.source}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # contestants are run as they are
@@ -260,9 +275,11 @@ def _distance(x: Tensor, y: Tensor) -> float:
     return float(((x - y).flatten(1).norm(dim=1) / size).median())
 
 
-def key_of(evaluations: int, name: str, parameter: Any, top: float, edit: str, seed: int) -> str:
+def key_of(
+    evaluations: int, guidance: float, name: str, parameter: Any, top: float, edit: str, seed: int
+) -> str:
     """The key of figures."""
-    return f"{name}|{parameter}|{top:g}|{edit}|{evaluations}|{seed}"
+    return f"{name}|{parameter}|{top:g}|{edit}|{evaluations}|{guidance:g}|{seed}"
 
 
 def best(name: str, contestant: Contestant, lookup: Lookup) -> tuple[Any, float] | None:
@@ -294,20 +311,37 @@ def rows(
             yield title, {edit: lookup(name, parameter, top, edit, 0) for edit in EDITS}
 
 
-def report(found: Mapping[str, Any], evaluations: int, folder: Path) -> None:
-    """The tables: errors to true targets, and how many edits of each kind are named as meant."""
-
-    def lookup(*which: Any) -> Figures:
-        return found.get(key_of(evaluations, *which))
-
+def report(found: Mapping[str, Any], folder: Path) -> None:
+    """The tables: one for each figure; and some contestants at other evaluations and guidance."""
+    among = contestants(lambda sigmas: None)
+    lookup = found_in(found, EVALUATIONS, GUIDANCE)
     for figure in ("target", "named", "ground", "kept"):
         edits = EDITS[:2] if figure == "target" else EDITS
         lines = [
             [title, _spent(figures), *(_cell(figures[edit], figure) for edit in edits)]
-            for title, figures in rows(contestants(lambda sigmas: None), lookup)
+            for title, figures in rows(among, lookup)
         ]
         heads = ["", "evaluations each way", *edits]
-        write(folder / f"emoji_edits_{figure}_{evaluations}.md", table(heads, lines))
+        write(folder / f"emoji_edits_{figure}.md", table(heads, lines))
+    settings = sorted({(EVALUATIONS, GUIDANCE), *OTHERS}, key=lambda n_w: (n_w[1], n_w[0]))
+    for edit in EDITS:
+        figure = "target" if edit in EDITS[:2] else "named"
+        lines = []
+        for name in SOME:
+            setting = best(name, among[name], lookup)
+            if setting is not None:
+                cells = [
+                    _cell(found_in(found, n, w)(name, *setting, edit, 0), figure)
+                    for n, w in settings
+                ]
+                lines.append([name, *cells])
+        heads = ["", *(f"{n} evaluations, guidance {w:g}" for n, w in settings)]
+        write(folder / f"emoji_edits_others_{edit}.md", table(heads, lines))
+
+
+def found_in(found: Mapping[str, Any], evaluations: int, guidance: float) -> Lookup:
+    """Figures that were measured before."""
+    return lambda *which: found.get(key_of(evaluations, guidance, *which))
 
 
 def _spent(found: Mapping[str, Figures]) -> str:
@@ -335,16 +369,25 @@ def main() -> None:
     """The command line."""
     parser = options(__doc__, "emoji_edits", count=8)
     parser.add_argument("--network", type=Path, default=WEIGHTS)
-    parser.add_argument("--evaluations", type=int, default=EVALUATIONS, help="each way")
     parser.add_argument("--contestants", nargs="+", default=(), help="parts of names; all")
+    parser.add_argument("--others", action="store_true", help="other evaluations and guidance")
     args = parser.parse_args()
     kept = Kept(args.results)
     if args.write:
-        report(kept.read(), args.evaluations, args.tables)
-        return
-    bench = Bench(args.network, kept, args.count, args.evaluations)
-    for _ in rows(chosen(args.contestants, bench.contestants), bench.figures):
-        pass
+        report(kept.read(), args.tables)
+    elif not args.others:
+        bench = Bench(args.network, kept, args.count, EVALUATIONS, GUIDANCE)
+        for _ in rows(chosen(args.contestants, bench.contestants), bench.figures):
+            pass
+    else:
+        for evaluations, guidance in OTHERS:
+            bench = Bench(args.network, kept, args.count, evaluations, guidance)
+            for name in SOME:
+                lookup = found_in(kept.read(), EVALUATIONS, GUIDANCE)
+                setting = best(name, bench.contestants[name], lookup)
+                if setting is not None:
+                    for edit in EDITS:
+                        bench.figures(name, *setting, edit, 0)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from odesolvers import (
     Euler,
     FixedPointInversion,
     McCallumFoster,
+    Objective,
     Rex,
     StepRatio,
     karras_sigmas,
@@ -43,7 +44,7 @@ from odesolvers.models.guidance import ClassifierFreeGuidance
 
 from ..common import Kept, table, towards, write
 from .data import Emoji, load_emoji
-from .runs import options, same, shown, weights
+from .runs import learned, options, same, shown, weights
 
 EVALUATIONS: Final = (9, 19)
 GUIDANCE: Final = (1.0, 3.0)
@@ -68,6 +69,12 @@ SOLVERS: Final[dict[str, tuple[int, Callable[[], Any]]]] = {
     "fixed point (DDIM)": (1, lambda: FixedPointInversion(DDIM(), tolerance=1e-4)),
 }
 """Evaluations a step each way (of a fixed point: down), and the solver."""
+LEARNED: Final = {
+    "BDIA(Euler), calibrated": Objective(),
+    "BDIA(Euler), calibrated for consistency": Objective(encoding=0.0, consistency=1.0),
+}
+"""What the weights of BDIA are learned for."""
+NAMES: Final = (*SOLVERS, *LEARNED)
 
 
 def eight_bits(images: Tensor) -> Tensor:
@@ -125,10 +132,18 @@ class Bench:
 
     def figures(self, name: str, evaluations: int, guidance: float) -> None:
         """The two figures after each attack, unless another process is at them."""
-        cost, make = SOLVERS[name]
+        cost = SOLVERS[name][0] if name in SOLVERS else 1
         sigmas = karras_sigmas(evaluations // cost + 1, BOTTOM, append_zero=False)
+        if name in SOLVERS:
+            solver = SOLVERS[name][1]()
+        else:
+            network, emoji, of = self.network, self.emoji, f"watermark|{name}"
+            rule = learned(self.kept, of, network, emoji, sigmas, objective=LEARNED[name])
+            if rule is None:
+                return
+            solver = BDIA(Euler(), rule)
         key = key_of(name, evaluations, guidance)
-        self.kept(key, lambda: shown(key, self._run(make(), sigmas, guidance)))
+        self.kept(key, lambda: shown(key, self._run(solver, sigmas, guidance)))
 
     def _run(self, solver: Any, sigmas: Tensor, guidance: float) -> dict[str, list[float]]:
         rows = np.random.default_rng(11).choice(len(self.emoji.labels), self.count, replace=False)
@@ -162,7 +177,7 @@ def report(found: Mapping[str, Any], evaluations: Sequence[int], folder: Path) -
     for guidance in GUIDANCE:
         lines = []
         for n in evaluations:
-            for name in SOLVERS:
+            for name in NAMES:
                 figures = found.get(key_of(name, n, guidance), {})
                 pairs = [figures.get(attack) for attack in ATTACKS]
                 cells = [f"{pair[0]:.1%} / {pair[1]:.0%}" if pair else "" for pair in pairs]
@@ -184,7 +199,7 @@ def main() -> None:
     bench = Bench(args.network, kept, args.count)
     for guidance in GUIDANCE:
         for evaluations in args.evaluations:
-            for name in SOLVERS:
+            for name in NAMES:
                 bench.figures(name, evaluations, guidance)
 
 
