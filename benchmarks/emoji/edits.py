@@ -53,17 +53,19 @@ from odesolvers import (
 from odesolvers.models import ClassifierFreeGuidance
 from odesolvers.models.edm import load_edm
 from odesolvers.models.emoji.network import WEIGHTS
+from odesolvers.writing import replacing
 
-from ..common import Kept, table, towards, write
+from ..common import IMAGES, Kept, table, towards, write
 from .classifier import accuracies, load_classifier
-from .data import Emoji, load_emoji
-from .released import EditFriendly, LegacyRK4, ReleasedBDIA, adaptive, mali
+from .data import load_emoji
+from .released import EditFriendly, LegacyRK4, ReleasedBDIA, Unedited, adaptive, mali
 from .runs import learned, options, same, shown, weights
+from .tasks import Task, task
 
 EDITS: Final = ("style", "tone", "motif", "group")
 GUIDANCE: Final = 3.0
 EVALUATIONS: Final = 20
-OTHERS: Final = ((10, 3.0), (50, 3.0), (20, 1.0), (20, 7.0))
+OTHERS: Final = ((10, 3.0), (20, 1.0), (20, 7.0), (50, 3.0))
 """Other evaluations and guidance, for `SOME`, with the settings that are best at the first."""
 SOME: Final = (
     "DDIM inversion",
@@ -76,8 +78,8 @@ SOME: Final = (
 )
 TOPS: Final = (80.0, 10.0)
 BOTTOM: Final = 0.02
-SEARCHED: Final = 2
-"""The drawings of an edit over those of a search."""
+UNEDITED: Final = "the drawing as it is"
+
 
 Solver = Any
 Figures: TypeAlias = "dict[str, float] | None"
@@ -116,6 +118,7 @@ def contestants(learn: Callable[[Tensor], Calibrated | None]) -> dict[str, Conte
         return None if rule is None else BDIA(Euler(), rule)
 
     return {
+        UNEDITED: Contestant(lambda _, __: Unedited(), 1, (None,), ()),
         "DDIM inversion": Contestant(lambda _, __: DDIMInversion(), 1, (None,), (None,)),
         "BDIA(DDIM), constant": Contestant(
             lambda g, _: BDIA(DDIM(), g), 1, (0.5, 0.96, 1.0), (0.5, 0.8, 0.96, 1.0)
@@ -154,62 +157,6 @@ def contestants(learn: Callable[[Tensor], Calibrated | None]) -> dict[str, Conte
             lambda _, __: FixedPointInversion(DDIM(), tolerance=1e-4), 1, (None,), (None,)
         ),
     }
-
-
-@dataclass(frozen=True)
-class Task:
-    """Drawings to edit.
-
-    Attributes:
-        images: ``(B, 3, 32, 32)``.
-        source, labels: labels of the inversion and of the sample.
-        target: the true targets, if there are any.
-        question: the part of the labels that tells source and target apart.
-    """
-
-    images: Tensor
-    source: Tensor
-    labels: Tensor
-    target: Tensor | None
-    question: str
-
-
-def task(emoji: Emoji, edit: str, count: int, seed: int) -> Task:
-    """`count` drawings for an edit; for seed 1 fewer, and others, to search on."""
-    part = slice(count, count + max(1, count // SEARCHED)) if seed else slice(count)
-    rng = np.random.default_rng(7)
-    tone = emoji.labels[:, -6:]
-    if edit == "style":  # the drawing that was seen; the target was not
-        targets = rng.permutation(np.flatnonzero(emoji.held_out))
-        half = len(emoji.labels) // 2
-        rows = (targets + half) % (2 * half)  # the two styles are listed alike
-    elif edit == "tone":
-        rows = rng.permutation(np.flatnonzero(~emoji.held_out & (tone[:, 1:].max(1) == 1)))
-        targets = np.array([_other_tone(emoji, row, rng) for row in rows[: part.stop]])
-    else:
-        rows = rng.permutation(np.flatnonzero(~emoji.held_out & (tone[:, 0] == 1)))
-        targets = np.array([_elsewhere(emoji, row, edit, rng) for row in rows[: part.stop]])
-    rows, targets = rows[part], targets[part]
-    true = emoji.on_ground(targets) if edit in ("style", "tone") else None
-    question = {"style": "style", "tone": "tone"}.get(edit, "subgroup")
-    labels = torch.as_tensor(emoji.labels)
-    return Task(emoji.on_ground(rows), labels[rows], labels[targets], true, question)
-
-
-def _other_tone(emoji: Emoji, row: int, rng: np.random.Generator) -> int:
-    """The same motif in the same style, in another skin tone."""
-    motif = (emoji.motif == emoji.motif[row]) & (emoji.style == emoji.style[row])
-    others = motif & (emoji.labels[:, -6] == 0) & (emoji.labels[:, -5:].max(1) == 1)
-    others[row] = False
-    return int(rng.choice(np.flatnonzero(others)))
-
-
-def _elsewhere(emoji: Emoji, row: int, edit: str, rng: np.random.Generator) -> int:
-    """A drawing in the same style, of another subgroup of the same group or of another group."""
-    near = emoji.group == emoji.group[row]
-    others = (near & (emoji.subgroup != emoji.subgroup[row])) if edit == "motif" else ~near
-    others &= (emoji.style == emoji.style[row]) & (emoji.labels[:, -6] == 1)
-    return int(rng.choice(np.flatnonzero(others)))
 
 
 class Bench:
@@ -305,14 +252,19 @@ def rows(
         if searched is not None:
             settings.setdefault(searched, "searched")
         for (parameter, top), kind in settings.items():
-            title = (
-                name + ("" if parameter is None else f" {parameter:g}") + f" from {top:g}, {kind}"
-            )
+            title = name if name == UNEDITED else f"{_title(name, parameter, top)}, {kind}"
             yield title, {edit: lookup(name, parameter, top, edit, 0) for edit in EDITS}
 
 
-def report(found: Mapping[str, Any], folder: Path) -> None:
-    """The tables: one for each figure; and some contestants at other evaluations and guidance."""
+def _title(name: str, parameter: Any, top: float) -> str:
+    return name + ("" if parameter is None else f" {parameter:g}") + f" from {top:g}"
+
+
+def report(found: Mapping[str, Any], folder: Path, picture: Path) -> None:
+    """The tables: one for each figure; and some contestants at other evaluations and guidance.
+
+    Draws how far edits are from their source, and how often they are named as meant.
+    """
     among = contestants(lambda sigmas: None)
     lookup = found_in(found, EVALUATIONS, GUIDANCE)
     for figure in ("target", "named", "ground", "kept"):
@@ -334,9 +286,38 @@ def report(found: Mapping[str, Any], folder: Path) -> None:
                     _cell(found_in(found, n, w)(name, *setting, edit, 0), figure)
                     for n, w in settings
                 ]
-                lines.append([name, *cells])
+                lines.append([_title(name, *setting), *cells])
         heads = ["", *(f"{n} evaluations, guidance {w:g}" for n, w in settings)]
         write(folder / f"emoji_edits_others_{edit}.md", table(heads, lines))
+
+    plot(dict(rows(among, lookup)), picture)
+
+
+def plot(figures: Mapping[str, Mapping[str, Figures]], path: Path) -> None:
+    """A panel for each edit, a point for each contestant: the more to the left, the more is kept."""
+    import matplotlib.pyplot as plt
+
+    chart, panels = plt.subplots(
+        1, len(EDITS), figsize=(11, 3.4), sharey=True, layout="constrained"
+    )
+    kinds = {"BDIA": "o", "as released": "x", "": "s"}
+    for panel, edit in zip(panels, EDITS, strict=True):
+        for kind, marker in kinds.items():
+            of_kind = [
+                found[edit]
+                for title, found in figures.items()
+                if next(k for k in ("as released", "BDIA", "") if k in title) == kind
+            ]
+            points = [(f["kept"], f["named"]) for f in of_kind if f and f["kept"] < 1.2]
+            panel.scatter(
+                *zip(*points, strict=True), marker=marker, label=kind or "others", alpha=0.7
+            )
+        panel.set(title=edit, xlabel="distance to the source")
+    panels[0].set_ylabel("named as the target")
+    panels[0].legend(loc="lower right")
+    with replacing(path) as file:
+        chart.savefig(file, dpi=150)
+    plt.close(chart)
 
 
 def found_in(found: Mapping[str, Any], evaluations: int, guidance: float) -> Lookup:
@@ -369,12 +350,13 @@ def main() -> None:
     """The command line."""
     parser = options(__doc__, "emoji_edits", count=8)
     parser.add_argument("--network", type=Path, default=WEIGHTS)
+    parser.add_argument("--images", type=Path, default=IMAGES, help="folder of the plot")
     parser.add_argument("--contestants", nargs="+", default=(), help="parts of names; all")
     parser.add_argument("--others", action="store_true", help="other evaluations and guidance")
     args = parser.parse_args()
     kept = Kept(args.results)
     if args.write:
-        report(kept.read(), args.tables)
+        report(kept.read(), args.tables, args.images / "emoji_edits.png")
     elif not args.others:
         bench = Bench(args.network, kept, args.count, EVALUATIONS, GUIDANCE)
         for _ in rows(chosen(args.contestants, bench.contestants), bench.figures):

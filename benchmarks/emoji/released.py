@@ -159,6 +159,22 @@ class Edited(NamedTuple):
     nfe: int
 
 
+class Unedited:
+    """Leaves an image as it is."""
+
+    def invert(
+        self, denoiser: Denoiser, x: Tensor, sigmas: Tensor, *, extra_args: Arguments = None
+    ) -> Edited:
+        """The image."""
+        return Edited(x, 0)
+
+    def sample(
+        self, denoiser: Denoiser, x: Edited, sigmas: Tensor, *, extra_args: Arguments = None
+    ) -> Edited:
+        """The image."""
+        return x
+
+
 @dataclass(frozen=True)
 class EditFriendly:
     """Edit-friendly noise maps (Huberman-Spiegelglas et al., CVPR 2024, arXiv 2304.06140).
