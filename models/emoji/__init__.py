@@ -1,6 +1,7 @@
 """A network of emoji in the package, its labels, and drawings that it has not seen.
 
-Its training is not at its end: ``python -m benchmarks.emoji.train --start`` goes on from the weights here.
+Its training is not at its end: ``python -m benchmarks.emoji.train --start`` goes on from the weights
+here.
 """
 
 from .labels import STYLES, TONES, emoji_groups, emoji_labels

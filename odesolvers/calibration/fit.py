@@ -140,10 +140,11 @@ def calibrate(
             spacing = Spacing(grid, batch.lowest)
             last = max_runs if known is None else max_runs - grid.steps - 15
             weights, fit = fit.read(best.at), fit_on(grid, spacing)
-            starts = [fit.of_rules(carried, other) for other in (grid, *spacing.starts())]
+            grids = [grid, *spacing.starts()]
+            on_grids = [fit.of_rules(carried, other) for other in grids]
             best = replace(best, at=fit.unknowns(*weights))
             if effort.runs < last:
-                best = _with_levels(fit, fit.run(best.at), starts, last)
+                best = _with_levels(fit, fit.run(best.at), on_grids, last)
             if known is not None:
                 chosen, log_g = fit.read(best.at)
                 fit = fit_on(spacing.among(chosen, known))
