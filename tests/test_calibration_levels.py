@@ -114,6 +114,15 @@ def test_spends_no_more_runs_than_allowed_and_counts_the_calls(max_runs: int) ->
     assert report.evaluations == len(recorder.points)
 
 
+@pytest.mark.parametrize("runs", range(12, 22))
+def test_any_limit_of_runs_ends_in_a_rule(runs: int) -> None:
+    """Also one that is reached between the fit of the weights and the first other grid."""
+    x = noise(2, 3, sigma=20.0)
+    rule = calibrate(mixture(), x, GRID, levels=True, reference_steps=8, max_runs=runs)
+    assert rule.report is not None
+    assert rule.report.runs <= runs + 2
+
+
 def test_twenty_steps_take_at_most_six_hundred_runs() -> None:
     grid = karras_sigmas(21, 0.05, 20.0, append_zero=False)
     x = noise(2, 3, sigma=20.0)

@@ -185,9 +185,9 @@ def _with_levels(fit: _Fit, alone: Trial, starts: Sequence[Sequence[Vector]], la
         fit.ceilings = alone.errors
         alone = fit.run(alone.at)
     tried = (_least(fit.tried(rules)) for rules in starts if fit.effort.runs < last)
-    first, *others = sorted(tried, key=lambda trial: trial.value)
+    begun = sorted(tried, key=lambda trial: trial.value)
     found = [alone]
-    for trial in (first, alone, *others):
+    for trial in (*begun[:1], alone, *begun[1:]):
         if _least(found).value > alone.value - math.log(2):
             found.append(fit.improve(trial, last - (last - fit.effort.runs) // 3))
     return _least(found)
