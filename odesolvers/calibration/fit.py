@@ -175,7 +175,7 @@ def _least(trials: Sequence[Trial]) -> Trial:
 
 
 def _with_levels(fit: _Fit, alone: Trial, starts: Sequence[Sequence[Vector]], last: int) -> Trial:
-    """The best trial of a fit of weights and levels: in no error above `alone`, the weights alone.
+    """The best trial of a fit of weights and levels; errors above those of `alone` are dear.
 
     From the best rule of each of `starts`, the rules of one grid, and from `alone`, whose weights hold
     its levels fast: one after the other, each with two thirds of the runs left, until one halves the
@@ -188,7 +188,7 @@ def _with_levels(fit: _Fit, alone: Trial, starts: Sequence[Sequence[Vector]], la
     begun = sorted(tried, key=lambda trial: trial.value)
     found = [alone]
     for trial in (*begun[:1], alone, *begun[1:]):
-        if _least(found).value > alone.value - math.log(2):
+        if not _least(found).value < alone.value - math.log(2):  # both may be infinite
             found.append(fit.improve(trial, last - (last - fit.effort.runs) // 3))
     return _least(found)
 
