@@ -11,8 +11,8 @@ of the *ground*, where source and target are white; how much of the source is *k
 the edit to it; and how many edits are *named* as their target by the classifier. Contestants run as
 published, and with the best settings found by the same search, on drawings of their own, over their own
 parameter and the level at which the edit begins; ``--others`` takes the best of some of them to other
-evaluations and guidance. Every figure is kept as soon as it is found: a second
-call goes on where the first was stopped, and several may run at once. ``--write`` makes the tables.
+evaluations and guidance. Every figure is kept as soon as it is found: a second call goes on where the
+first was stopped, and several may run at once. ``--write`` makes the tables.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from odesolvers import (
     DDIM,
     EDICT,
     RK4,
-    Calibrated,
     DampedStepRatio,
     DDIMInversion,
     Denoiser,
@@ -80,7 +79,6 @@ TOPS: Final = (80.0, 10.0)
 BOTTOM: Final = 0.02
 UNEDITED: Final = "the drawing as it is"
 
-
 Solver = Any
 Figures: TypeAlias = "dict[str, float] | None"
 """Figures by name, none where the run leaves the finite numbers; None while they are not known."""
@@ -106,16 +104,12 @@ class Contestant:
     searched: tuple[Any, ...]
 
 
-def contestants(learn: Callable[[Tensor], Calibrated | None]) -> dict[str, Contestant]:
-    """All of them; `learn` calibrates weights on a grid, unless another process is at it."""
+def contestants(learn: Callable[[Tensor], BDIA | None]) -> dict[str, Contestant]:
+    """All of them; `learn` calibrates BDIA on a grid, unless another process is at it."""
     zetas = (0.9, 0.99, 0.999)
 
     def coupled(solver: Any, base: Any, cost: int) -> Contestant:
         return Contestant(lambda zeta, _: solver(base, zeta=zeta), cost, (0.999,), zetas)
-
-    def calibrated(_: None, sigmas: Tensor) -> Solver:
-        rule = learn(sigmas)
-        return None if rule is None else BDIA(Euler(), rule)
 
     return {
         UNEDITED: Contestant(lambda _, __: Unedited(), 1, (None,), ()),
@@ -129,7 +123,7 @@ def contestants(learn: Callable[[Tensor], Calibrated | None]) -> dict[str, Conte
         "BDIA(Euler), damped": Contestant(
             lambda c, _: BDIA(Euler(), DampedStepRatio(c)), 1, (0.5,), (0.25, 0.5, 1.0)
         ),
-        "BDIA(Euler), calibrated": Contestant(calibrated, 1, (None,), (None,)),
+        "BDIA(Euler), calibrated": Contestant(lambda _, sigmas: learn(sigmas), 1, (None,), (None,)),
         "O-BELM": Contestant(lambda _, __: BELM(), 1, (None,), (None,)),
         "O-BELM, as released": Contestant(lambda _, __: ReleasedBDIA(BELM()), 1, (None,), ()),
         "BDIA(DDIM), as released with Rex": Contestant(
@@ -162,31 +156,38 @@ def contestants(learn: Callable[[Tensor], Calibrated | None]) -> dict[str, Conte
 class Bench:
     """The network, the drawings and the figures."""
 
-    def __init__(
-        self, network: Path, kept: Kept, count: int, evaluations: int, guidance: float
-    ) -> None:
+    def __init__(self, network: Path, kept: Kept, count: int) -> None:
         same(kept, network=weights(network), count=count)
         self.network, self.kept, self.emoji = load_edm(network), kept, load_emoji()
-        self.evaluations, self.guidance = evaluations, guidance
         self.classifier = load_classifier(self.emoji)
         self.contestants = contestants(partial(learned, kept, "edits", self.network, self.emoji))
         self.tasks = cache(partial(task, self.emoji, count=count))
 
-    def figures(self, name: str, parameter: Any, top: float, edit: str, seed: int) -> Figures:
+    def figures(
+        self,
+        name: str,
+        parameter: Any,
+        top: float,
+        edit: str,
+        seed: int,
+        evaluations: int = EVALUATIONS,
+        guidance: float = GUIDANCE,
+    ) -> Figures:
         """The four figures and the evaluations each way."""
         contestant, drawings = self.contestants[name], self.tasks(edit, seed=seed)
-        steps = self.evaluations // contestant.cost
+        steps = evaluations // contestant.cost
         sigmas = karras_sigmas(steps + 1, BOTTOM, top, append_zero=False)
         solver = contestant.make(parameter, sigmas)
         if solver is None:
             return None
-        key = key_of(self.evaluations, self.guidance, name, parameter, top, edit, seed)
-        return self.kept(key, lambda: shown(key, self._run(solver, drawings, sigmas)))  # type: ignore[no-any-return]
+        key = key_of(evaluations, guidance, name, parameter, top, edit, seed)
+        run = partial(self._run, solver, drawings, sigmas, guidance)
+        return self.kept(key, lambda: shown(key, run()))  # type: ignore[no-any-return]
 
-    def _run(self, solver: Solver, task: Task, sigmas: Tensor) -> dict[str, float]:
+    def _run(self, solver: Solver, task: Task, sigmas: Tensor, guidance: float) -> dict[str, float]:
         noise = torch.randn(task.images.shape, generator=torch.Generator().manual_seed(3))
         start = task.images + BOTTOM * noise  # a state at the last level
-        guided: Denoiser = ClassifierFreeGuidance(self.network, self.guidance)
+        guided: Denoiser = ClassifierFreeGuidance(self.network, guidance)
         source = {"class_labels": task.source}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # contestants are run as they are
@@ -266,31 +267,40 @@ def report(found: Mapping[str, Any], folder: Path, picture: Path) -> None:
     Draws how far edits are from their source, and how often they are named as meant.
     """
     among = contestants(lambda sigmas: None)
-    lookup = found_in(found, EVALUATIONS, GUIDANCE)
+    listed = dict(rows(among, found_in(found, EVALUATIONS, GUIDANCE)))
     for figure in ("target", "named", "ground", "kept"):
         edits = EDITS[:2] if figure == "target" else EDITS
         lines = [
             [title, _spent(figures), *(_cell(figures[edit], figure) for edit in edits)]
-            for title, figures in rows(among, lookup)
+            for title, figures in listed.items()
         ]
         heads = ["", "evaluations each way", *edits]
         write(folder / f"emoji_edits_{figure}.md", table(heads, lines))
     settings = sorted({(EVALUATIONS, GUIDANCE), *OTHERS}, key=lambda n_w: (n_w[1], n_w[0]))
+    heads = ["", *(f"{n} evaluations, guidance {w:g}" for n, w in settings)]
     for edit in EDITS:
         figure = "target" if edit in EDITS[:2] else "named"
-        lines = []
-        for name in SOME:
-            setting = best(name, among[name], lookup)
-            if setting is not None:
-                cells = [
+        lines = [
+            [
+                _title(name, *setting),
+                *(
                     _cell(found_in(found, n, w)(name, *setting, edit, 0), figure)
                     for n, w in settings
-                ]
-                lines.append([_title(name, *setting), *cells])
-        heads = ["", *(f"{n} evaluations, guidance {w:g}" for n, w in settings)]
+                ),
+            ]
+            for name, setting in best_of_some(among, found).items()
+        ]
         write(folder / f"emoji_edits_others_{edit}.md", table(heads, lines))
+    plot(listed, picture)
 
-    plot(dict(rows(among, lookup)), picture)
+
+def best_of_some(
+    contestants: Mapping[str, Contestant], found: Mapping[str, Any]
+) -> dict[str, tuple[Any, float]]:
+    """The settings of `SOME` that the search found."""
+    lookup = found_in(found, EVALUATIONS, GUIDANCE)
+    settings = {name: best(name, contestants[name], lookup) for name in SOME}
+    return {name: setting for name, setting in settings.items() if setting is not None}
 
 
 def plot(figures: Mapping[str, Mapping[str, Figures]], path: Path) -> None:
@@ -357,19 +367,16 @@ def main() -> None:
     kept = Kept(args.results)
     if args.write:
         report(kept.read(), args.tables, args.images / "emoji_edits.png")
-    elif not args.others:
-        bench = Bench(args.network, kept, args.count, EVALUATIONS, GUIDANCE)
+        return
+    bench = Bench(args.network, kept, args.count)
+    if not args.others:
         for _ in rows(chosen(args.contestants, bench.contestants), bench.figures):
             pass
-    else:
-        for evaluations, guidance in OTHERS:
-            bench = Bench(args.network, kept, args.count, evaluations, guidance)
-            for name in SOME:
-                lookup = found_in(kept.read(), EVALUATIONS, GUIDANCE)
-                setting = best(name, bench.contestants[name], lookup)
-                if setting is not None:
-                    for edit in EDITS:
-                        bench.figures(name, *setting, edit, 0)
+        return
+    for evaluations, guidance in OTHERS:
+        for name, setting in best_of_some(bench.contestants, kept.read()).items():
+            for edit in EDITS:
+                bench.figures(name, *setting, edit, 0, evaluations, guidance)
 
 
 if __name__ == "__main__":

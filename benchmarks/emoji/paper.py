@@ -104,12 +104,11 @@ class Bench:
         sigmas, sampler = grid(self.network, budget // evaluations(name)), SOLVERS[name]()
         if "calibrated" in name:  # for samples
             for_samples = Objective(sampling=1, encoding=0)
-            rule = learned(
+            sampler = learned(
                 self.kept, self.kind, self.network, self.emoji, sigmas, sampler, for_samples
             )
-            if rule is None:
+            if sampler is None:
                 return
-            sampler = BDIA(sampler, rule)
         key = key_of(self.kind, name, budget, seed)
         self.kept(key, lambda: shown(key, self._measure(sampler, sigmas, seed)))
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from odesolvers import Calibrated, Euler, IntegrationApproximator, Objective, calibrate
+from odesolvers import BDIA, Calibrated, Euler, IntegrationApproximator, Objective, calibrate
 from odesolvers.models.edm import Preconditioner
 
 from ..common import TABLES, Kept
@@ -62,8 +62,8 @@ def learned(
     sigmas: Tensor,
     base: IntegrationApproximator = Euler(),  # noqa: B008
     objective: Objective = Objective(),  # noqa: B008
-) -> Calibrated | None:
-    """Weights that are learned on noise and labels of their own; None while another process is at it."""
+) -> BDIA | None:
+    """BDIA, its weights learned on other noise and labels; None while another process is at it."""
 
     def learn() -> list[float]:
         rows = np.random.default_rng(5).choice(
@@ -84,4 +84,6 @@ def learned(
 
     steps, top = len(sigmas) - 1, float(sigmas[0])
     values = kept(f"{of}|weights of {base!r}|{steps} steps from {top:g}", learn)
-    return None if values is None else Calibrated(repr(base), tuple(sigmas.tolist()), tuple(values))
+    if values is None:
+        return None
+    return BDIA(base, Calibrated(repr(base), tuple(sigmas.tolist()), tuple(values)))

@@ -132,16 +132,15 @@ class Bench:
 
     def figures(self, name: str, evaluations: int, guidance: float) -> None:
         """The two figures after each attack, unless another process is at them."""
-        cost = SOLVERS[name][0] if name in SOLVERS else 1
+        cost, make = SOLVERS.get(name, (1, None))
         sigmas = karras_sigmas(evaluations // cost + 1, BOTTOM, append_zero=False)
-        if name in SOLVERS:
-            solver = SOLVERS[name][1]()
-        else:
+        if make is None:
             network, emoji, of = self.network, self.emoji, f"watermark|{name}"
-            rule = learned(self.kept, of, network, emoji, sigmas, objective=LEARNED[name])
-            if rule is None:
+            solver = learned(self.kept, of, network, emoji, sigmas, objective=LEARNED[name])
+            if solver is None:
                 return
-            solver = BDIA(Euler(), rule)
+        else:
+            solver = make()
         key = key_of(name, evaluations, guidance)
         self.kept(key, lambda: shown(key, self._run(solver, sigmas, guidance)))
 

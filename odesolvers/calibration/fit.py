@@ -37,9 +37,8 @@ _STARTS: Final[tuple[GammaRule, ...]] = (
     DampedStepRatio(),
     DampedStepRatio(1.0, 1),
 )
-_SMOOTH, _ROUGH = 1e-3, 0.03
-"""Differences that stand for derivatives; between levels a network in float32 is rougher than its
-rounding."""
+_ROUGH: Final = 0.03
+"""The width of differences between levels in float32: a network is rougher there than its rounding."""
 _CARRIED: Final = 3
 """The number of rules, the best on the given grid, that other grids are tried with."""
 
@@ -140,8 +139,7 @@ def calibrate(
             spacing = Spacing(grid, batch.lowest)
             last = max_runs if known is None else max_runs - grid.steps - 15
             weights, fit = fit.read(best.at), fit_on(grid, spacing)
-            grids = [grid, *spacing.starts()]
-            on_grids = [fit.of_rules(carried, other) for other in grids]
+            on_grids = [fit.of_rules(carried, other) for other in (grid, *spacing.starts())]
             best = replace(best, at=fit.unknowns(*weights))
             if effort.runs < last:
                 best = _with_levels(fit, fit.run(best.at), on_grids, last)
@@ -210,8 +208,9 @@ class _Fit(LeastSquares):
         effort: Effort,
         spacing: Spacing | None,
     ) -> None:
-        rough = spacing is not None and batch.x.dtype == torch.float32
-        super().__init__(effort, _ROUGH if rough else _SMOOTH)
+        super().__init__(effort)
+        if spacing is not None and batch.x.dtype == torch.float32:
+            self.width = _ROUGH
         self.ceilings: Mapping[str, float] = {}
         self.batch, self.grid, self.base, self.spacing = batch, grid, base, spacing
         self.weights = {name: w for name, w in asdict(objective).items() if w}

@@ -106,13 +106,15 @@ class Effort:
 class LeastSquares(ABC):
     """A fit of unknowns over whole runs, each of which costs as much as any other.
 
-    Args:
+    Attributes:
         effort: the runs that may be made.
         width: by how much unknowns differ in a difference that stands for a derivative.
     """
 
-    def __init__(self, effort: Effort, width: float = 1e-3) -> None:
-        self.effort, self.width = effort, width
+    width = 1e-3
+
+    def __init__(self, effort: Effort) -> None:
+        self.effort = effort
 
     @abstractmethod
     def trial(self, at: Vector) -> Trial:
